@@ -1,0 +1,46 @@
+"""Shared set-up: eight fake CPU devices, the reference tensors, double precision on request."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+REFERENCE = pathlib.Path(os.environ.get("DINO_REFERENCE", pathlib.Path(__file__).parent / "reference"))
+
+
+@pytest.fixture
+def reference():
+    """`reference(name)`: the path of a reference file, or a skip where it is absent."""
+
+    def find(name: str) -> pathlib.Path:
+        path = REFERENCE / name
+        if not path.exists():
+            pytest.skip(f"{path} is absent")
+        return path
+
+    return find
+
+
+@pytest.fixture
+def load_reference(reference):
+    """`load_reference(name)`: the arrays of a reference `.npz` as a dict."""
+
+    def load(name: str) -> dict[str, np.ndarray]:
+        with np.load(reference(name)) as data:
+            return {key: data[key] for key in data.files}
+
+    return load
+
+
+@pytest.fixture
+def x64():
+    """Double precision for one test."""
+    with jax.enable_x64(True):
+        yield

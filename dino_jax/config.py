@@ -48,6 +48,9 @@ def _model() -> ConfigDict:
     model.name = "vit_small"  # a key of dino_jax.models.BACKBONES
     model.patch_size = 16  # pixels; must divide both crop sizes (ViT and XCiT)
     model.in_chans = 3  # channels of the input pictures
+    model.embed_dim = placeholder(int)  # width; null: the named model's own (likewise the next two; ViT and XCiT)
+    model.depth = placeholder(int)  # blocks
+    model.heads = placeholder(int)  # attention heads; must divide the width
     model.drop_path = 0.1  # stochastic depth rate of the last block, student only; linear from 0 at the first
     model.dtype = "float32"  # compute type: float32, bfloat16 (parameters, norms, softmax and loss stay float32)
     model.precision = "default"  # matmul precision: default, high, highest (TPU: bf16 passes; NVIDIA: TF32)

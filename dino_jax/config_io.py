@@ -1,0 +1,163 @@
+"""Configurations in and out: files, command-line overrides, JSON, comparison, checks."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import json
+import runpy
+from collections.abc import Iterable
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from dino_jax.config import default
+from dino_jax.errors import UserError
+
+PER_CHANNEL = ("data.mean", "data.std")
+
+
+def load(path: str, overrides: Iterable[str] = ()) -> ConfigDict:
+    """The configuration of a file with a `get_config()`, with `--config.KEY=VALUE` overrides applied.
+
+    Raises:
+      UserError: the file is missing, fails, or has no `get_config`; an unknown key or a value of the wrong type.
+    """
+    try:
+        namespace = runpy.run_path(str(path))
+        config = namespace["get_config"]()
+    except FileNotFoundError:
+        raise UserError(f"--config={path}: there is no such file") from None
+    except Exception as error:
+        raise UserError(f"--config={path}: {type(error).__name__}: {error}") from error
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"--config={path}: get_config() must return a ConfigDict, not {type(config).__name__}")
+    return override(config, overrides)
+
+
+def override(config: ConfigDict, overrides: Iterable[str]) -> ConfigDict:
+    """Applies `--config.KEY=VALUE` arguments in place and returns the configuration.
+
+    A bare number is accepted for a pair of numbers: `--config.crops.global_size=96` is `(96, 96)`.
+    """
+    known = flatten(config)
+    argv = ["dino-jax"]
+    for argument in overrides:
+        key, equals, value = argument.removeprefix("--config.").partition("=")
+        if not argument.startswith("--config.") or not equals:
+            raise UserError(f"{argument}: overrides have the form --config.KEY=VALUE")
+        if key not in known:
+            raise UserError(f"{argument}: there is no key {key!r}{suggest(key, known)}")
+        argv.append(f"--config.{key}={_as_pair(value, known[key])}")
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
+    for argument in argv[1:]:  # one by one, to name the one that is wrong
+        key, _, value = argument.removeprefix("--config.").partition("=")
+        try:
+            values([argv[0], argument])
+        except (flags.Error, TypeError, ValueError) as error:
+            kind = type(known[key]).__name__ if known[key] is not None else config.get_type(key).__name__
+            raise UserError(f"--config.{key}={value}: this key takes a value of type {kind}") from error
+    return check(config)
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """`; did you mean 'optim.lr'?`, or nothing where no known word is near."""
+    known = list(known)
+    near = difflib.get_close_matches(word, known, 1, 0.6)
+    near = near or [k for k in known if k.rsplit(".", 1)[-1] == word.rsplit(".", 1)[-1]]
+    near = near or difflib.get_close_matches(word.rsplit(".", 1)[-1], [k.rsplit(".", 1)[-1] for k in known], 1, 0.6)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _as_pair(text: str, current: Any) -> str:
+    if not (isinstance(current, tuple) and len(current) == 2):
+        return text
+    try:
+        number = ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
+    return f"({number}, {number})" if isinstance(number, int | float) else text
+
+
+def flatten(config: ConfigDict) -> dict[str, Any]:
+    """`{"optim.lr": 5e-4, ...}`."""
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            flat.update({f"{key}.{k}": v for k, v in flatten(value).items()})
+        else:
+            flat[key] = value
+    return flat
+
+
+def to_json(config: ConfigDict) -> str:
+    """The configuration as readable JSON; `from_json` inverts it."""
+    return json.dumps(config.to_dict(), indent=2)
+
+
+def from_json(text: str) -> ConfigDict:
+    """A configuration from `to_json`'s text. Keys absent there keep their defaults, so older runs can be read.
+
+    Raises:
+      UserError: not JSON, or a key that is unknown to this version.
+    """
+    try:
+        flat = flatten(ConfigDict(json.loads(text)))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"the saved configuration is not readable JSON ({error})") from error
+    config = default()
+    known = flatten(config)
+    for key, value in flat.items():
+        if key not in known:
+            raise UserError(f"the saved configuration has a key {key!r} unknown to this version{suggest(key, known)}")
+        *groups, name = key.split(".")
+        owner = config
+        for group in groups:
+            owner = owner[group]
+        owner[name] = tuple(value) if isinstance(value, list | tuple) else value
+    return config
+
+
+def differences(saved: ConfigDict, wanted: ConfigDict) -> list[str]:
+    """`key: saved -> wanted` for every key that differs, `run.*` apart."""
+    a, b = flatten(saved), flatten(wanted)
+    return [f"{key}: {a[key]!r} -> {b[key]!r}" for key in b if a[key] != b[key] and not key.startswith("run.")]
+
+
+def check(config: ConfigDict) -> ConfigDict:
+    """Returns the configuration; raises `UserError` for values that no run could use."""
+    flat = flatten(config)
+    for key, value in flatten(default()).items():
+        if isinstance(value, tuple) and key not in PER_CHANNEL and len(flat[key]) != len(value):
+            raise UserError(f"{key}={flat[key]}: {len(value)} values are needed, such as {value}")
+    for key in PER_CHANNEL:
+        if len(flat[key]) != config.model.in_chans:
+            raise UserError(f"{key}={flat[key]}: one value for each of the {config.model.in_chans} channels is needed")
+    at_least_one = ("epochs", "batch_size", "model.patch_size", "model.in_chans", "head.out_dim", "head.hidden_dim")
+    at_least_one += ("head.bottleneck_dim", "head.layers", "run.accum_steps", "run.log_every", "run.keep")
+    for key in at_least_one:
+        if flat[key] < 1:
+            raise UserError(f"{key}={flat[key]}: must be at least 1")
+    positive = ("loss.student_temp", "teacher.temp", "teacher.warmup_temp", "run.checkpoint_every")
+    for key in positive:
+        if not flat[key] > 0:
+            raise UserError(f"{key}={flat[key]}: must be greater than 0")
+    choices = {
+        "model.dtype": ("float32", "bfloat16", "float64"),
+        "model.precision": ("default", "high", "highest"),
+        "optim.name": ("adamw", "sgd", "lars"),
+        "data.render": ("host", "device"),
+        "run.remat": ("none", "blocks"),
+    }
+    for key, allowed in choices.items():
+        if flat[key] not in allowed:
+            raise UserError(f"{key}={flat[key]!r}: choose one of {', '.join(allowed)}{suggest(flat[key], allowed)}")
+    for key in ("crops.global_scale", "crops.local_scale"):
+        low, high = flat[key]
+        if not 0 < low <= high <= 1:
+            raise UserError(f"{key}={flat[key]}: two shares of the area are needed, 0 < low <= high <= 1")
+    if config.run.mesh.fsdp == 0 or config.run.mesh.model == 0 or config.run.mesh.data == 0:
+        raise UserError("run.mesh: an axis cannot have 0 devices; use 1, or -1 for the rest")
+    return config

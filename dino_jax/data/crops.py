@@ -1,0 +1,196 @@
+"""Multi-crop augmentation: a sampler of parameters, and PIL's rendering of them.
+
+The two are apart so that a second renderer, on the accelerator, can share the sampler. The recipe is the paper's
+(arXiv 2104.14294, section 3.1 and appendix), each operation as torchvision applies it to PIL images: random resized
+crop (bicubic), flip, colour jitter in random order, gray, Gaussian blur, solarise. K = 2 + n crops, globals first.
+Colour operations, blur and solarise need three channels (red, green, blue); other pictures are cropped and flipped only.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+
+NEUTRAL = (1.0, 1.0, 1.0, 0.0)  # factors of brightness, contrast, saturation, hue that change nothing
+TRIES = 10  # boxes drawn before the centre of the picture is taken
+
+
+class CropParams(NamedTuple):
+    """What to do to one picture to get its crops; every array has the leading axis K (and a batch one before it).
+
+    box int32 [K, 4]: top, left, height, width in pixels. flip bool [K]: mirror left to right. order int32 [K, 4]: the
+    operations of the colour jitter as applied (0 brightness, 1 contrast, 2 saturation, 3 hue). factors float32 [K, 4]:
+    their strengths, by operation number; 1, 1, 1, 0 change nothing; the hue's is in turns. jitter bool [K]: whether the
+    colour jitter applies. gray bool [K]. blur float32 [K]: radius in pixels, 0 for none. solarize bool [K].
+    """
+
+    box: np.ndarray
+    flip: np.ndarray
+    order: np.ndarray
+    factors: np.ndarray
+    jitter: np.ndarray
+    gray: np.ndarray
+    blur: np.ndarray
+    solarize: np.ndarray
+
+
+def draw_crops(rng: np.random.Generator, height: int, width: int, crops: Any, colour: bool = True) -> CropParams:
+    """Draws the parameters of every crop of one picture of `height` x `width` pixels.
+
+    `crops` is `config.crops` or anything with its attributes. The count of numbers taken from `rng` depends on the count
+    of crops alone. With `colour` off (pictures that are not RGB) only box and flip are drawn into the result.
+    """
+    count = 2 + crops.local_count
+    draws = rng.random((count, 4 * TRIES + 14))  # [K, .] uniform in [0, 1)
+    kinds = np.minimum(np.arange(count), 2)  # first global, second global, local
+    scale = np.array([crops.global_scale, crops.global_scale, crops.local_scale])[kinds]  # [K, 2]
+    box = draw_boxes(draws[:, 14:].reshape(count, TRIES, 4), height, width, scale, crops.ratio)
+    flip = draws[:, 0] < crops.flip_prob
+    jitter = (draws[:, 1] < crops.jitter_prob) & colour
+    gray = (draws[:, 2] < crops.gray_prob) & colour
+    blurred = (draws[:, 3] < np.array(crops.blur_prob)[kinds]) & colour
+    low, high = crops.blur_radius
+    blur = np.where(blurred, low + (high - low) * draws[:, 4], 0).astype(np.float32)
+    solarize = (draws[:, 5] < np.array(crops.solarize_prob)[kinds]) & colour
+    order = draws[:, 6:10].argsort(axis=1).astype(np.int32)  # a uniform permutation
+    spread = np.array([crops.brightness, crops.contrast, crops.saturation, crops.hue])
+    lower = np.array(NEUTRAL) - spread
+    lower[:3] = np.maximum(lower[:3], 0)
+    factors = lower + (np.array(NEUTRAL) + spread - lower) * draws[:, 10:14]
+    factors = np.where(jitter[:, None], factors, NEUTRAL).astype(np.float32)
+    return CropParams(box, flip, order, factors, jitter, gray, blur, solarize)
+
+
+def draw_boxes(draws: np.ndarray, height: int, width: int, scale: np.ndarray, ratio: tuple[float, float]) -> np.ndarray:
+    """The box rule of torchvision's `RandomResizedCrop.get_params`, for K crops at once.
+
+    Args:
+      draws: uniform numbers in [0, 1) [K, tries, 4]: area, aspect ratio, vertical and horizontal place.
+      scale: lowest and highest share of the area [K, 2].
+      ratio: lowest and highest width / height, drawn log-uniformly.
+    Returns:
+      int32 [K, 4]: top, left, height, width of the first try that fits, or the centre at the nearest allowed ratio.
+    """
+    area = height * width * (scale[:, :1] + (scale[:, 1:] - scale[:, :1]) * draws[..., 0])  # [K, tries]
+    low, high = np.log(ratio)
+    aspect = np.exp(low + (high - low) * draws[..., 1])
+    wide = np.rint(np.sqrt(area * aspect)).astype(np.int64)
+    tall = np.rint(np.sqrt(area / aspect)).astype(np.int64)
+    fits = (wide > 0) & (wide <= width) & (tall > 0) & (tall <= height)
+    pick = np.arange(len(draws)), fits.argmax(axis=1)  # the first that fits
+    tall, wide, place = tall[pick], wide[pick], draws[pick]
+    top = (place[:, 2] * (height - tall + 1)).astype(np.int64)
+    left = (place[:, 3] * (width - wide + 1)).astype(np.int64)
+    boxes = np.stack([top, left, tall, wide], axis=1)
+    return np.where(fits[pick][:, None], boxes, centre_box(height, width, ratio)).astype(np.int32)
+
+
+def centre_box(height: int, width: int, ratio: tuple[float, float]) -> tuple[int, int, int, int]:
+    """The largest centred box whose width / height lies within `ratio`: top, left, height, width."""
+    tall, wide = height, width
+    if width / height < min(ratio):
+        tall = round(width / min(ratio))
+    elif width / height > max(ratio):
+        wide = round(height * max(ratio))
+    return (height - tall) // 2, (width - wide) // 2, tall, wide
+
+
+def render_crops(image: np.ndarray, params: CropParams, crops: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Renders the crops of one picture, uint8 [H, W, C], with PIL.
+
+    Returns:
+      global crops uint8 [2, *global_size, C] and local crops uint8 [n, *local_size, C].
+    """
+    large = np.empty((2, *crops.global_size, image.shape[-1]), np.uint8)
+    small = np.empty((crops.local_count, *crops.local_size, image.shape[-1]), np.uint8)
+    planes = to_pil(image)
+    for i, out in enumerate([*large, *small]):
+        rendered = [crop_resize(plane, params.box[i], out.shape[:2]) for plane in planes]
+        if params.flip[i]:
+            rendered = [flip(plane) for plane in rendered]
+        if image.shape[-1] == 3:
+            out[:] = np.asarray(render_colour(rendered[0], CropParams(*(p[i] for p in params)), crops))
+        else:
+            out[:] = np.stack(rendered, axis=-1)
+    return large, small
+
+
+def render_colour(picture: Image.Image, params: CropParams, crops: Any) -> Image.Image:
+    """Jitter, gray, blur and solarise one RGB crop; `params` without the crop axis."""
+    if params.jitter:
+        for operation in params.order:
+            factor = float(params.factors[operation])
+            if factor != NEUTRAL[operation]:
+                picture = JITTER[operation](picture, factor)
+    if params.gray:
+        picture = gray(picture)
+    if params.blur > 0:
+        picture = blur(picture, float(params.blur))
+    if params.solarize:
+        picture = solarize(picture, crops.solarize_threshold)
+    return picture
+
+
+def to_pil(image: np.ndarray) -> list[Image.Image]:
+    """uint8 [H, W, C] -> one RGB image for three channels, else one gray image for each channel."""
+    if image.shape[-1] == 3:
+        return [Image.fromarray(image)]
+    return [Image.fromarray(np.ascontiguousarray(plane)) for plane in np.moveaxis(image, -1, 0)]
+
+
+def crop_resize(picture: Image.Image, box: np.ndarray, size: tuple[int, int]) -> Image.Image:
+    """Cuts out the box (top, left, height, width), then resizes it to `size` (height, width), bicubic and antialiased.
+
+    The cut comes first, as in torchvision: pixels beyond the box have no influence.
+    """
+    top, left, height, width = (int(value) for value in box)
+    cut = picture.crop((left, top, left + width, top + height))
+    return cut.resize((size[1], size[0]), Image.Resampling.BICUBIC)
+
+
+def flip(picture: Image.Image) -> Image.Image:
+    """Mirrors left to right."""
+    return picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+
+
+def brightness(picture: Image.Image, factor: float) -> Image.Image:
+    """Blends with black: factor 0 is black, 1 the picture."""
+    return ImageEnhance.Brightness(picture).enhance(factor)
+
+
+def contrast(picture: Image.Image, factor: float) -> Image.Image:
+    """Blends with the flat gray of the picture's mean luma, rounded to a whole level."""
+    return ImageEnhance.Contrast(picture).enhance(factor)
+
+
+def saturation(picture: Image.Image, factor: float) -> Image.Image:
+    """Blends with the picture's luma."""
+    return ImageEnhance.Color(picture).enhance(factor)
+
+
+def hue(picture: Image.Image, shift: float) -> Image.Image:
+    """Turns the hue by `shift` turns in PIL's 8-bit HSV; the shift is cut to whole 255ths toward zero (torchvision)."""
+    steps = int(shift * 255)
+    channels = picture.convert("HSV").split()
+    turned = channels[0].point([(level + steps) % 256 for level in range(256)])
+    return Image.merge("HSV", (turned, *channels[1:])).convert("RGB")
+
+
+def gray(picture: Image.Image) -> Image.Image:
+    """The luma (ITU-R 601-2) in all three channels."""
+    return picture.convert("L").convert("RGB")
+
+
+def blur(picture: Image.Image, radius: float) -> Image.Image:
+    """PIL's Gaussian blur: three box blurs whose joint standard deviation is `radius` pixels."""
+    return picture.filter(ImageFilter.GaussianBlur(radius=radius))
+
+
+def solarize(picture: Image.Image, threshold: int) -> Image.Image:
+    """Inverts the levels at or above `threshold` (0 to 255)."""
+    return ImageOps.solarize(picture, threshold)
+
+
+JITTER = (brightness, contrast, saturation, hue)

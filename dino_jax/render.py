@@ -1,0 +1,85 @@
+"""Crops on the accelerator: from the host's uint8 batch to normalised crops in compute dtype, before the train step.
+
+Two modes with one entry, chosen by `config.data.render`; `data/pipeline.py` describes the arrays of either batch:
+
+- `host`: PIL rendered the crops; only their normalisation happens here.
+- `device`: the host decoded the pictures and drew the parameters; all of the augmentation happens here.
+
+Legend: B batch, C crops (2 global ones first), c channels, S side of the canvas, h and w of a crop.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+from ml_collections import ConfigDict
+
+from dino_jax import render_ops as ops
+from dino_jax.data.crops import CropParams
+
+Crops = list[Array]  # [B, 2, H, W, c] and, if there are local crops, [B, n, h, w, c]
+
+CHUNK = 32  # images that a device renders at once: enough to fill it, few enough to bound the memory
+ARRAYS = {"host": ("globals", "locals"), "device": ("canvas", "params")}  # what is read of a batch
+
+
+def make_renderer(
+    config: ConfigDict, sharding: jax.sharding.NamedSharding | None = None
+) -> Callable[[Mapping[str, Any]], Crops]:
+    """The jitted `render(batch) -> [globals [B, 2, H, W, c], locals [B, n, h, w, c]]`, in `config.model.dtype`.
+
+    `sharding` splits the batch axis, of the arrays and of the crops; each device renders its own images and nothing is
+    communicated. Other entries of the batch, such as labels, are ignored. The same parameters give the same crops as
+    `data.crops.render_crops`, up to PIL's rounding (see `render_ops`).
+    """
+    mode = config.data.render
+    render = functools.partial({"host": _normalize_batch, "device": _render_batch}[mode], config)
+    if sharding is not None:
+        render = jax.shard_map(render, mesh=sharding.mesh, in_specs=sharding.spec, out_specs=sharding.spec)
+    compiled = jax.jit(render)
+    return lambda batch: compiled({name: batch[name] for name in ARRAYS[mode] if name in batch})
+
+
+def _normalize_batch(config: ConfigDict, batch: Mapping[str, Array]) -> Crops:
+    """Host mode: normalisation alone."""
+    names = ARRAYS["host"][: 2 if config.crops.local_count else 1]
+    return [_normalize(config, batch[name]) for name in names]
+
+
+def _render_batch(config: ConfigDict, batch: Mapping[str, Any]) -> Crops:
+    """Device mode: every crop of every image, `CHUNK` images at a time."""
+    return jax.lax.map(lambda image: _render_image(config, **image), batch, batch_size=CHUNK)
+
+
+def _render_image(config: ConfigDict, canvas: Array, params: CropParams) -> Crops:
+    """All crops of one image: canvas uint8 [S, S, c] and parameters [C, ...] -> [2, H, W, c] and [n, h, w, c]."""
+    planar = jnp.moveaxis(canvas, -1, 0).astype(jnp.float32)  # [S, S, c] -> [c, S, S]
+    groups = [(slice(0, 2), config.crops.global_size), (slice(2, None), config.crops.local_size)]
+    crops = []
+    for crop_range, size in groups[: 2 if config.crops.local_count else 1]:
+        render = functools.partial(_render_crop, planar, tuple(size), config.crops.solarize_threshold)
+        images = jax.vmap(render)(jax.tree.map(lambda x, crop_range=crop_range: x[crop_range], params))  # [C, c, h, w]
+        crops.append(_normalize(config, jnp.moveaxis(images, 1, -1)))  # [C, h, w, c]
+    return crops
+
+
+def _render_crop(
+    canvas: Float[Array, "c S S"], size: tuple[int, int], threshold: int, crop: CropParams
+) -> Float[Array, "c h w"]:
+    """One crop, values 0..255. Pictures that are not RGB are only resampled and mirrored."""
+    image = ops.resample(canvas, crop.box, crop.flip, size)
+    if image.shape[0] != 3:
+        return image
+    image = jnp.where(crop.jitter, ops.jitter(image, crop.order, crop.factors), image)
+    image = jnp.where(crop.gray, ops.gray(image), image)
+    image = ops.blur(image, crop.blur)
+    return jnp.where(crop.solarize, ops.solarize(image, threshold), image)
+
+
+def _normalize(config: ConfigDict, images: Array) -> Array:
+    return ops.normalize(images, config.data.mean, config.data.std, jnp.dtype(config.model.dtype))

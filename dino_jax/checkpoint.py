@@ -1,0 +1,340 @@
+"""Checkpoints: named pytrees and a config, one folder per step. Orbax lives here and nowhere else.
+
+    DIRECTORY/                      a run's `checkpoints/`, local or gs://
+      1200/                         a step; it counts only once it is complete (renamed or, on gs://, committed)
+        student/ teacher/ rest/     one item each, so that an evaluation reads the teacher alone
+        config/                     the run's configuration as JSON
+        checksums/                  one number per array, by which a damaged step is known
+
+Saving and restoring are collective: every process of a run makes the same calls.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+
+from dino_jax.errors import UserError
+
+PyTree = Any
+T = TypeVar("T")
+CONFIG, CHECKSUMS = "config", "checksums"
+log = logging.getLogger(__name__)
+
+
+class Checkpointer:
+    """The checkpoints of one folder. Making one touches nothing: the folder appears with the first `save`.
+
+    Args:
+        directory: the folder of the steps' folders; any path that `etils.epath` knows, gs:// too.
+        keep: how many of the latest steps stay.
+        keep_every_steps: steps that are multiples of this stay for good; 0: none.
+        asynchronous: `save` returns once the arrays are copied to the host; threads write them.
+
+    A write that fails (full disk, no permission) is a `UserError` from `save` or, when asynchronous, from the next
+    `save`, `wait` or `close`. The steps already there survive it.
+    """
+
+    def __init__(
+        self, directory: epath.PathLike, *, keep: int = 1, keep_every_steps: int = 0, asynchronous: bool = True
+    ):
+        self.directory = _absolute(directory)
+        self._policy = _Keep(keep, keep_every_steps)
+        self._asynchronous = asynchronous
+        self._manager: ocp.CheckpointManager | None = None
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def save(self, step: int, items: Mapping[str, PyTree], config_json: str) -> bool:
+        """Write `items` (name -> pytree of arrays) and the config as `step`.
+
+        Returns whether it was written: a checkpoint of that step that is there already is left as it is, unless
+        `latest_step` found it damaged; then it is moved aside to `STEP.damaged`. Half-written ones are replaced.
+        """
+        self.wait()
+        if step in self._policy.damaged:
+            self._set_aside(step)
+        if step in self._write(lambda: self._open().all_steps()):
+            return False
+        args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+        args[CONFIG] = ocp.args.JsonSave(json.loads(config_json))
+        args[CHECKSUMS] = ocp.args.JsonSave({name: _checksums(tree) for name, tree in items.items()})
+        self._write(lambda: self._open().save(step, args=ocp.args.Composite(**args), force=True))
+        return True
+
+    def wait(self) -> None:
+        """Block until the save under way, if any, is complete."""
+        if self._manager is not None:
+            self._write(self._manager.wait_until_finished)
+
+    def close(self) -> None:
+        """`wait`, and release what Orbax holds; a later `save` opens it again."""
+        self.wait()
+        if self._manager is not None:
+            self._manager.close()
+            self._manager = None
+
+    def latest_step(self) -> int | None:
+        """The newest step that reads back whole, or None. Newer ones that do not are one logged warning.
+
+        Process 0 reads the data of every item; the others take its word.
+        """
+        self.wait()
+        found = _newest_whole(self.directory)
+        self._policy.damaged = {step for step in steps(self.directory) if found is None or step > found}
+        return found
+
+    def restore(self, step: int, items: Mapping[str, PyTree]) -> dict[str, PyTree]:
+        """`restore` (below) from this folder."""
+        self.wait()
+        return restore(self.directory, step, items)
+
+    def _open(self) -> ocp.CheckpointManager:
+        if self._manager is None:
+            options = ocp.CheckpointManagerOptions(
+                preservation_policy=self._policy,
+                enable_async_checkpointing=self._asynchronous,
+                cleanup_tmp_directories=True,
+                save_root_metadata=False,
+            )
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
+        return self._manager
+
+    def _write(self, action: Callable[[], T]) -> T:
+        try:
+            return action()
+        except (OSError, ValueError, RuntimeError) as error:  # TensorStore reports a full disk as a ValueError
+            self._manager = None  # it counts the lost step as saved
+            raise UserError(f"{self.directory}: cannot write a checkpoint: {_line(error)}") from error
+
+    def _set_aside(self, step: int) -> None:
+        self.close()  # Orbax has listed the step
+        if jax.process_index() == 0:
+            self._write(lambda: (self.directory / str(step)).rename(self.directory / f"{step}.damaged"))
+        multihost_utils.sync_global_devices(f"set aside {step}")
+        self._policy.damaged.discard(step)
+
+
+def steps(directory: epath.PathLike) -> list[int]:
+    """The complete steps of a folder, ascending; none where there is no folder."""
+    found = ocp.path.step.standard_name_format().find_all(_absolute(directory))
+    return sorted(metadata.step for metadata in found)
+
+
+def resolve(path: epath.PathLike) -> tuple[epath.Path, int]:
+    """`(directory, step)` of a CKPT: a run's workdir or its checkpoints folder (latest step), or one step's folder.
+
+    Raises `UserError`, naming the path, where there is nothing, no complete step or only damaged ones.
+    """
+    path = _absolute(path)
+    if not path.exists():
+        raise UserError(f"{path}: there is no such checkpoint")
+    if path.name.isdigit() and int(path.name) in steps(path.parent):
+        return path.parent, int(path.name)
+    directory = path / "checkpoints" if (path / "checkpoints").exists() else path
+    step = _newest_whole(directory, deep=False)
+    if step is None:
+        what = "only damaged checkpoints" if steps(directory) else "no complete checkpoint"
+        raise UserError(f"{path}: {what} here; give a run's workdir, its checkpoints folder or one step's folder")
+    return directory, step
+
+
+def restore(directory: epath.PathLike, step: int, items: Mapping[str, PyTree]) -> dict[str, PyTree]:
+    """The named items of a step, and no other, bit for bit.
+
+    `items`: name -> pytree of `jax.ShapeDtypeStruct`. A leaf with a sharding comes back as a `jax.Array` laid out
+    so, whatever devices wrote it; a leaf without one comes back as a NumPy array.
+    Raises `UserError` if the step or an item is missing, if tree, shapes or dtypes differ (naming the first few
+    keys), or if the data does not read back as it was written.
+    """
+    folder = _absolute(directory) / str(step)
+    restored = {}
+    for name, wanted in items.items():
+        _check_tree(folder / name, _abstract(folder, name), wanted)
+        restored[name] = _read_item(folder, name, wanted)
+    return restored
+
+
+def abstract(directory: epath.PathLike, step: int, item: str) -> PyTree:
+    """What an item holds: nested dicts and lists of `jax.ShapeDtypeStruct`, no shardings, from the files alone."""
+    return _abstract(_absolute(directory) / str(step), item)
+
+
+def restore_config(directory: epath.PathLike, step: int) -> str:
+    """The configuration that `save` was given, as JSON."""
+    return json.dumps(_read(_absolute(directory) / str(step), CONFIG, _json))
+
+
+@dataclasses.dataclass
+class _Keep:
+    """Orbax preservation policy: the latest `keep` steps, the multiples of `every`, and whatever is damaged."""
+
+    keep: int
+    every: int
+    damaged: set[int] = dataclasses.field(default_factory=set)
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: object) -> list[bool]:
+        whole = sorted({checkpoint.step for checkpoint in checkpoints} - self.damaged)
+        stay = {*whole[-self.keep :], *self.damaged, *(step for step in whole if self.every and step % self.every == 0)}
+        return [checkpoint.step in stay for checkpoint in checkpoints]
+
+
+def _newest_whole(directory: epath.Path, deep: bool = True) -> int | None:
+    """The newest step of `directory` without damage, as process 0 finds it; one warning names the newer ones."""
+    found, complaints = -1, []
+    if jax.process_index() == 0:
+        for step in reversed(steps(directory)):
+            reason = _damage(directory / str(step), deep)
+            if reason is None:
+                found = step
+                break
+            complaints.append(reason)
+        if deep:
+            complaints += _half_written(directory, found)
+        if complaints:
+            instead = f"step {found} is used instead" if found >= 0 else "there is none to use instead"
+            log.warning("%s; %s", "; ".join(complaints), instead)
+    if jax.process_count() > 1:
+        found = int(multihost_utils.broadcast_one_to_all(np.int32(found)))
+    return found if found >= 0 else None
+
+
+def _damage(folder: epath.Path, deep: bool) -> str | None:
+    """What is wrong with a step, in a line; None for nothing. `deep`: the data is read too, by this process alone."""
+    try:
+        _read(folder, CONFIG, _json)
+        for name, recorded in _read(folder, CHECKSUMS, _json).items():
+            tree = _abstract(folder, name)
+            if _flat(tree).keys() != recorded.keys():
+                raise UserError(f"{folder / name}: arrays are missing")
+            if deep:
+                _read_item(folder, name, tree, alone=True)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _half_written(directory: epath.Path, after: int) -> list[str]:
+    """Steps above `after` that a killed process left behind."""
+    names = [path.name for path in directory.iterdir()] if directory.exists() else []
+    heads = {name.split(".")[0] for name in names if not name.endswith(".damaged")}
+    left = sorted(int(head) for head in heads if head.isdigit())
+    complete = steps(directory)
+    return [f"{directory / str(step)}: half-written" for step in left if step > after and step not in complete]
+
+
+def _read(folder: epath.Path, item: str, action: Callable[[epath.Path], T]) -> T:
+    """`action(path of the item)`, any failure as a `UserError` that names the path."""
+    if not folder.exists():
+        there = ", ".join(map(str, steps(folder.parent))) or "none"
+        raise UserError(f"{folder}: there is no such checkpoint; complete steps here: {there}")
+    if not (folder / item).exists():
+        there = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir())) or "nothing"
+        raise UserError(f"{folder}: no {item!r} in this checkpoint; it has {there}")
+    try:
+        return action(folder / item)
+    except Exception as error:  # broken files raise nearly anything: JSON, key, value and OS errors
+        raise UserError(f"{folder / item}: cannot be read: {_line(error)}") from error
+
+
+def _json(path: epath.Path) -> Any:
+    return ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(path)
+
+
+def _abstract(folder: epath.Path, item: str) -> PyTree:
+    saved = _read(folder, item, lambda path: ocp.StandardCheckpointHandler().metadata(path).tree)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), saved)
+
+
+def _read_item(folder: epath.Path, item: str, wanted: PyTree, alone: bool = False) -> PyTree:
+    """The item's data, compared with its checksums. `alone`: this process reads without the others."""
+    processes = ocp.options.MultiprocessingOptions()
+    if alone and jax.process_count() > 1:
+        mine = jax.process_index()
+        processes = ocp.options.MultiprocessingOptions(mine, {mine}, barrier_sync_key_prefix="alone")
+    handler = ocp.StandardCheckpointHandler(multiprocessing_options=processes)
+    reader = ocp.Checkpointer(handler, multiprocessing_options=processes)
+    target = jax.tree.map(lambda leaf: leaf if leaf.sharding else np.empty(leaf.shape, leaf.dtype), wanted)
+    tree = _read(folder, item, lambda path: reader.restore(path, args=ocp.args.StandardRestore(target)))
+    recorded = _read(folder, CHECKSUMS, _json)[item]
+    changed = [key for key, value in _checksums(tree).items() if recorded[key] != value]
+    if changed:
+        raise UserError(f"{folder / item}: not what was written: {_first(changed)}")
+    return tree
+
+
+def _check_tree(path: epath.Path, saved: PyTree, wanted: PyTree) -> None:
+    """`UserError` unless both have the same keys, shapes and dtypes."""
+    have, want = _flat(saved), _flat(wanted)
+    if missing := [key for key in want if key not in have]:
+        raise UserError(f"{path}: the checkpoint lacks {_first(missing)}: it is of another model or configuration")
+    if extra := [key for key in have if key not in want]:
+        raise UserError(f"{path}: the checkpoint also has {_first(extra)}: it is of another model or configuration")
+
+    def form(leaf: Any) -> str:
+        return f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
+
+    pairs = {key: (form(have[key]), form(leaf)) for key, leaf in want.items()}
+    if differ := [f"{key} is {saved}, not {wanted}" for key, (saved, wanted) in pairs.items() if saved != wanted]:
+        raise UserError(f"{path}: {_first(differ)}: it is of another model or configuration")
+    placed = {key: leaf.dtype for key, leaf in want.items() if leaf.sharding is not None}
+    if wide := [key for key, dtype in placed.items() if jax.dtypes.canonicalize_dtype(dtype) != dtype]:
+        raise UserError(f"{path}: {_first(wide)} is in double precision; set JAX_ENABLE_X64=1 to read it")
+
+
+def _flat(tree: PyTree) -> dict[str, Any]:
+    """Leaves by path, `params/head/mlp_0/kernel`; named tuples and dicts, tuples and lists read alike."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def _checksums(tree: PyTree) -> dict[str, int]:
+    """A number of 32 bits per leaf: the same for any sharding, changed by any change of one word."""
+    sums = {key: _checksum(_words(leaf) if isinstance(leaf, np.ndarray) else leaf) for key, leaf in _flat(tree).items()}
+    return {key: int(value) for key, value in jax.device_get(sums).items()}
+
+
+@jax.jit
+def _checksum(x: jax.Array) -> jax.Array:
+    """Sum of the words, each times an odd number of its place, modulo 2^32. No reshape: that would gather shards."""
+    words = _words(x)
+    place = jnp.zeros((), jnp.uint32)
+    for axis, size in enumerate(words.shape):
+        place = place * np.uint32(size % 2**32) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+    return jnp.sum(words.astype(jnp.uint32) * (2 * place + 1), dtype=jnp.uint32)
+
+
+def _words(x: Any) -> Any:
+    """The bits of an array as unsigned integers; items of 8 bytes as two of 4 along a new last axis."""
+    kind = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint32}[x.dtype.itemsize]
+    if isinstance(x, np.ndarray):
+        words = np.ascontiguousarray(x)[..., None].view(kind)
+        return words if x.dtype.itemsize == 8 else words[..., 0]
+    return x.astype(kind) if x.dtype == bool else jax.lax.bitcast_convert_type(x, kind)
+
+
+def _absolute(path: epath.PathLike) -> epath.Path:
+    path = epath.Path(path).expanduser()
+    return path if "://" in str(path) else path.absolute()
+
+
+def _first(keys: Sequence[str], count: int = 3) -> str:
+    return ", ".join(keys[:count]) + (f" and {len(keys) - count} more" if len(keys) > count else "")
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,0 +1,320 @@
+"""Torch's zip-format `.pth` files, read and written without torch; nothing a file says is ever run.
+
+Such a file is a zip archive of uncompressed members: `<name>/data.pkl` is a pickle of the object in which every tensor
+is a call of `torch._utils._rebuild_tensor_v2(storage, offset, size, stride, ...)`, and `<name>/data/<key>` holds the
+bytes of one storage. A pickle is a program that may call anything; `_Unpickler` knows a handful of names, each bound to
+a function of this module that can do no harm, and refuses all others. Sizes are checked before anything is allocated.
+"""
+
+from __future__ import annotations
+
+import _codecs
+import argparse
+import collections
+import dataclasses
+import io
+import math
+import pickle
+import re
+import tempfile
+import zipfile
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import ml_dtypes
+import numpy as np
+from etils import epath
+
+from dino_jax.errors import UserError
+
+STORAGES = {
+    "FloatStorage": np.dtype(np.float32),
+    "DoubleStorage": np.dtype(np.float64),
+    "HalfStorage": np.dtype(np.float16),
+    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+    "LongStorage": np.dtype(np.int64),
+    "IntStorage": np.dtype(np.int32),
+    "ShortStorage": np.dtype(np.int16),
+    "CharStorage": np.dtype(np.int8),
+    "ByteStorage": np.dtype(np.uint8),
+    "BoolStorage": np.dtype(np.bool_),
+}
+MAX_PICKLE = 64 << 20  # bytes of data.pkl; a full checkpoint has about 0.2 MB
+MAX_EXPANDED = 1 << 24  # elements of a tensor whose strides repeat its storage
+LEGACY_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # the pickled magic number of torch < 1.6
+PythonUnpickler: Any = pickle._Unpickler  # the pure-Python machines, whose parts type stubs do not list
+PythonPickler: Any = pickle._Pickler
+ALIGNMENT = 64  # bytes; where torch places each storage, so that it can be memory-mapped
+
+
+def read_pth(path: epath.PathLike) -> Any:
+    """The object in a `.pth` file: dicts, lists, numbers, and read-only NumPy arrays in the place of tensors.
+
+    Arrays keep the tensor's dtype (bfloat16 through `ml_dtypes`) and strides. Torch's older format is read by torch
+    itself, under `weights_only`, where torch is installed.
+
+    Raises:
+      UserError: the file is absent, truncated, no checkpoint, or asks for something that is not on the allow-list.
+    """
+    path = epath.Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    with path.open("rb") as file:
+        start = file.read(1024)
+        if start.startswith(LEGACY_MAGIC):
+            return _read_legacy(path)
+        if not start.startswith(b"PK\x03\x04"):
+            raise UserError(f"{path}: {_describe(start)}")
+        return _read_zip(path, file)
+
+
+def _describe(start: bytes) -> str:
+    """What a file that is no checkpoint is, from its first bytes."""
+    if not start:
+        return "the file is empty; download it again"
+    text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b"<error")):
+        return "a web page (HTML or XML) saved under this name, not a checkpoint; check the address and download again"
+    if text.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, not the weights; fetch the file itself (git lfs pull)"
+    if start.startswith(b"\x80"):
+        return "a bare pickle, not a torch checkpoint; save the weights with torch.save(model.state_dict(), ...)"
+    return "not a torch checkpoint (.pth); expected a zip archive written by torch.save"
+
+
+def _read_zip(path: epath.Path, file: Any) -> Any:
+    size = file.seek(0, io.SEEK_END)
+    try:
+        with zipfile.ZipFile(file) as archive:
+            members = {info.filename: info for info in archive.infolist()}
+            pickles = [name for name in members if name.count("/") == 1 and name.endswith("/data.pkl")]
+            if len(pickles) != 1:
+                raise UserError(f"{path}: a zip archive, but not a torch checkpoint (it holds no data.pkl)")
+            prefix = pickles[0].removesuffix("data.pkl")
+            if any(info.compress_type != zipfile.ZIP_STORED for info in members.values()):
+                raise UserError(f"{path}: its members are compressed, which torch.save never does; refused")
+            if sum(info.file_size for info in members.values()) > size or members[pickles[0]].file_size > MAX_PICKLE:
+                raise UserError(f"{path}: it claims to hold more than its own size; refused")
+            if f"{prefix}byteorder" in members and archive.read(f"{prefix}byteorder") != b"little":
+                raise UserError(f"{path}: written on a big-endian machine; load and save it once with torch elsewhere")
+            return _Unpickler(archive.read(pickles[0]), lambda key: archive.read(f"{prefix}data/{key}")).load()
+    except UserError:
+        raise
+    except _RefusedError as refused:
+        raise UserError(
+            f"{path}: its pickle asks for {refused}, which no weights need; it may be hostile, and nothing was run"
+        ) from None
+    except zipfile.BadZipFile as error:
+        if "CRC" in str(error):
+            raise UserError(f"{path}: damaged ({error}); download it again") from None
+        raise UserError(f"{path}: truncated or damaged at {size} bytes; download it again") from None
+    except Exception as error:  # whatever else a damaged or hostile pickle provokes
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: damaged or not a torch checkpoint ({type(error).__name__}: {reason})") from None
+
+
+class _RefusedError(Exception):
+    """A name that is not on the allow-list."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _StorageType:
+    dtype: np.dtype
+
+
+class _Unpickler(PythonUnpickler):
+    """Python's own pickle machine (its memo is a dict, so no opcode can reserve memory) with three doors closed.
+
+    `find_class` hands out only `ALLOWED`; `persistent_load` only storages of the archive; BUILD, which else sets
+    attributes on anything, only fills a Namespace, an OrderedDict's `_metadata` (dropped) and a dtype's byte order.
+    """
+
+    dispatch: ClassVar = dict(PythonUnpickler.dispatch)
+
+    def __init__(self, data: bytes, read_storage: Callable[[str], bytes]):
+        super().__init__(io.BytesIO(data), encoding="utf-8")
+        self.read_storage = read_storage
+        self.storages: dict[str, np.ndarray] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and name in STORAGES:
+            return _StorageType(STORAGES[name])
+        if module == "numpy.dtypes" and name in NUMPY_DTYPES:
+            return lambda: _DType(NUMPY_DTYPES[name])
+        try:
+            return ALLOWED[f"{module}.{name}"]
+        except KeyError:
+            raise _RefusedError(f"{module}.{name}") from None
+
+    def persistent_load(self, pid: Any) -> np.ndarray:
+        kind, storage_type, key, _, count = pid
+        if kind != "storage" or not isinstance(storage_type, _StorageType) or not isinstance(key, str):
+            raise ValueError("a persistent id that is no storage")
+        if key not in self.storages:
+            data = self.read_storage(key)
+            if len(data) != count * storage_type.dtype.itemsize:
+                raise ValueError(f"storage {key} has {len(data)} bytes for {count} of {storage_type.dtype}")
+            self.storages[key] = np.frombuffer(data, storage_type.dtype)
+        return self.storages[key]
+
+    def load_build(self) -> None:
+        state, target = self.stack.pop(), self.stack[-1]
+        if isinstance(target, argparse.Namespace):
+            vars(target).update(state)
+        elif isinstance(target, _DType):
+            target.order = state[1]
+        elif not isinstance(target, collections.OrderedDict):
+            raise ValueError(f"state for a {type(target).__name__}")
+
+    dispatch[pickle.BUILD[0]] = load_build
+
+
+def _rebuild_tensor(storage: np.ndarray, offset: int, shape: tuple, strides: tuple, *_: Any) -> np.ndarray:
+    """A view of `storage` with these strides (in elements), after checking that it stays inside."""
+    if not (isinstance(storage, np.ndarray) and storage.ndim == 1 and len(shape) == len(strides)):
+        raise ValueError("a tensor that is no view of a storage")
+    if min(offset, *shape, *strides, 0) < 0:
+        raise ValueError(f"a tensor with negative size or stride: {shape}, {strides}")
+    count = math.prod(shape)
+    last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+    if count and (last >= storage.size or count > max(storage.size, MAX_EXPANDED)):
+        raise ValueError(f"a tensor of shape {tuple(shape)} lies outside its storage of {storage.size}")
+    step = storage.itemsize
+    view = np.lib.stride_tricks.as_strided(storage[offset:], shape, [n * step for n in strides], writeable=False)
+    return view if count else np.zeros(shape, storage.dtype)
+
+
+@dataclasses.dataclass
+class _DType:
+    """A numeric dtype as NumPy pickles it: a code such as `f8`, then the byte order by BUILD."""
+
+    code: str
+    align: bool = False
+    copy: bool = True
+    order: str = "="
+
+
+def _scalar(dtype: _DType, data: bytes) -> Any:
+    if not (isinstance(dtype, _DType) and dtype.code in NUMPY_DTYPES.values() and dtype.order in "<>=|"):
+        raise ValueError(f"a NumPy scalar of type {dtype}")
+    order = dtype.order if dtype.order in "<>" else ""
+    return np.frombuffer(data, f"{order}{dtype.code}", 1)[0]
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    if encoding not in ("latin1", "latin-1"):
+        raise _RefusedError(f"_codecs.encode({encoding!r})")
+    return text.encode("latin1")
+
+
+CODES = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")
+NUMPY_DTYPES = {type(np.dtype(code)).__name__: code for code in CODES}
+ALLOWED = {
+    "collections.OrderedDict": collections.OrderedDict,
+    "argparse.Namespace": argparse.Namespace,
+    "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
+    "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
+    "numpy.core.multiarray.scalar": _scalar,
+    "numpy._core.multiarray.scalar": _scalar,
+    "numpy.dtype": _DType,
+    "_codecs.encode": _encode,
+}
+
+
+def _read_legacy(path: epath.Path) -> Any:
+    """Torch's format before 1.6, by torch under `weights_only` with the same allow-list."""
+    try:
+        import torch
+    except ImportError:
+        raise UserError(
+            f"{path}: in torch's old format (before 1.6), which only torch reads: pip install torch, or save it again "
+            "elsewhere with a newer torch"
+        ) from None
+    from numpy._core.multiarray import scalar
+
+    dtypes = [type(np.dtype(code)) for code in NUMPY_DTYPES.values()]
+    safe: list[Any] = [argparse.Namespace, np.dtype, *dtypes, (_codecs.encode, "_codecs.encode")]
+    safe += [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    try:
+        with path.open("rb") as file, torch.serialization.safe_globals(safe):
+            return _to_numpy(torch.load(file, map_location="cpu", weights_only=True))
+    except Exception as error:
+        refused = re.search(r"GLOBAL (\S+) (was|whose)", str(error))
+        reason = f"its pickle asks for {refused[1]}" if refused else str(error).partition("\n")[0]
+        raise UserError(f"{path}: damaged or hostile: torch refuses it ({reason})") from None
+
+
+def _to_numpy(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _to_numpy(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_to_numpy(item) for item in value)
+    if not hasattr(value, "detach"):
+        return value
+    value = value.detach()
+    if str(value.dtype) == "torch.bfloat16":
+        return value.float().numpy().astype(ml_dtypes.bfloat16)
+    return value.numpy()
+
+
+class _Pickler(PythonPickler):
+    """Pickles NumPy arrays the way torch pickles tensors, collecting their storages."""
+
+    dispatch: ClassVar = dict(PythonPickler.dispatch)
+
+    def __init__(self, file: Any):
+        super().__init__(file, protocol=2)
+        self.storages: list[np.ndarray] = []
+
+    def save_array(self, array: np.ndarray) -> None:
+        names = {dtype: name for name, dtype in STORAGES.items()}
+        data = np.ascontiguousarray(array).reshape(array.shape)  # ascontiguousarray makes a scalar 1-D
+        self.write(pickle.GLOBAL + b"torch._utils\n_rebuild_tensor_v2\n" + pickle.MARK + pickle.MARK)
+        self.save("storage")
+        self.write(pickle.GLOBAL + f"torch\n{names[data.dtype]}\n".encode())
+        self.save(str(len(self.storages)))
+        self.save("cpu")
+        self.save(data.size)
+        self.write(pickle.TUPLE + pickle.BINPERSID)
+        strides = tuple(n // data.itemsize for n in data.strides)
+        view: tuple[Any, ...] = (0, data.shape, strides, False, collections.OrderedDict())
+        for item in view:
+            self.save(item)
+        self.write(pickle.TUPLE + pickle.REDUCE)
+        self.memoize(array)
+        self.storages.append(data)
+
+    dispatch[np.ndarray] = save_array
+
+
+def write_pth(path: epath.PathLike, value: Any) -> None:
+    """Writes nested dicts, lists, numbers and NumPy arrays as a `.pth` that `torch.load(weights_only=True)` reads.
+
+    Arrays become contiguous tensors. The same value gives the same bytes. The file appears whole or not at all.
+    """
+    path = epath.Path(path)
+    buffer = io.BytesIO()
+    pickler = _Pickler(buffer)
+    pickler.dump(value)
+    with tempfile.TemporaryDirectory() as folder:
+        local = epath.Path(folder) / "archive.pth"
+        with local.open("wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+            _add(archive, "data.pkl", buffer.getvalue())
+            _add(archive, "byteorder", b"little")
+            for key, storage in enumerate(pickler.storages):
+                _add(archive, f"data/{key}", storage.tobytes())
+            _add(archive, "version", b"3\n")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.parent / f"{path.name}.part"
+        local.copy(partial, overwrite=True)
+        partial.replace(path)
+
+
+def _add(archive: zipfile.ZipFile, name: str, data: bytes) -> None:
+    """Adds a member whose bytes start at a multiple of `ALIGNMENT`, padded through torch's `FB` extra field."""
+    info = zipfile.ZipInfo(f"archive/{name}", date_time=(1980, 1, 1, 0, 0, 0))
+    assert archive.fp is not None  # it is open
+    start = archive.fp.tell() + 30 + len(info.filename) + 4  # 30: a local header; 4: the extra field's own header
+    padding = -start % ALIGNMENT
+    info.extra = b"FB" + padding.to_bytes(2, "little") + b"Z" * padding
+    archive.writestr(info, data)

@@ -1,0 +1,128 @@
+"""Label propagation between video frames (official `eval_video_segmentation.py`; paper section 4.2), in local windows.
+
+Every patch of a new frame takes the labels of its most similar patches in the context frames, weighted by
+exp(cosine similarity / T) and normalised. A patch looks only at most `radius` rows and columns away, so the frame is cut
+into tiles, and one tile at a time meets just the windows it can see: the affinity between all patches of all frames is
+never built.
+
+Legend: n context frames, h x w patches, D width, L labels, t tile side, s = t + 2 * radius window side.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+TILE = 8  # patches
+
+
+def propagate(
+    context_features: jax.Array,
+    target_features: jax.Array,
+    context_labels: jax.Array,
+    valid: jax.Array | None = None,
+    *,
+    radius: int = 12,
+    topk: int = 5,
+    temperature: float = 0.1,
+    devices: Sequence[jax.Device] | None = None,
+) -> jax.Array:
+    """Soft labels [h, w, L] of the target frame.
+
+    Args:
+      context_features: [n, h, w, D] float; need not be normalised.
+      target_features: [h, w, D] float.
+      context_labels: [n, h, w, L] float, e.g. one-hot or earlier results.
+      valid: bool [n], which of the context frames exist; default all.
+      radius: reach of the window in rows and in columns; 0 or less: the whole frame.
+      topk: number of source patches, over all context frames together.
+      temperature: T.
+      devices: default all of this process; each takes a share of the tiles.
+    """
+    count, height, width, _ = context_features.shape
+    reach = radius if radius > 0 else max(height, width)
+    valid = np.ones(count, bool) if valid is None else valid
+    mesh = Mesh(np.array(jax.local_devices() if devices is None else devices), ("data",))
+    step = _compiled(mesh, height, width, reach, topk, temperature)
+    return step(context_features, target_features, context_labels, valid)
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled(mesh: Mesh, height: int, width: int, reach: int, topk: int, temperature: float):
+    rows, columns = -(-height // TILE), -(-width // TILE)
+    count = -(-rows * columns // mesh.size) * mesh.size  # surplus tiles repeat the last one
+    corners = np.array([(TILE * i, TILE * j) for i in range(rows) for j in range(columns)], np.int32)
+    corners = np.concatenate([corners, np.repeat(corners[-1:], count - len(corners), 0)])
+
+    def local(corners, sources, target, labels, inside):
+        tile = functools.partial(_tile, sources, target, labels, inside, reach, topk, temperature)
+        return jax.lax.map(tile, corners)  # [tiles, t, t, L]
+
+    tiles = jax.shard_map(local, mesh=mesh, in_specs=(P("data"), P(), P(), P(), P()), out_specs=P("data"))
+
+    def step(sources, target, labels, valid):
+        pad = lambda x, low: jnp.pad(  # noqa: E731  to whole tiles, and by `low` on every side
+            x, [(0, 0)] * (x.ndim - 3) + [(low, low + rows * TILE - height), (low, low + columns * TILE - width), (0, 0)]
+        )
+        inside = jnp.broadcast_to(valid[:, None, None, None], (*sources.shape[:3], 1))
+        out = tiles(
+            corners, pad(_normalise(sources), reach), pad(_normalise(target), 0), pad(labels, reach), pad(inside, reach)
+        )
+        out = out[: rows * columns].reshape(rows, columns, TILE, TILE, -1)
+        return out.transpose(0, 2, 1, 3, 4).reshape(rows * TILE, columns * TILE, -1)[:height, :width]
+
+    return jax.jit(step)
+
+
+def _tile(sources, target, labels, inside, reach: int, topk: int, temperature: float, corner: jax.Array) -> jax.Array:
+    """The labels [t, t, L] of one tile, from padded arrays; the window of a padded array starts at the tile's corner."""
+    side = TILE + 2 * reach
+    window = lambda x: jax.lax.dynamic_slice(  # noqa: E731  [n, s, s, .] -> [n * s * s, .]
+        x, (0, corner[0], corner[1], 0), (x.shape[0], side, side, x.shape[3])
+    ).reshape(-1, x.shape[3])
+    query = jax.lax.dynamic_slice(target, (corner[0], corner[1], 0), (TILE, TILE, target.shape[2]))
+    query = query.reshape(TILE * TILE, -1)  # [t * t, D]
+    offset = np.arange(side)[None] - np.arange(TILE)[:, None]  # [t, s]: reach when at the patch itself
+    near = (offset >= 0) & (offset <= 2 * reach)
+    near = (near[:, None, :, None] & near[None, :, None, :]).reshape(TILE * TILE, 1, -1)  # [t * t, 1, s * s]
+    seen = (near & window(inside).reshape(1, sources.shape[0], -1)).reshape(TILE * TILE, -1)  # [t * t, n * s * s]
+    similarity = jnp.matmul(query, window(sources).T, precision="highest")
+    best, index = jax.lax.top_k(jnp.where(seen, similarity, -jnp.inf), min(topk, similarity.shape[1]))
+    weights = jax.nn.softmax(best / temperature, axis=-1)  # [t * t, k]
+    mixed = jnp.einsum("qk,qkl->ql", weights, window(labels)[index], precision="highest")
+    return mixed.reshape(TILE, TILE, -1)
+
+
+def _normalise(x: jax.Array) -> jax.Array:
+    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+
+def hard_labels(soft: jax.Array, scale: int) -> jax.Array:
+    """Label map uint8 [scale * h, scale * w] of soft labels [h, w, L].
+
+    Bilinear enlargement (half-pixel centres, edges repeated), each label stretched to 0..1 over the picture, argmax.
+    """
+    height, width, _ = soft.shape
+    rows, columns = (jnp.asarray(_bilinear(size, size * scale), soft.dtype) for size in (height, width))
+    large = jnp.einsum("yh,xw,hwl->yxl", rows, columns, soft, precision="highest")
+    low = large.min((0, 1))
+    span = large.max((0, 1)) - low
+    stretched = (large - low) / jnp.where(span > 0, span, 1)
+    return jnp.argmax(jnp.where(large.max((0, 1)) > 0, stretched, large), axis=-1).astype(jnp.uint8)
+
+
+def _bilinear(old: int, new: int) -> np.ndarray:
+    """The matrix [new, old] of a linear resize: torch's and OpenCV's, without anti-aliasing."""
+    place = np.maximum((np.arange(new) + 0.5) * old / new - 0.5, 0)
+    left = np.minimum(place.astype(int), old - 1)
+    share = np.minimum(place - left, 1) * (left < old - 1)
+    matrix = np.zeros((new, old))
+    np.add.at(matrix, (np.arange(new), left), 1 - share)
+    np.add.at(matrix, (np.arange(new), np.minimum(left + 1, old - 1)), share)
+    return matrix

@@ -20,7 +20,7 @@ from .scenes_render import (
     SHAPES,
     TEXTURES,
     Background,
-    Outline,
+    Dice,
     Pattern,
     Piece,
     Scene,
@@ -30,7 +30,6 @@ from .scenes_render import (
 )
 
 CLASSES: dict[str, str] = dict(zip(SHAPES, TEXTURES, strict=True))  # shape -> the texture it wears
-_HUES = np.array([0, -2 * np.pi / 3, 2 * np.pi / 3])  # of red, green, blue
 
 
 class Scenes:
@@ -71,26 +70,27 @@ class Scenes:
 
     def scene(self, index: int) -> Scene:
         """The description that is rendered: the object is the piece with owner 1."""
-        rng = _generator(self.seed, self.split, "picture", index)
-        area = math.exp(rng.uniform(math.log(0.1), math.log(0.42)))
-        centre = 0.5 + rng.uniform(-1, 1, 2) * max(0.06, 0.5 - 0.75 * math.sqrt(area))
-        thing = _object(rng, self.class_names[self.label(index)], area, centre, owner=1)
-        behind = [_clutter(rng, 0.008, 0.06) for _ in range(rng.integers(3, 8))]
-        before = [_clutter(rng, 0.004, 0.02) for _ in range(rng.integers(0, 3))]
-        return Scene(_background(rng), (*behind, thing, *before), _light(rng), rng.uniform(0, 0.03), index)
+        dice = Dice(_generator(self.seed, self.split, "picture", self._check(index)))
+        area = dice.log_uniform(0.1, 0.42)
+        reach = max(0.06, 0.5 - 0.75 * math.sqrt(area))
+        centre = 0.5 + dice.uniform(-reach, reach), 0.5 + dice.uniform(-reach, reach)
+        thing = _object(dice, self.class_names[self.label(index)], area, centre, owner=1)
+        behind = [_clutter(dice, 0.008, 0.06) for _ in range(dice.integer(3, 8))]
+        before = [_clutter(dice, 0.004, 0.02) for _ in range(dice.integer(0, 3))]
+        return Scene(_background(dice), (*behind, thing, *before), _light(dice), dice.uniform(0, 0.03), index)
 
     def clip(self, index: int, frames: int = 12, objects: int = 3) -> tuple[np.ndarray, np.ndarray]:
-        """A clip of `objects` that move, turn and pass in front of one another, before and behind clutter that stays.
+        """A clip of `objects` that move, turn and pass in front of one another, among clutter that stays.
 
         Returns the frames, uint8 [T, H, W, 3], and the index masks, uint8 [T, H, W]: 0 background, 1..objects, a higher
         number in front. A longer clip begins with the shorter one.
         """
         index, frames, objects = self._check(index), _integer("frames", frames, 1), _integer("objects", objects, 1)
-        rng = _generator(self.seed, self.split, "clip", index)
-        background, light, noise = _background(rng), _light(rng), rng.uniform(0, 0.03)
-        behind = [_clutter(rng, 0.008, 0.05) for _ in range(rng.integers(3, 8))]
-        before = [_clutter(rng, 0.004, 0.015) for _ in range(rng.integers(0, 2))]
-        actors = _actors(rng, objects)
+        dice = Dice(_generator(self.seed, self.split, "clip", index))
+        background, light, noise = _background(dice), _light(dice), dice.uniform(0, 0.03)
+        behind = [_clutter(dice, 0.008, 0.05) for _ in range(dice.integer(3, 8))]
+        before = [_clutter(dice, 0.004, 0.015) for _ in range(dice.integer(0, 2))]
+        actors = _actors(dice, objects)
         images, masks = [], []
         for t in range(frames):
             pieces = (*behind, *(_moved(*actor, t) for actor in actors), *before)
@@ -126,29 +126,32 @@ def _block_order(seed: int, split: str, block: int) -> np.ndarray:
     return _generator(seed, split, "labels", block).permutation(len(CLASSES))
 
 
-def _colour(lightness: float, chroma: float, hue: float) -> np.ndarray:
-    return np.clip(lightness + chroma * np.cos(hue + _HUES), 0.02, 0.98).astype(np.float32)
+def _colour(lightness: float, chroma: float, hue: float) -> list[float]:
+    """Red, green, blue in 0..1."""
+    return [min(max(lightness + chroma * math.cos(hue + k * math.tau / 3), 0.02), 0.98) for k in (0, 2, 1)]
 
 
-def _pair(rng: np.random.Generator, contrast: tuple[float, float], chroma: tuple[float, float]) -> np.ndarray:
-    """Two colours, float32 [2, 3], of random hues, the lighter one first or second."""
-    middle, half, hue = rng.uniform(0.3, 0.7), rng.uniform(*contrast) / 2, rng.uniform(0, 2 * np.pi)
-    half *= rng.choice((-1, 1))
-    other = hue + rng.uniform(-1.5, 1.5)
-    return np.stack([_colour(middle + half, rng.uniform(*chroma), hue), _colour(middle - half, rng.uniform(*chroma), other)])
+def _pair(dice: Dice, contrast: tuple[float, float], chroma: tuple[float, float]) -> np.ndarray:
+    """Two colours of random hues, the lighter one first or second: float32 [2, 3, 1, 1]."""
+    middle, half = dice.uniform(0.3, 0.7), dice.sign() * dice.uniform(*contrast) / 2
+    hue = dice.uniform(0, math.tau)
+    first = _colour(middle + half, dice.uniform(*chroma), hue)
+    second = _colour(middle - half, dice.uniform(*chroma), hue + dice.uniform(-1.5, 1.5))
+    return np.array(first + second, np.float32).reshape(2, 3, 1, 1)
 
 
-def _pattern(rng: np.random.Generator, texture: str, frequency: float, colours: np.ndarray) -> Pattern:
-    return Pattern(
-        texture, frequency, rng.uniform(0, 2 * np.pi), rng.uniform(-0.5, 0.5, 2), int(rng.integers(4096)), colours
-    )
+def _pattern(dice: Dice, texture: str | None, frequency: float, colours: np.ndarray) -> Pattern:
+    """A texture, or any of them, turned and shifted at random."""
+    texture = texture or tuple(TEXTURES)[dice.integer(0, len(TEXTURES))]
+    phase = dice.uniform(-0.5, 0.5), dice.uniform(-0.5, 0.5)
+    return Pattern(texture, frequency, dice.uniform(0, math.tau), phase, dice.integer(0, 4096), colours)
 
 
-def _matrix(rng: np.random.Generator, area: float, mirrored: bool) -> np.ndarray:
-    """A linear map of determinant +-area: aspect and shear, then rotation."""
-    aspect, shear, angle = math.exp(rng.uniform(-0.2, 0.2)), rng.uniform(-0.2, 0.2), rng.uniform(0, 2 * np.pi)
-    stretch = np.array([[aspect, shear], [0, 1 / aspect]]) * ((-1 if mirrored else 1), 1)
-    return math.sqrt(area) * _rotation(angle) @ stretch
+def _matrix(dice: Dice, area: float) -> np.ndarray:
+    """A linear map of determinant +-area: aspect, shear and reflection, then rotation."""
+    aspect, shear = math.exp(dice.uniform(-0.2, 0.2)), dice.uniform(-0.2, 0.2)
+    stretch = np.array([[dice.sign() * aspect, shear], [0, 1 / aspect]]) * math.sqrt(area)
+    return _rotation(dice.uniform(0, math.tau)) @ stretch
 
 
 def _rotation(angle: float) -> np.ndarray:
@@ -156,55 +159,50 @@ def _rotation(angle: float) -> np.ndarray:
     return np.array([[c, -s], [s, c]])
 
 
-def _object(rng: np.random.Generator, name: str, area: float, centre: np.ndarray, owner: int) -> Piece:
-    outline: Outline = normalise(SHAPES[name](rng))
-    pattern = _pattern(rng, CLASSES[name], rng.uniform(3.0, 5.0), _pair(rng, (0.3, 0.6), (0.08, 0.3)))
-    return Piece(outline, _matrix(rng, area, bool(rng.integers(2))), centre, pattern, owner)
+def _object(dice: Dice, name: str, area: float, centre: tuple[float, float], owner: int) -> Piece:
+    outline = normalise(SHAPES[name](dice))
+    pattern = _pattern(dice, CLASSES[name], dice.uniform(3, 5), _pair(dice, (0.3, 0.6), (0.08, 0.3)))
+    return Piece(outline, _matrix(dice, area), centre, pattern, owner)
 
 
-def _clutter(rng: np.random.Generator, least: float, most: float) -> Piece:
-    """A fragment of `least` to `most` of the picture's area, in any of the textures."""
-    area = math.exp(rng.uniform(math.log(least), math.log(most)))
-    texture = tuple(TEXTURES)[rng.integers(len(TEXTURES))]
-    frequency = rng.uniform(3.0, 5.0) * math.sqrt(area / 0.2)  # the stripes of clutter are as wide as those of an object
-    pattern = _pattern(rng, texture, frequency, _pair(rng, (0.2, 0.6), (0.08, 0.3)))
-    return Piece(normalise(fragment(rng)), _matrix(rng, area, False), rng.uniform(0, 1, 2), pattern, 0)
+def _clutter(dice: Dice, least: float, most: float) -> Piece:
+    """A fragment of `least` to `most` of the picture's area, its texture as coarse as that of an object."""
+    area = dice.log_uniform(least, most)
+    frequency = dice.uniform(3, 5) * math.sqrt(area / 0.2)
+    pattern = _pattern(dice, None, frequency, _pair(dice, (0.2, 0.6), (0.08, 0.3)))
+    centre = dice.uniform(0, 1), dice.uniform(0, 1)
+    return Piece(normalise(fragment(dice)), _matrix(dice, area), centre, pattern, owner=0)
 
 
-def _background(rng: np.random.Generator) -> Background:
-    octaves = tuple(
-        rng.standard_normal((n, n), dtype=np.float32) * np.float32(strength)
-        for n, strength in ((3, rng.uniform(0, 0.5)), (6, rng.uniform(0, 0.35)), (12, rng.uniform(0, 0.25)), (32, 0.12))
-    )
-    blobs = rng.standard_normal((5, 5), dtype=np.float32) * 0.6 + np.float32(rng.uniform(-0.6, 0.6))
-    texture = tuple(TEXTURES)[rng.integers(len(TEXTURES))]
-    pattern = _pattern(rng, texture, rng.uniform(4.0, 12.0), _pair(rng, (0.05, 0.25), (0.02, 0.18)))
-    return Background(_pair(rng, (0.1, 0.35), (0.02, 0.18)), rng.uniform(-0.8, 0.8, 2), octaves, blobs, pattern)
+def _background(dice: Dice) -> Background:
+    strengths = (3, dice.uniform(0, 0.5)), (6, dice.uniform(0, 0.35)), (12, dice.uniform(0, 0.25)), (32, 0.12)
+    octaves = tuple(dice.rng.standard_normal((n, n), np.float32) * np.float32(strength) for n, strength in strengths)
+    blobs = dice.rng.standard_normal((5, 5), np.float32) * np.float32(0.6) + np.float32(dice.uniform(-0.6, 0.6))
+    pattern = _pattern(dice, None, dice.uniform(4, 12), _pair(dice, (0.05, 0.25), (0.02, 0.18)))
+    ramp = dice.uniform(-0.8, 0.8), dice.uniform(-0.8, 0.8)
+    return Background(_pair(dice, (0.1, 0.35), (0.02, 0.18)), ramp, octaves, blobs, pattern)
 
 
-def _light(rng: np.random.Generator) -> np.ndarray:
-    angle = rng.uniform(0, 2 * np.pi)
-    return rng.uniform(0.0, 0.35) * np.array([math.cos(angle), math.sin(angle)])
+def _light(dice: Dice) -> tuple[float, float]:
+    strength, angle = dice.uniform(0, 0.35), dice.uniform(0, math.tau)
+    return strength * math.cos(angle), strength * math.sin(angle)
 
 
-def _actors(rng: np.random.Generator, objects: int) -> list[tuple[Piece, np.ndarray, float]]:
+def _actors(dice: Dice, objects: int) -> list[tuple[Piece, tuple[float, float], float]]:
     """Pieces with a velocity (fractions of the picture per frame) and a turn (radians per frame), apart at first."""
     names, actors, centres = tuple(CLASSES), [], []
     for k in range(objects):
-        candidates = rng.uniform(0.2, 0.8, (16, 2))
-        gaps = [min((np.hypot(*(p - q)) for q in centres), default=1.0) for p in candidates]
-        centres.append(candidates[int(np.argmax(gaps))])
-        piece = _object(rng, names[rng.integers(len(names))], rng.uniform(0.05, 0.12), centres[-1], owner=k + 1)
-        heading = rng.uniform(0, 2 * np.pi)
-        velocity = rng.uniform(0.02, 0.05) * np.array([math.cos(heading), math.sin(heading)])
-        actors.append((piece, velocity, rng.choice((-1, 1)) * rng.uniform(0.05, 0.2)))
+        candidates = [(dice.uniform(0.2, 0.8), dice.uniform(0.2, 0.8)) for _ in range(16)]
+        centres.append(max(candidates, key=lambda p: min((math.dist(p, q) for q in centres), default=0.0)))
+        name = names[dice.integer(0, len(names))]
+        piece = _object(dice, name, dice.log_uniform(0.04, 0.1), centres[-1], owner=k + 1)
+        speed, heading = dice.uniform(0.02, 0.05), dice.uniform(0, math.tau)
+        velocity = speed * math.cos(heading), speed * math.sin(heading)
+        actors.append((piece, velocity, dice.sign() * dice.uniform(0.05, 0.2)))
     return actors
 
 
-def _moved(piece: Piece, velocity: np.ndarray, turn: float, t: int) -> Piece:
-    """The piece after t frames; it bounces where its centre is 0.15 from the picture's edge."""
-    low, span = 0.15, 0.7
-    folded = np.mod(piece.centre + t * velocity - low, 2 * span)
-    return piece._replace(
-        centre=low + np.minimum(folded, 2 * span - folded), matrix=_rotation(turn * t) @ piece.matrix
-    )
+def _moved(piece: Piece, velocity: tuple[float, float], turn: float, t: int) -> Piece:
+    """The piece after t frames; its centre bounces 0.15 from the edges of the picture."""
+    x, y = (0.85 - 0.7 * abs((p + t * v - 0.15) / 0.7 % 2 - 1) for p, v in zip(piece.centre, velocity, strict=True))
+    return piece._replace(centre=(x, y), matrix=_rotation(turn * t) @ piece.matrix)

@@ -3,7 +3,8 @@
 The two are apart so that a second renderer, on the accelerator, can share the sampler. The recipe is the paper's
 (arXiv 2104.14294, section 3.1 and appendix), each operation as torchvision applies it to PIL images: random resized
 crop (bicubic), flip, colour jitter in random order, gray, Gaussian blur, solarise. K = 2 + n crops, globals first.
-Colour operations, blur and solarise need three channels (red, green, blue); other pictures are cropped and flipped only.
+Colour operations, blur and solarise need three channels (red, green, blue); other pictures are only cropped and
+flipped.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ class CropParams(NamedTuple):
 def draw_crops(rng: np.random.Generator, height: int, width: int, crops: Any, colour: bool = True) -> CropParams:
     """Draws the parameters of every crop of one picture of `height` x `width` pixels.
 
-    `crops` is `config.crops` or anything with its attributes. The count of numbers taken from `rng` depends on the count
-    of crops alone. With `colour` off (pictures that are not RGB) only box and flip are drawn into the result.
+    `crops` is `config.crops` or anything with its attributes. How many numbers are taken from `rng` depends on the
+    count of crops alone. With `colour` off (pictures that are not RGB) only box and flip come out of it.
     """
     count = 2 + crops.local_count
     draws = rng.random((count, 4 * TRIES + 14))  # [K, .] uniform in [0, 1)

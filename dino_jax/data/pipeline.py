@@ -13,9 +13,9 @@ A batch is a dict. b: the rows of this process; n: `crops.local_count`; C: chann
 `data.render = "device"`: crops left to the accelerator
     canvas    uint8 [b, S, S, C]   the picture in the top left corner, zeros elsewhere
     size      int32 [b, 2]         its true height and width on the canvas
-    params    `crops.CropParams` with a leading axis b: box int32 [b, K, 4] (top, left, height, width, in canvas pixels),
-              flip bool [b, K], order int32 [b, K, 4], factors float32 [b, K, 4], jitter bool [b, K], gray bool [b, K],
-              blur float32 [b, K], solarize bool [b, K]
+    params    `crops.CropParams` with a leading axis b: box int32 [b, K, 4] (top, left, height, width in canvas
+              pixels), flip bool [b, K], order int32 [b, K, 4], factors float32 [b, K, 4], jitter bool [b, K],
+              gray bool [b, K], blur float32 [b, K], solarize bool [b, K]
 in both
     label     int32 [b]            -1: unknown
     index     int64 [b]            the example that was read

@@ -1,0 +1,126 @@
+"""Where pictures come from: one grammar, `open_source(spec)`, used wherever a data set is named.
+
+    folder:PATH              class folders if sub-folders hold pictures, else flat and unlabelled
+    list:FILE                one path a line, relative to the file's folder, then optionally a tab, comma or blank and a
+                             whole-number label (or a tab and a class name); # starts a comment
+    arrays:FILE.npz          `images` uint8 [N, H, W] or [N, H, W, C] and optionally `labels` [N]; or a bare .npy stack
+    scenes:SPLIT?size=N&seed=S&image_size=P        rendered pictures, nothing on disk
+    arrayrecord:DIR          shards written by `dino-jax pack`
+    tfds:NAME[/CONFIG][:VERSION]:SPLIT[?data_dir=DIR&image=KEY&label=KEY]       TensorFlow Datasets, array_record format
+    hf:NAME[/CONFIG]:SPLIT[?image=KEY&label=KEY]   Hugging Face `datasets`, or a folder written by its save_to_disk
+
+A bare path is auto-detected among the path kinds. Paths may be remote (`gs://`, `s3://`: etils.epath). A source is
+picklable, and cheap to pickle: worker processes get copies.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable
+from typing import Protocol
+from urllib.parse import parse_qsl
+
+from etils import epath
+
+from ..errors import UserError
+from .arrays import open_arrays
+from .example import Example
+from .files import FolderSource, ListSource
+from .packed import MANIFEST, PackedSource
+
+
+class Source(Protocol):
+    """A finite, random-access collection of pictures."""
+
+    class_names: tuple[str, ...] | None  # None: unlabelled, or labelled by numbers alone
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Example:
+        """The example at 0 <= index < len. Raises `BadImage` where it cannot be read."""
+
+
+def open_source(spec: str) -> Source:
+    """Opens the data set that `spec` names (grammar above). Raises `UserError` naming what is wrong and the mend."""
+    kind, rest, options = split_spec(spec)
+    opener, allowed = KINDS[kind]
+    for key in options:
+        if key not in allowed:
+            raise UserError(f"{spec}: {_unknown('option', key, allowed)}")
+    if not rest:
+        raise UserError(f"{spec}: nothing after '{kind}:'")
+    source = opener(rest, **options)
+    if not len(source):
+        raise UserError(f"{spec}: the data set is empty")
+    return source
+
+
+def split_spec(spec: str) -> tuple[str, str, dict[str, str]]:
+    """'kind:rest?key=value' -> (kind, rest, {key: value}); the kind of a bare path is detected from what is there."""
+    match = re.match(r"([A-Za-z_]\w*):(?!//)(.*)", spec, re.DOTALL)
+    if match is None or epath.Path(spec).exists():
+        return detect(spec), spec, {}
+    kind, rest = match.groups()
+    if kind not in KINDS:
+        raise UserError(f"{spec}: {_unknown('kind of source', kind, KINDS)}")
+    rest, _, query = rest.partition("?")
+    try:
+        return kind, rest, dict(parse_qsl(query, keep_blank_values=True, strict_parsing=True) if query else ())
+    except ValueError:
+        raise UserError(f"{spec}: what follows '?' must read key=value&key=value") from None
+
+
+def detect(path: str) -> str:
+    """The kind of a bare path."""
+    here = epath.Path(path)
+    if here.is_dir():
+        return "arrayrecord" if (here / MANIFEST).exists() else "folder"
+    if not here.exists():
+        raise UserError(f"{path}: no such file or folder (a source is a path or one of {', '.join(KINDS)} and ':')")
+    if here.suffix in (".npz", ".npy"):
+        return "arrays"
+    if here.suffix.lower() in (".txt", ".csv", ".tsv", ".lst", ".list"):
+        return "list"
+    raise UserError(f"{path}: not a folder, a list (.txt) or arrays (.npz); say which kind, as in list:{path}")
+
+
+def _unknown(what: str, name: str, known: object) -> str:
+    names = sorted(known)  # type: ignore[call-overload]
+    close = difflib.get_close_matches(name, names, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return f"unknown {what} {name!r} (known: {', '.join(names) or 'none'}){hint}"
+
+
+def _open_scenes(split: str, **options: str) -> Source:
+    from .scenes import Scenes
+
+    numbers = {}
+    for key, value in options.items():
+        if not re.fullmatch(r"\d+", value):
+            raise UserError(f"scenes: {key} must be a whole number, not {value!r}")
+        numbers[key] = int(value)
+    return Scenes(split, **numbers)
+
+
+def _open_tfds(name: str, **options: str) -> Source:
+    from .external import TfdsSource
+
+    return TfdsSource(name, **options)
+
+
+def _open_hf(name: str, **options: str) -> Source:
+    from .external import HfSource
+
+    return HfSource(name, **options)
+
+
+KINDS: dict[str, tuple[Callable[..., Source], tuple[str, ...]]] = {
+    "folder": (FolderSource, ()),
+    "list": (ListSource, ()),
+    "arrays": (open_arrays, ()),
+    "scenes": (_open_scenes, ("size", "seed", "image_size")),
+    "arrayrecord": (PackedSource, ()),
+    "tfds": (_open_tfds, ("data_dir", "image", "label")),
+    "hf": (_open_hf, ("image", "label")),
+}

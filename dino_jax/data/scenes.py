@@ -24,6 +24,7 @@ from .scenes_render import (
     Pattern,
     Piece,
     Scene,
+    enlarge,
     fragment,
     normalise,
     render,
@@ -77,7 +78,8 @@ class Scenes:
         thing = _object(dice, self.class_names[self.label(index)], area, centre, owner=1)
         behind = [_clutter(dice, 0.008, 0.06) for _ in range(dice.integer(3, 8))]
         before = [_clutter(dice, 0.004, 0.02) for _ in range(dice.integer(0, 3))]
-        return Scene(_background(dice), (*behind, thing, *before), _light(dice), dice.uniform(0, 0.03), index)
+        pieces = (*behind, thing, *before)
+        return Scene(_background(dice), pieces, _light(dice), dice.uniform(0, 0.03), dice.integer(0, 2**32))
 
     def clip(self, index: int, frames: int = 12, objects: int = 3) -> tuple[np.ndarray, np.ndarray]:
         """A clip of `objects` that move, turn and pass in front of one another, among clutter that stays.
@@ -88,13 +90,14 @@ class Scenes:
         index, frames, objects = self._check(index), _integer("frames", frames, 1), _integer("objects", objects, 1)
         dice = Dice(_generator(self.seed, self.split, "clip", index))
         background, light, noise = _background(dice), _light(dice), dice.uniform(0, 0.03)
+        seed = dice.integer(0, 2**32)
         behind = [_clutter(dice, 0.008, 0.05) for _ in range(dice.integer(3, 8))]
         before = [_clutter(dice, 0.004, 0.015) for _ in range(dice.integer(0, 2))]
         actors = _actors(dice, objects)
         images, masks = [], []
         for t in range(frames):
             pieces = (*behind, *(_moved(*actor, t) for actor in actors), *before)
-            image, owner = render(Scene(background, pieces, light, noise, t), self.height, self.width)
+            image, owner = render(Scene(background, pieces, light, noise, seed + t), self.height, self.width)
             images.append(image)
             masks.append(owner)
         return np.stack(images), np.stack(masks)  # [T, H, W, 3], [T, H, W]
@@ -175,12 +178,13 @@ def _clutter(dice: Dice, least: float, most: float) -> Piece:
 
 
 def _background(dice: Dice) -> Background:
-    strengths = (3, dice.uniform(0, 0.5)), (6, dice.uniform(0, 0.35)), (12, dice.uniform(0, 0.25)), (32, 0.12)
-    octaves = tuple(dice.rng.standard_normal((n, n), np.float32) * np.float32(strength) for n, strength in strengths)
+    noise = np.zeros((3, 3), np.float32)
+    for n, strength in ((3, dice.uniform(0, 0.5)), (6, dice.uniform(0, 0.35)), (12, dice.uniform(0, 0.25)), (32, 0.12)):
+        noise = enlarge(noise, n, n) + dice.rng.standard_normal((n, n), np.float32) * np.float32(strength)
     blobs = dice.rng.standard_normal((5, 5), np.float32) * np.float32(0.6) + np.float32(dice.uniform(-0.6, 0.6))
     pattern = _pattern(dice, None, dice.uniform(4, 12), _pair(dice, (0.05, 0.25), (0.02, 0.18)))
     ramp = dice.uniform(-0.8, 0.8), dice.uniform(-0.8, 0.8)
-    return Background(_pair(dice, (0.1, 0.35), (0.02, 0.18)), ramp, octaves, blobs, pattern)
+    return Background(_pair(dice, (0.1, 0.35), (0.02, 0.18)), ramp, noise, blobs, pattern)
 
 
 def _light(dice: Dice) -> tuple[float, float]:

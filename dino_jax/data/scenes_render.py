@@ -68,7 +68,7 @@ class Background(NamedTuple):
 
     colours: np.ndarray  # float32 [2, 3, 1, 1] in 0..1
     ramp: tuple[float, float]  # slope of the mixture over the picture
-    octaves: tuple[np.ndarray, ...]  # float32 lattices, coarse to fine
+    noise: np.ndarray  # float32 lattice, added to the mixture
     blobs: np.ndarray  # float32 lattice: where the pattern shows
     pattern: Pattern
 
@@ -330,21 +330,21 @@ def coverage(outline: Outline, matrix: np.ndarray, centre: np.ndarray, height: i
     return (slice(top, bottom), slice(left, right)), share
 
 
+def enlarge(lattice: np.ndarray, height: int, width: int) -> np.ndarray:
+    """A smooth float32 field [height, width] through the lattice, bicubic."""
+    return np.asarray(Image.fromarray(lattice).resize((width, height), Image.Resampling.BICUBIC))
+
+
 def _paint_background(background: Background, height: int, width: int) -> np.ndarray:
     unit = math.sqrt(height * width)
     x = (np.arange(width, dtype=np.float32) - (width - 1) / 2)[None] / unit
     y = (np.arange(height, dtype=np.float32) - (height - 1) / 2)[:, None] / unit
     mixture = background.ramp[0] * x + (background.ramp[1] * y + 0.5)
-    for lattice in background.octaves:
-        mixture += _enlarge(lattice, height, width)
+    mixture += enlarge(background.noise, height, width)
     canvas = _mix(background.colours, mixture)
-    shown = np.clip(_enlarge(background.blobs, height, width), 0, 1)
+    shown = np.clip(enlarge(background.blobs, height, width), 0, 1)
     canvas += shown * (_blend(background.pattern, x, y, 1 / unit) - canvas)
     return canvas
-
-
-def _enlarge(lattice: np.ndarray, height: int, width: int) -> np.ndarray:
-    return np.asarray(Image.fromarray(lattice).resize((width, height), Image.Resampling.BICUBIC))
 
 
 def _paint(canvas: np.ndarray, owner: np.ndarray, piece: Piece, light: tuple[float, float]) -> None:

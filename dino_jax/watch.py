@@ -1,0 +1,140 @@
+"""Names collapse and divergence while a run is young, with the remedy to try.
+
+It reads the metrics of `train_step`: `loss`, `teacher_entropy` (of each picture's distribution, averaged),
+`marginal_entropy` (of the batch's mean distribution), `kl`, `bad_steps`; entropies in nats. With K prototypes:
+
+- **uniform collapse**: every picture gets the uniform distribution: entropy ln K, KL 0. Centring won over sharpening.
+- **one-prototype collapse**: one prototype takes the whole batch: both entropies 0. Sharpening won over centring.
+- **constant output**: neither, but every picture gets the same distribution: the two entropies are equal.
+- **stuck loss**: the loss stays at ln K, the price of knowing nothing, though the teacher says something.
+
+A young run looks uniform and is not, so a finding must persist, and after the warm-up (one prototype: at any time).
+Paper: section 3.1 and the ablations of centring and sharpening (5.3, appendix D).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
+
+from ml_collections import ConfigDict
+
+NEAR = 0.01  # of ln K: what counts as equal
+FEW = math.log(2.0)  # marginal entropy of two prototypes
+UNIFORM, ONE, CONSTANT, STUCK = "uniform collapse", "one-prototype collapse", "constant output", "stuck loss"
+DIVERGED = "divergence"
+
+
+class Verdict(NamedTuple):
+    """What to do, and what to tell the user, a line each."""
+
+    action: Literal["go on", "rewind", "stop"]
+    lines: list[str]
+
+
+class Watch:
+    """Follows a run through its logged metrics. A finding is told once, and again only if it went away in between.
+
+    Args:
+        config: the run's configuration.
+        steps_per_epoch: turns the configuration's epochs into steps.
+        total_steps: of the run; a finding must persist for a twentieth of it, at least 100 and at most 2,000 steps.
+    """
+
+    def __init__(self, config: ConfigDict, steps_per_epoch: int, total_steps: int):
+        self._config = config
+        self._ln_k = math.log(config.head.out_dim)
+        self._warm = max(config.optim.warmup_epochs * steps_per_epoch, total_steps // 10)
+        self._patience = min(max(total_steps // 20, 100), 2000)
+        self._finding: str | None = None
+        self._since = 0  # first step of the present finding
+        self._told = False
+        self._rewinds = 0
+        self._failed_at = 0
+
+    def update(self, step: int, metrics: Mapping[str, float]) -> Verdict:
+        """Judges the metrics of one step; to be called for every logged step, in order.
+
+        "rewind": `run.max_bad_steps` non-finite steps in a row. Restore the last checkpoint, bump the salt, go on.
+        "stop": that again, after `run.max_rewinds` rewinds with no progress in between. The last line is the reason.
+        """
+        bad = int(metrics["bad_steps"])
+        if bad >= self._config.run.max_bad_steps:
+            return self._diverged(step, bad)
+        if step > self._failed_at + self._patience:
+            self._rewinds = 0
+        finding = DIVERGED if bad else self._diagnose(metrics)
+        if finding != self._finding:
+            self._finding, self._since, self._told = finding, step, False
+        if finding is None or self._told or not self._persists(step):
+            return Verdict("go on", [])
+        self._told = True
+        if finding == DIVERGED:
+            return Verdict("go on", [f"step {step}: the loss or its gradient is not finite; the step was skipped"])
+        return Verdict("go on", [f"step {step}: {finding}: {self._evidence(metrics)}. {advice(finding, self._config)}"])
+
+    def _diagnose(self, metrics: Mapping[str, float]) -> str | None:
+        entropy, marginal = metrics["teacher_entropy"], metrics["marginal_entropy"]
+        near = NEAR * self._ln_k
+        if marginal < FEW:
+            return ONE
+        if entropy > self._ln_k - near:
+            return UNIFORM if metrics["kl"] < near else STUCK
+        if marginal - entropy < near:
+            return CONSTANT
+        return STUCK if metrics["loss"] > self._ln_k - near else None
+
+    def _persists(self, step: int) -> bool:
+        if self._finding == DIVERGED:
+            return True
+        start = self._since if self._finding == ONE else max(self._since, self._warm)
+        return step - start >= self._patience
+
+    def _evidence(self, metrics: Mapping[str, float]) -> str:
+        shown = ", ".join(
+            f"{name} {metrics[name]:.3f}" for name in ("loss", "teacher_entropy", "marginal_entropy", "kl")
+        )
+        return f"{shown}, ln K {self._ln_k:.3f}, for {self._patience} steps or more"
+
+    def _diverged(self, step: int, bad: int) -> Verdict:
+        self._finding, self._failed_at = None, step
+        self._rewinds += 1
+        found = f"step {step}: {bad} non-finite steps in a row"
+        if self._rewinds > self._config.run.max_rewinds:
+            return Verdict("stop", [f"{found}, after {self._rewinds - 1} rewinds. {advice(DIVERGED, self._config)}"])
+        return Verdict("rewind", [f"{found}; back to the last checkpoint, with other crops"])
+
+
+def advice(finding: str, config: ConfigDict) -> str:
+    """What to try, best first: only what this configuration does not do already."""
+    optim, teacher, loss, head = config.optim, config.teacher, config.loss, config.head
+    cooler = (teacher.temp > 0.04, f"a sharper teacher: teacher.temp=0.04 (now {teacher.temp:g})")
+    cooler_start = (
+        teacher.warmup_temp > 0.03,
+        f"a sharper start: teacher.warmup_temp=0.03 (now {teacher.warmup_temp:g}) for more teacher.warmup_temp_epochs",
+    )
+    quicker_center = (loss.center_momentum > 0.9, f"loss.center_momentum=0.9 (now {loss.center_momentum:g})")
+    batch = (config.batch_size < 1024, f"a larger batch_size (now {config.batch_size}; run.accum_steps makes room)")
+    slower = (
+        config.batch_size <= 256 and teacher.momentum < 0.9995,
+        f"a slower teacher: teacher.momentum=0.9995 (now {teacher.momentum:g})",
+    )
+    smaller_lr = (True, f"half the learning rate: optim.lr={optim.lr / 2:g}")
+    clip = (not 0 < optim.clip_grad <= 0.3, f"optim.clip_grad=0.3 (now {optim.clip_grad:g})")
+    freeze = (True, f"optim.freeze_last_layer={optim.freeze_last_layer + 2} (now {optim.freeze_last_layer})")
+    gain = (not head.norm_last_layer, "head.norm_last_layer=True")
+    float32 = (config.model.dtype != "float32", f"model.dtype=float32 (now {config.model.dtype})")
+    warmer = (teacher.temp < 0.04, f"a softer teacher: teacher.temp=0.04 (now {teacher.temp:g})")
+    fewer = (
+        head.out_dim > 4096 and config.batch_size < 256,
+        f"fewer prototypes: head.out_dim=4096 (now {head.out_dim})",
+    )
+    remedies = {
+        UNIFORM: [cooler, cooler_start, quicker_center, smaller_lr, freeze, slower],
+        ONE: [quicker_center, warmer, batch, slower, smaller_lr, clip],
+        CONSTANT: [quicker_center, smaller_lr, batch, slower, clip, freeze],
+        STUCK: [freeze, gain, cooler_start, smaller_lr, fewer, slower],
+        DIVERGED: [float32, gain, smaller_lr, clip, freeze],
+    }
+    return "Try " + "; ".join([text for wanted, text in remedies[finding] if wanted][:4])

@@ -29,7 +29,9 @@ TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
 class BadImage(Exception):
-    """A picture that cannot be used; the message is the reason, in a few words."""
+    """A picture that cannot be used; the message is the reason in a few words, `name` the picture's, where known."""
+
+    name: str = ""
 
 
 def decode(image: bytes | np.ndarray, channels: int = 3, limit: int | None = None) -> np.ndarray:

@@ -36,7 +36,11 @@ class Files:
 
     def __getitem__(self, index: int) -> Example:
         name = os.fsdecode(bytes(self._names[index]))
-        return Example(read_bytes(join(self.root, name)), int(self._labels[index]), printable(name))
+        try:
+            return Example(read_bytes(join(self.root, name)), int(self._labels[index]), printable(name))
+        except BadImage as error:
+            error.name = printable(name)
+            raise
 
 
 class FolderSource(Files):

@@ -29,3 +29,320 @@ the last batch, or an unreadable picture) and bad.
 """
 
 from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+from grain.experimental import index_shuffle
+
+from ..errors import UserError
+from .crops import CropParams, crop_resize, draw_crops, render_crops, to_pil
+from .decode import BadImage, decode
+from .sources import Source
+
+CHUNK = 16  # examples that one thread prepares at a time; a batch is put together from such chunks
+PROBES = 100  # pictures tried before a data set is called unreadable
+
+Batch = dict[str, Any]
+Bad = tuple[int, str, str]  # index, name, reason
+
+_log = logging.getLogger(__name__)
+
+
+def steps_per_epoch(examples: int, batch_size: int) -> int:
+    """N // batch_size; `UserError` where the data set does not fill one batch."""
+    if batch_size > examples:
+        raise UserError(f"batch_size = {batch_size} is more than the {examples} pictures of data.train; lower it")
+    return examples // batch_size
+
+
+def make_dataset(
+    source: Source, config: Any, *, position: int = 0, salt: int = 0, batch_slice: slice | Sequence[int] = slice(None)
+) -> Iterator[Batch]:
+    """The endless stream of training batches (see the module) from `position` on.
+
+    Args:
+      config: the whole configuration; `seed batch_size crops data model.in_chans` decide what the batches hold, and
+        `run.workers` and `run.threads` only how fast.
+      position: examples consumed so far, a multiple of `batch_size`.
+      salt: changes every draw but not the order of the examples, for another try after a rewind.
+      batch_slice: the rows of the global batch that this process needs, a slice or their numbers.
+    Raises `UserError` where the batch is larger than the data set, nothing in it can be read, or (while iterating) more
+    than `data.max_bad_share` of it cannot. Close the iterator to end its workers.
+    """
+    if config.data.render not in RENDERERS:
+        raise UserError(f"data.render = {config.data.render!r}: choose one of {', '.join(RENDERERS)}")
+    if position % config.batch_size:
+        raise ValueError(f"position {position} is not a multiple of the batch size {config.batch_size}")
+    if config.model.in_chans != 3:
+        _log.warning("model.in_chans = %d: crops are cut and flipped, without colour operations", config.model.in_chans)
+    steps = steps_per_epoch(len(source), config.batch_size)
+    limit = config.data.canvas if config.data.render == "device" else None
+    reader = Reader(source, config.model.in_chans, limit, config.seed, config.data.max_bad_share, config.data.train)
+    reader.probe()
+    rows = np.arange(config.batch_size)[batch_slice]
+    parts = math.ceil(len(rows) / CHUNK)
+    chunks = TrainChunks(reader, config, steps, salt, rows, parts, position // config.batch_size * parts)
+    return _iterate(chunks, parts, config.run.workers, config.run.threads, reader)
+
+
+def make_eval_dataset(
+    source: Source,
+    *,
+    resize: int,
+    crop: int | tuple[int, int],
+    batch_size: int,
+    rows: slice | Sequence[int] = slice(None),
+    channels: int = 3,
+    workers: int = 0,
+    threads: int = 2,
+) -> Iterator[Batch]:
+    """Every picture once, in order, in ceil(N / batch_size) batches; the last is padded (valid False, index -1).
+
+    The shorter side becomes `resize` pixels (bicubic, antialiased; 0: left as it is), then the centre `crop` is taken,
+    as by torchvision's Resize and CenterCrop. `rows`: those of the batch that this process needs.
+    """
+    reader = Reader(source, channels, None, 0, 1.0, "the data set")
+    reader.probe()
+    size = (crop, crop) if isinstance(crop, int) else tuple(crop)
+    chosen = np.arange(batch_size)[rows]
+    parts = math.ceil(len(chosen) / CHUNK)
+    chunks = EvalChunks(reader, resize, size, batch_size, chosen, parts)
+    return _iterate(chunks, parts, workers, threads, reader)
+
+
+def _iterate(chunks: Any, parts: int, workers: int, threads: int, reader: Reader) -> Iterator[Batch]:
+    """Runs the chunks through grain: threads, or processes with threads, keeping about two batches ready."""
+    share = math.ceil(parts / max(workers, 1))  # chunks of a batch that fall to each process
+    ahead = share if workers else 2 * share
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, ahead))
+    dataset = grain.MapDataset.source(chunks).to_iter_dataset(options)
+    if workers:
+        if not flags.FLAGS.is_parsed():  # grain looks at flags of its own, which no one else parses here
+            flags.FLAGS.mark_as_parsed()
+        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(workers, per_worker_buffer_size=share))
+    return _checked(iter(dataset.batch(parts, batch_fn=_merge)), reader)
+
+
+def _checked(batches: Any, reader: Reader) -> Iterator[Batch]:
+    """Counts the unreadable pictures over all workers."""
+    try:
+        for batch in batches:
+            for entry in batch["bad"]:
+                reader.note(*entry)
+            yield batch
+    finally:
+        batches.close()
+
+
+def _merge(chunks: Sequence[Batch]) -> Batch:
+    """Chunks of one batch -> the batch."""
+    if len(chunks) == 1:
+        return chunks[0]
+    merged = {key: _concatenate([chunk[key] for chunk in chunks]) for key in chunks[0] if key != "bad"}
+    return merged | {"bad": list(itertools.chain.from_iterable(chunk["bad"] for chunk in chunks))}
+
+
+def _concatenate(values: Sequence[Any]) -> Any:
+    if isinstance(values[0], CropParams):
+        return CropParams(*(np.concatenate(field) for field in zip(*values, strict=True)))
+    return np.concatenate(values)
+
+
+@dataclasses.dataclass
+class Reader:
+    """Reads pictures, and takes the place of unreadable ones with others chosen by (seed, index) alone."""
+
+    source: Source
+    channels: int
+    limit: int | None  # longest side, pixels
+    seed: int
+    max_bad_share: float
+    where: str  # what to call the data set in errors
+    bad: dict[int, tuple[str, str]] = dataclasses.field(default_factory=dict)  # index -> name, reason; those seen here
+
+    def probe(self) -> None:
+        """Raises `UserError` if none of up to `PROBES` pictures spread over the data set can be read."""
+        count = len(self.source)
+        tried = [index * count // min(count, PROBES) for index in range(min(count, PROBES))]
+        for index in tried:
+            try:
+                self.read(index)
+                return
+            except BadImage as error:
+                reason = f"{error.name}: {error}"
+        raise UserError(f"{self.where}: none of the {len(tried)} pictures tried can be read; the last is {reason}")
+
+    def read(self, index: int) -> tuple[np.ndarray, int]:
+        """Pixels uint8 [H, W, C] and label. Raises `BadImage`, with the picture's name."""
+        name = f"picture {index}"
+        try:
+            image, label, name = self.source[index]
+            return decode(image, self.channels, self.limit), label
+        except BadImage as error:
+            error.name = error.name or name
+            raise
+
+    def read_or_replace(self, index: int) -> tuple[np.ndarray, int, int, list[Bad]]:
+        """Pixels, label, the index that was read, and the unreadable pictures met on the way."""
+        met = []
+        for candidate in itertools.chain([index], self._others(index)):
+            if candidate not in self.bad:
+                try:
+                    return *self.read(candidate), candidate, met
+                except BadImage as error:
+                    self.note(candidate, error.name, str(error))
+            met.append((candidate, *self.bad[candidate]))
+        raise UserError(f"{self.where}: no picture can be read; {self._first()}")
+
+    def note(self, index: int, name: str, reason: str) -> None:
+        """Remembers an unreadable picture; too many are a `UserError`."""
+        self.bad[index] = (name, reason)
+        count, total = len(self.bad), len(self.source)
+        if count > self.max_bad_share * total:
+            raise UserError(
+                f"{self.where}: at least {count} of {total} pictures cannot be read, more than data.max_bad_share = "
+                f"{self.max_bad_share:g}; {self._first()}; mend or remove them, or raise data.max_bad_share"
+            )
+
+    def _others(self, index: int) -> Iterator[int]:
+        """All examples in an order of their own for each index."""
+        key = _word(self.seed, index, 1)
+        return (index_shuffle(k, max_index=len(self.source) - 1, seed=key, rounds=4) for k in range(len(self.source)))
+
+    def _first(self) -> str:
+        return "first " + ", ".join(f"{name} ({reason})" for name, reason in itertools.islice(self.bad.values(), 3))
+
+
+@dataclasses.dataclass
+class TrainChunks:
+    """Element k is part k % parts of this process's rows of step k // parts."""
+
+    reader: Reader
+    config: Any
+    steps: int  # per epoch
+    salt: int
+    rows: np.ndarray
+    parts: int
+    start: int  # element 0 is the start-th chunk of the run
+
+    def __len__(self) -> int:
+        return sys.maxsize - self.start
+
+    def __getitem__(self, element: int) -> Batch:
+        step, part = divmod(self.start + element, self.parts)
+        epoch, step = divmod(step, self.steps)
+        places = step * self.config.batch_size + np.array_split(self.rows, self.parts)[part]
+        indices = epoch_order(len(self.reader.source), self.config.seed, epoch, places)
+        read = [self.reader.read_or_replace(index) for index in indices]
+        params = [self._draw(epoch, index, picture[0]) for index, picture in zip(indices, read, strict=True)]
+        return RENDERERS[self.config.data.render]([pixels for pixels, *_ in read], params, self.config) | {
+            "label": np.array([label for _, label, _, _ in read], np.int32),
+            "index": np.array([index for _, _, index, _ in read], np.int64),
+            "bad": [entry for *_, met in read for entry in met],
+        }
+
+    def _draw(self, epoch: int, index: int, pixels: np.ndarray) -> CropParams:
+        rng = example_rng(self.config.seed, self.salt, epoch, index)
+        return draw_crops(rng, *pixels.shape[:2], self.config.crops, colour=pixels.shape[-1] == 3)
+
+
+@dataclasses.dataclass
+class EvalChunks:
+    """Element k is part k % parts of this process's rows of batch k // parts."""
+
+    reader: Reader
+    resize: int
+    crop: tuple[int, int]
+    batch_size: int
+    rows: np.ndarray
+    parts: int
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.reader.source) / self.batch_size) * self.parts
+
+    def __getitem__(self, element: int) -> Batch:
+        step, part = divmod(element, self.parts)
+        places = step * self.batch_size + np.array_split(self.rows, self.parts)[part]
+        index = np.where(places < len(self.reader.source), places, -1)
+        image = np.zeros((len(index), *self.crop, self.reader.channels), np.uint8)
+        label, valid, bad = np.full(len(index), -1, np.int32), index >= 0, []
+        for row in np.flatnonzero(valid):
+            try:
+                pixels, label[row] = self.reader.read(int(index[row]))
+                image[row] = centre_crop(resize_shorter(pixels, self.resize), self.crop)
+            except BadImage as error:
+                valid[row] = False
+                bad.append((int(index[row]), error.name, str(error)))
+        return {"image": image, "label": label, "index": index.astype(np.int64), "valid": valid, "bad": bad}
+
+
+def _host_crops(pictures: list[np.ndarray], params: list[CropParams], config: Any) -> Batch:
+    """Crops rendered by PIL."""
+    crops = [render_crops(pixels, drawn, config.crops) for pixels, drawn in zip(pictures, params, strict=True)]
+    return {"globals": np.stack([large for large, _ in crops]), "locals": np.stack([small for _, small in crops])}
+
+
+def _canvases(pictures: list[np.ndarray], params: list[CropParams], config: Any) -> Batch:
+    """Pictures on canvases and the parameters of their crops, for rendering on the accelerator."""
+    side = config.data.canvas
+    canvas = np.zeros((len(pictures), side, side, config.model.in_chans), np.uint8)
+    for blank, pixels in zip(canvas, pictures, strict=True):
+        blank[: pixels.shape[0], : pixels.shape[1]] = pixels
+    size = np.array([pixels.shape[:2] for pixels in pictures], np.int32)
+    return {"canvas": canvas, "size": size, "params": CropParams(*map(np.stack, zip(*params, strict=True)))}
+
+
+RENDERERS: dict[str, Callable[[list[np.ndarray], list[CropParams], Any], Batch]] = {
+    "host": _host_crops,
+    "device": _canvases,
+}
+
+
+def epoch_order(count: int, seed: int, epoch: int, places: Sequence[int]) -> list[int]:
+    """The examples at some places of an epoch's order: a permutation of 0..count-1 without holding it."""
+    key = _word(seed, epoch, 0)
+    return [index_shuffle(int(place), max_index=count - 1, seed=key, rounds=4) for place in places]
+
+
+def example_rng(seed: int, salt: int, epoch: int, index: int) -> np.random.Generator:
+    """The generator of one example's draws in one epoch."""
+    return np.random.Generator(np.random.Philox(key=[seed % 2**64, salt], counter=[0, 0, index, epoch]))
+
+
+def _word(*numbers: int) -> int:
+    """32 well-mixed bits of some whole numbers."""
+    return int(np.random.SeedSequence([number % 2**64 for number in numbers]).generate_state(1)[0])
+
+
+def resize_shorter(pixels: np.ndarray, shorter: int) -> np.ndarray:
+    """torchvision's Resize(shorter, bicubic) of uint8 [H, W, C]; 0 leaves it.
+
+    Of pictures more than 16 times as long as wide only the centre is kept, so that no picture needs endless memory.
+    """
+    height, width = pixels.shape[:2]
+    if not shorter or min(height, width) == shorter:
+        return pixels
+    longest = 16 * min(height, width)
+    pixels = pixels[max(0, height - longest) // 2 :][:longest, max(0, width - longest) // 2 :][:, :longest]
+    height, width = pixels.shape[:2]
+    longer = int(shorter * max(height, width) / min(height, width))
+    size = (shorter, longer) if height <= width else (longer, shorter)
+    planes = [np.asarray(crop_resize(plane, (0, 0, height, width), size)) for plane in to_pil(pixels)]
+    return planes[0] if pixels.shape[-1] == 3 else np.stack(planes, axis=-1)
+
+
+def centre_crop(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """torchvision's CenterCrop of uint8 [H, W, C]: black is put around a picture that is smaller than `size`."""
+    lacks = [max(0, side - have) for side, have in zip(size, pixels.shape[:2], strict=True)]
+    pixels = np.pad(pixels, [(lack // 2, (lack + 1) // 2) for lack in lacks] + [(0, 0)])
+    top, left = (round((have - side) / 2) for side, have in zip(size, pixels.shape[:2], strict=True))
+    return pixels[top : top + size[0], left : left + size[1]]

@@ -66,7 +66,7 @@ class Scenes:
         return int(_block_order(self.seed, self.split, block)[place])
 
     def mask(self, index: int) -> np.ndarray:
-        """The pixels of which the object shows on at least half, bool [H, W]; what occludes it is not in it."""
+        """The pixels that the object owns, bool [H, W]: it covers at least half of them and no occluder does."""
         return render(self.scene(self._check(index)), self.height, self.width)[1] == 1
 
     def scene(self, index: int) -> Scene:
@@ -87,7 +87,7 @@ class Scenes:
         Returns the frames, uint8 [T, H, W, 3], and the index masks, uint8 [T, H, W]: 0 background, 1..objects, a higher
         number in front. A longer clip begins with the shorter one.
         """
-        index, frames, objects = self._check(index), _integer("frames", frames, 1), _integer("objects", objects, 1)
+        index, frames, objects = self._check(index), _integer("frames", frames, 1), _integer("objects", objects, 1, 255)
         dice = Dice(_generator(self.seed, self.split, "clip", index))
         background, light, noise = _background(dice), _light(dice), dice.uniform(0, 0.03)
         seed = dice.integer(0, 2**32)
@@ -109,13 +109,15 @@ class Scenes:
         return index
 
 
-def _integer(name: str, value: int, least: int | None = None) -> int:
+def _integer(name: str, value: int, least: float = -math.inf, most: float = math.inf) -> int:
     try:
         number = operator.index(value)
     except TypeError:
         raise UserError(f"scenes: {name} must be an integer, not {value!r}") from None
-    if least is not None and number < least:
+    if number < least:
         raise UserError(f"scenes: {name} must be at least {least}, not {number}")
+    if number > most:
+        raise UserError(f"scenes: {name} must be at most {most}, not {number}")
     return number
 
 

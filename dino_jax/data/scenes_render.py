@@ -151,7 +151,7 @@ def _spiral(dice: Dice) -> Outline:
 
 def _bolt(dice: Dice) -> Outline:
     lean = dice.uniform(-0.1, 0.1)
-    half = np.array([[0.45 + lean, -1.0], [-0.6, 0.15], [-0.1, 0.15]])
+    half = np.array([[0.6 + lean, -1.1], [0.2 + lean, -1.1], [-0.7, 0.2], [-0.12, 0.2]])
     return (np.concatenate([half, -half]),)
 
 

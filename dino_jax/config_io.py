@@ -97,7 +97,7 @@ def to_json(config: ConfigDict) -> str:
     return json.dumps(config.to_dict(), indent=2)
 
 
-def from_json(text: str) -> ConfigDict:
+def from_json(text: str, where: str = "the saved configuration") -> ConfigDict:
     """A configuration from `to_json`'s text. Keys absent there keep their defaults, so older runs can be read.
 
     Raises:
@@ -106,12 +106,12 @@ def from_json(text: str) -> ConfigDict:
     try:
         flat = flatten(ConfigDict(json.loads(text)))
     except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"the saved configuration is not readable JSON ({error})") from error
+        raise UserError(f"{where}: not the JSON of a configuration ({error})") from error
     config = default()
     known = flatten(config)
     for key, value in flat.items():
         if key not in known:
-            raise UserError(f"the saved configuration has a key {key!r} unknown to this version{suggest(key, known)}")
+            raise UserError(f"{where}: there is no key {key!r} in this version{suggest(key, known)}")
         *groups, name = key.split(".")
         owner = config
         for group in groups:

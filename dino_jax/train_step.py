@@ -26,6 +26,7 @@ Variables = dict[str, Any]  # {"params": ..., "batch_stats": ...}
 Crops = list[jax.Array]  # [globals [B, 2, H, W, c], locals [B, n, h, w, c]]
 Metrics = dict[str, jax.Array]
 
+REST = ("step", "center", "opt_state", "salt", "bad_steps")  # of the state, beside student and teacher
 # The logical axes of the arrays that do not simply follow their size (see `sharding.state_shardings`).
 LOGICAL_AXES = ((r"last_layer/(v|g)$", ("prototypes",)), (r"(^|/)center$", ("prototypes",)))
 
@@ -47,6 +48,23 @@ class TrainState:
     def teacher(self) -> Variables:
         """The teacher's variables, as `network.apply` takes them."""
         return {"params": self.ema.teacher, "batch_stats": self.teacher_stats}
+
+
+def to_items(state: TrainState) -> dict[str, Any]:
+    """The state as the items of a checkpoint: `student`, `teacher` (all that an evaluation needs) and `rest`."""
+    rest = {name: getattr(state, name) for name in REST}
+    return {"student": state.student, "teacher": state.teacher, "rest": rest}
+
+
+def from_items(items: dict[str, Any]) -> TrainState:
+    """Inverts `to_items`."""
+    teacher = items["teacher"]
+    return TrainState(
+        student=items["student"],
+        ema=EmaState(teacher["params"]),
+        teacher_stats=teacher["batch_stats"],
+        **items["rest"],
+    )
 
 
 class Recipe(NamedTuple):
@@ -206,13 +224,19 @@ def train_step(recipe: Recipe, state: TrainState, crops: Crops) -> tuple[TrainSt
         **{name: schedule(step) for name, schedule in schedules._asdict().items()},
         "bad_steps": state.bad_steps,
     }
-    return state, jax.tree.map(lambda x: x.astype(jnp.float32), metrics)
+    return state, jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), metrics)
+
+
+def abstract_state(recipe: Recipe, mesh: Mesh) -> TrainState:
+    """Shape, dtype and sharding of every array of the state."""
+    shapes = jax.eval_shape(lambda: init_state(recipe, jax.random.key(0)))
+    places = sharding.state_shardings(shapes, mesh, LOGICAL_AXES)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places)
 
 
 def shardings(recipe: Recipe, mesh: Mesh) -> TrainState:
     """The sharding of every array of the state."""
-    abstract = jax.eval_shape(lambda: init_state(recipe, jax.random.key(0)))
-    return sharding.state_shardings(abstract, mesh, LOGICAL_AXES)
+    return jax.tree.map(lambda x: x.sharding, abstract_state(recipe, mesh))
 
 
 def jit_train_step(recipe: Recipe, mesh: Mesh) -> Callable[[TrainState, Crops], tuple[TrainState, Metrics]]:

@@ -24,6 +24,7 @@ NEAR = 0.01  # of ln K: what counts as equal
 FEW = math.log(2.0)  # marginal entropy of two prototypes
 UNIFORM, ONE, CONSTANT, STUCK = "uniform collapse", "one-prototype collapse", "constant output", "stuck loss"
 DIVERGED = "divergence"
+INPUT_BOUND = 0.2  # share of the time waiting for input that is worth a line
 
 
 class Verdict(NamedTuple):
@@ -138,3 +139,15 @@ def advice(finding: str, config: ConfigDict) -> str:
         DIVERGED: [float32, gain, smaller_lr, clip, freeze],
     }
     return "Try " + "; ".join([text for wanted, text in remedies[finding] if wanted][:4])
+
+
+def input_bound(step: int, share: float, config: ConfigDict) -> list[str]:
+    """A line where the devices wait for input for more than `INPUT_BOUND` of the time: what is slow, what to change."""
+    if share <= INPUT_BOUND:
+        return []
+    run = config.run
+    remedies = [f"run.workers={max(2 * run.workers, 4)} (now {run.workers})"]
+    if config.data.render == "host":
+        remedies.append("data.render=device (crops are rendered on the accelerator)")
+    remedies.append("`dino-jax pack` (fewer, larger files)")
+    return [f"step {step}: {share:.0%} of the time waiting for input: the devices starve. Try {'; '.join(remedies)}"]

@@ -18,6 +18,7 @@ import numpy as np
 from etils import epath
 
 from ..errors import UserError
+from .decode import BadImage
 from .example import Example
 
 MANIFEST = "manifest.json"
@@ -80,7 +81,10 @@ class PackedSource:
         return self.manifest["count"]
 
     def __getitem__(self, index: int) -> Example:
-        return decode_record(self._records[index])
+        try:
+            return decode_record(self._records[index])
+        except Exception as error:  # whatever the reader raises for a damaged shard
+            raise BadImage(f"record cannot be read: {error}") from error
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "_records"}

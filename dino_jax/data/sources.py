@@ -7,7 +7,7 @@
     scenes:SPLIT?size=N&seed=S&image_size=P        rendered pictures, nothing on disk
     arrayrecord:DIR          shards written by `dino-jax pack`
     tfds:NAME[/CONFIG][:VERSION]:SPLIT[?data_dir=DIR&image=KEY&label=KEY]       TensorFlow Datasets, array_record format
-    hf:NAME[/CONFIG]:SPLIT[?image=KEY&label=KEY]   Hugging Face `datasets`, or a folder written by its save_to_disk
+    hf:NAME:SPLIT[?config=NAME&image=KEY&label=KEY]   Hugging Face `datasets`, or a folder written by save_to_disk
 
 A bare path is auto-detected among the path kinds. Paths may be remote (`gs://`, `s3://`: etils.epath). A source is
 picklable, and cheap to pickle: worker processes get copies.
@@ -122,5 +122,5 @@ KINDS: dict[str, tuple[Callable[..., Source], tuple[str, ...]]] = {
     "scenes": (_open_scenes, ("size", "seed", "image_size")),
     "arrayrecord": (PackedSource, ()),
     "tfds": (_open_tfds, ("data_dir", "image", "label")),
-    "hf": (_open_hf, ("image", "label")),
+    "hf": (_open_hf, ("config", "image", "label")),
 }

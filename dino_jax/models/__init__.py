@@ -1,0 +1,82 @@
+"""Backbones, the projection head, and the network of both.
+
+`BACKBONES` is the only registry. A backbone maps normalised images [B, h, w, c] to features [B, D]:
+`apply(variables, images, drop_path=None, train=False)`; it has the attributes `embed_dim`, `depth` (rows of its drop
+path masks) and `patch_size`, and the methods `tokens(images, n=1)` and `attention(images, block=-1)`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from dino_jax.errors import UserError
+from dino_jax.models.head import Head
+from dino_jax.models.network import Network
+from dino_jax.models.vit import ViT, patch_grid, resize_pos_embed
+
+__all__ = ["BACKBONES", "Head", "Network", "ViT", "build_backbone", "build_head", "build_network", "resize_pos_embed"]
+
+BACKBONES = {
+    "vit_tiny": partial(ViT, embed_dim=192, depth=12, heads=3),
+    "vit_small": partial(ViT, embed_dim=384, depth=12, heads=6),
+    "vit_base": partial(ViT, embed_dim=768, depth=12, heads=12),
+    "vit_large": partial(ViT, embed_dim=1024, depth=24, heads=16),
+}
+
+_SHAPE_KEYS = ("embed_dim", "depth", "heads")  # null in the config: the named model's own
+
+
+def build_backbone(model: ConfigDict, image_size: int | tuple[int, int], remat: str = "none") -> nn.Module:
+    """The backbone that `config.model` describes, for inputs of `image_size` (height, width) and others.
+
+    `remat`: `none` or `blocks` (`config.run.remat`). Raises `UserError` for an unknown name or a size that does not
+    fit the patch.
+    """
+    constructor = _choice("model.name", model.name, BACKBONES)
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    options = {
+        "patch_size": model.patch_size,
+        "image_size": (height, width),
+        "in_chans": model.in_chans,
+        "remat": _choice("run.remat", remat, {"none": False, "blocks": True}),
+        **_numerics(model),
+    }
+    options |= {key: model[key] for key in _SHAPE_KEYS if model[key] is not None}
+    backbone = constructor(**options)
+    patch_grid(height, width, backbone.patch_size)
+    if backbone.embed_dim % backbone.heads:
+        raise UserError(f"model.embed_dim {backbone.embed_dim} is not divisible by model.heads {backbone.heads}")
+    return backbone
+
+
+def build_head(config: ConfigDict) -> Head:
+    """The projection head that `config.head` describes, with the numerics of `config.model`."""
+    return Head(**{key: config.head[key] for key in config.head}, **_numerics(config.model))
+
+
+def build_network(config: ConfigDict) -> Network:
+    """Backbone and head of a whole run's configuration; the position table fits `config.crops.global_size`."""
+    return Network(build_backbone(config.model, config.crops.global_size, config.run.remat), build_head(config))
+
+
+def _numerics(model: ConfigDict) -> dict:
+    dtypes = {name: jnp.dtype(name) for name in ("float32", "bfloat16", "float64")}
+    precisions = {"default": None, "high": "high", "highest": "highest"}  # None: JAX's own setting
+    return {
+        "dtype": _choice("model.dtype", model.dtype, dtypes),
+        "precision": _choice("model.precision", model.precision, precisions),
+    }
+
+
+def _choice(key: str, name: str, table: dict) -> Any:
+    if name in table:
+        return table[name]
+    close = difflib.get_close_matches(name, table, n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    raise UserError(f"{key}={name!r} is unknown: {hint}one of {', '.join(table)}")

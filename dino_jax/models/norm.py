@@ -1,0 +1,45 @@
+"""Batch normalisation as torch computes it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from dino_jax.errors import UserError
+from dino_jax.models.layers import Array, statistics_dtype
+
+
+class BatchNorm(nn.Module):
+    """Normalises each channel (last axis) over all others; statistics in at least float32, output in `dtype`.
+
+    In training the batch's own statistics are used (under `jit` those of the global batch, however it is sharded), and
+    `batch_stats` `mean` and `var` [D] move by `momentum` toward them, the variance unbiased (n / (n - 1)): torch's
+    convention, not Flax's. They move only where the collection is mutable.
+    """
+
+    dtype: Any = jnp.float32
+    momentum: float = 0.1
+    eps: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        width = x.shape[-1:]
+        scale = self.param("scale", nn.initializers.ones, width)
+        bias = self.param("bias", nn.initializers.zeros, width)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, width, jnp.float32)
+        running_var = self.variable("batch_stats", "var", jnp.ones, width, jnp.float32)
+        x = x.astype(statistics_dtype(self.dtype))
+        if train:
+            axes, count = tuple(range(x.ndim - 1)), x.size // x.shape[-1]
+            if count < 2:
+                raise UserError("batch norm needs more than one value per channel in training: raise batch_size")
+            mean, var = x.mean(axes), x.var(axes)
+            if self.is_mutable_collection("batch_stats") and not self.is_initializing():
+                running_mean.value += self.momentum * (mean - running_mean.value)
+                running_var.value += self.momentum * (var * (count / (count - 1)) - running_var.value)
+        else:
+            mean, var = running_mean.value, running_var.value
+        factor = scale / jnp.sqrt(var + self.eps)
+        return ((x - mean) * factor + bias).astype(self.dtype)

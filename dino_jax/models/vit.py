@@ -1,0 +1,226 @@
+"""Vision transformer as in DINO: images [B, h, w, c] -> tokens [B, N, D] -> CLS feature [B, D].
+
+The function is that of the official `vision_transformer.py` (pre-norm, qkv bias, exact GELU, LayerNorm eps 1e-6,
+position table resized to the input's grid); parameter names are torch's with `_` for `.` inside lists.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dino_jax.errors import UserError
+from dino_jax.models.layers import (
+    Array,
+    Mlp,
+    add_branch,
+    dense,
+    layer_norm,
+    normal_init,
+    statistics_dtype,
+    torch_uniform,
+)
+
+
+def patch_grid(height: int, width: int, patch_size: int) -> tuple[int, int]:
+    """Rows and columns of patches of an input of `height` x `width` pixels; `UserError` if they do not fit."""
+    if height % patch_size or width % patch_size:
+        raise UserError(
+            f"an input of {height} x {width} pixels is not divisible into patches of {patch_size}: "
+            "change model.patch_size, crops.global_size or crops.local_size"
+        )
+    return height // patch_size, width // patch_size
+
+
+def _cubic(t: np.ndarray) -> np.ndarray:
+    """Cubic convolution kernel with a = -0.75, torch's choice (Keys 1981 recommends -0.5)."""
+    t, a = np.abs(t), -0.75
+    near = (a + 2) * t**3 - (a + 3) * t**2 + 1
+    far = a * t**3 - 5 * a * t**2 + 8 * a * t - 4 * a
+    return np.where(t <= 1, near, np.where(t < 2, far, 0.0))
+
+
+def _resize_matrix(source: int, target: int) -> np.ndarray:
+    """Weights [target, source], float64: half-pixel centres, no antialias, scale (target + 0.1) / source."""
+    centre = (np.arange(target) + 0.5) * source / (target + 0.1) - 0.5
+    first = np.floor(centre).astype(int)
+    matrix = np.zeros((target, source))
+    for tap in range(-1, 3):
+        column = np.clip(first + tap, 0, source - 1)  # the border repeats
+        np.add.at(matrix, (np.arange(target), column), _cubic(centre - (first + tap)))
+    return matrix
+
+
+def resize_pos_embed(pos_embed: Array, grid: tuple[int, int], table_grid: tuple[int, int] | None = None) -> Array:
+    """The position table [1, 1 + N, D] for another `grid` (rows, columns): [1, 1 + rows * columns, D], CLS first.
+
+    As the official `interpolate_pos_encoding`: bicubic with the scale (n + 0.1) / source, and untouched only if the
+    grid is the table's own. `table_grid` is the table's (rows, columns); None: square. At least float32.
+    """
+    count = pos_embed.shape[1] - 1
+    if table_grid is None:
+        table_grid = (round(count**0.5), round(count**0.5))
+    if table_grid[0] * table_grid[1] != count:
+        raise UserError(f"a position table of {count} patches is not a grid of {table_grid[0]} x {table_grid[1]}")
+    if tuple(grid) == tuple(table_grid):
+        return pos_embed
+    dtype = statistics_dtype(pos_embed.dtype)
+    rows, columns = (jnp.asarray(_resize_matrix(s, t), dtype) for s, t in zip(table_grid, grid, strict=True))
+    cls, patches = pos_embed[:, :1].astype(dtype), pos_embed[:, 1:].astype(dtype)
+    patches = patches.reshape(1, *table_grid, -1)  # [1, N, D] -> [1, rows, columns, D]
+    patches = jnp.einsum("ir,jc,brcd->bijd", rows, columns, patches, precision=jax.lax.Precision.HIGHEST)
+    return jnp.concatenate([cls, patches.reshape(1, -1, patches.shape[-1])], axis=1)
+
+
+class PatchEmbed(nn.Module):
+    """A convolution whose stride is its kernel, as one matrix product: [B, h, w, c] -> [B, N, D]."""
+
+    embed_dim: int
+    patch_size: int
+    dtype: Any = jnp.float32
+    precision: Any = None
+
+    @nn.compact
+    def __call__(self, images: Array) -> Array:
+        batch, height, width, channels = images.shape
+        p = self.patch_size
+        rows, columns = patch_grid(height, width, p)
+        init = torch_uniform(p * p * channels)
+        kernel = self.param("kernel", init, (p, p, channels, self.embed_dim))
+        bias = self.param("bias", init, (self.embed_dim,))
+        x = images.astype(self.dtype).reshape(batch, rows, p, columns, p, channels)
+        x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, p * p * channels)  # [B, N, p*p*c]
+        kernel = kernel.astype(self.dtype).reshape(-1, self.embed_dim)
+        return jnp.dot(x, kernel, precision=self.precision) + bias.astype(self.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention [B, N, D] -> [B, N, D]; softmax in at least float32."""
+
+    heads: int
+    width: int
+    dtype: Any = jnp.float32
+    precision: Any = None
+
+    def setup(self) -> None:
+        self.qkv = dense(3 * self.width, self)
+        self.proj = dense(self.width, self)
+
+    def __call__(self, x: Array) -> Array:
+        weights, value = self._attend(x)
+        out = jnp.einsum("bhnm,bmhd->bnhd", weights.astype(self.dtype), value, precision=self.precision)
+        return self.proj(out.reshape(x.shape))  # [B, N, H, D/H] -> [B, N, D]
+
+    def weights(self, x: Array) -> Array:
+        """The attention [B, H, N, N]; rows sum to 1."""
+        return self._attend(x)[0]
+
+    def _attend(self, x: Array) -> tuple[Array, Array]:
+        batch, tokens, width = x.shape
+        qkv = self.qkv(x).reshape(batch, tokens, 3, self.heads, width // self.heads)  # [B, N, 3, H, D/H]
+        query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        logits = jnp.einsum(
+            "bnhd,bmhd->bhnm",
+            query,
+            key,
+            precision=self.precision,
+            preferred_element_type=statistics_dtype(self.dtype),
+        )
+        return jax.nn.softmax(logits * (width // self.heads) ** -0.5, axis=-1), value
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block [B, N, D] -> [B, N, D]; `keep` [2, B] scales its two residual branches."""
+
+    heads: int
+    width: int
+    dtype: Any = jnp.float32
+    precision: Any = None
+
+    def setup(self) -> None:
+        self.norm1 = layer_norm(self)
+        self.attn = Attention(self.heads, self.width, self.dtype, self.precision)
+        self.norm2 = layer_norm(self)
+        self.mlp = Mlp(4 * self.width, self.dtype, self.precision)
+
+    def __call__(self, x: Array, keep: Array | None = None) -> Array:
+        x = add_branch(x, self.attn(self.norm1(x)), None if keep is None else keep[0])
+        return add_branch(x, self.mlp(self.norm2(x)), None if keep is None else keep[1])
+
+    def attention(self, x: Array) -> Array:
+        """The attention [B, H, N, N] that this block applies to `x`."""
+        return self.attn.weights(self.norm1(x))
+
+
+class ViT(nn.Module):
+    """Vision transformer; see `dino_jax.models.BACKBONES` for the sizes.
+
+    `image_size` (height, width) fixes the size of the position table; any other input that the patch divides works.
+    `dtype` is the compute type, parameters are float32. `remat` recomputes each block in the backward pass.
+    """
+
+    embed_dim: int
+    depth: int
+    heads: int
+    patch_size: int = 16
+    image_size: tuple[int, int] = (224, 224)
+    in_chans: int = 3
+    dtype: Any = jnp.float32
+    precision: Any = None
+    remat: bool = False
+
+    def setup(self) -> None:
+        rows, columns = patch_grid(*self.image_size, self.patch_size)
+        self.patch_embed = PatchEmbed(self.embed_dim, self.patch_size, self.dtype, self.precision)
+        self.cls_token = self.param("cls_token", normal_init, (1, 1, self.embed_dim))
+        self.pos_embed = self.param("pos_embed", normal_init, (1, 1 + rows * columns, self.embed_dim))
+        block = nn.remat(Block) if self.remat else Block
+        self.blocks = [block(self.heads, self.embed_dim, self.dtype, self.precision) for _ in range(self.depth)]
+        self.norm = layer_norm(self)
+
+    def __call__(self, images: Array, drop_path: Array | None = None, train: bool = False) -> Array:
+        """CLS after the final norm, [B, D], for normalised `images` [B, h, w, c].
+
+        `drop_path` [depth, 2, B]: factors (0 or 1 / keep probability) of the attention and MLP branches; None: off.
+        `train` changes nothing here (the interface is shared with backbones that have batch norm).
+        """
+        x = self._embed(images)
+        for i, block in enumerate(self.blocks):
+            x = block(x, None if drop_path is None else drop_path[i])
+        return self.norm(x[:, 0])
+
+    def tokens(self, images: Array, n: int = 1) -> Array:
+        """Tokens [n, B, N, D] of the last `n` blocks, each through the final norm, CLS first."""
+        if not 1 <= n <= self.depth:
+            raise UserError(f"tokens of the last {n} blocks: this model has {self.depth}")
+        x, kept = self._embed(images), []
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            if i >= self.depth - n:
+                kept.append(self.norm(x))
+        return jnp.stack(kept)
+
+    def attention(self, images: Array, block: int = -1) -> Array:
+        """Attention [B, H, N, N] of one block (negative: from the end); CLS is token 0, rows sum to 1."""
+        if not -self.depth <= block < self.depth:
+            raise UserError(f"attention of block {block}: this model has blocks 0 to {self.depth - 1}")
+        x = self._embed(images)
+        for earlier in self.blocks[: block % self.depth]:
+            x = earlier(x)
+        return self.blocks[block].attention(x)
+
+    def _embed(self, images: Array) -> Array:
+        """Patches, CLS in front, plus positions: [B, h, w, c] -> [B, 1 + N, D]."""
+        if images.shape[-1] != self.in_chans:
+            raise UserError(
+                f"images of {images.shape[-1]} channels for a model of {self.in_chans}: change model.in_chans"
+            )
+        grid = patch_grid(images.shape[1], images.shape[2], self.patch_size)
+        positions = resize_pos_embed(self.pos_embed, grid, patch_grid(*self.image_size, self.patch_size))
+        x = self.patch_embed(images)
+        cls = jnp.broadcast_to(self.cls_token.astype(x.dtype), (x.shape[0], 1, self.embed_dim))
+        return jnp.concatenate([cls, x], axis=1) + positions.astype(x.dtype)

@@ -1,0 +1,233 @@
+"""ViT against the official implementation's numbers, and its behaviour at the edges."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dino_jax.config import default
+from dino_jax.errors import UserError
+from dino_jax.models import BACKBONES, ViT, build_backbone, resize_pos_embed
+from tests.models.torch_names import section, to_variables, vit_of
+
+
+def check_vit(data: dict[str, np.ndarray], dtype, tolerance: float) -> None:
+    state = section(data, "param/", dtype)
+    sizes = [key.removeprefix("in/") for key in data if key.startswith("in/")]
+    model = vit_of(state, data[f"attn/{sizes[0]}"].shape[1], dtype)
+    variables = {"params": to_variables(state)["params"]}
+
+    @jax.jit
+    def run(images):
+        return (
+            model.apply(variables, images),
+            model.apply(variables, images, model.depth, method="tokens"),
+            model.apply(variables, images, method="attention"),
+        )
+
+    for size in sizes:
+        images = data[f"in/{size}"].transpose(0, 2, 3, 1).astype(dtype)
+        cls, tokens, attention = run(images)
+        assert cls.dtype == tokens.dtype == attention.dtype == dtype
+        np.testing.assert_allclose(cls, data[f"cls/{size}"], rtol=0, atol=tolerance)
+        np.testing.assert_allclose(attention, data[f"attn/{size}"], rtol=0, atol=tolerance)
+        for layer in range(model.depth):
+            np.testing.assert_allclose(tokens[layer], data[f"layer{layer}/{size}"], rtol=0, atol=tolerance)
+
+
+def test_vit_equals_official_float32(load_reference):
+    check_vit(load_reference("vit.npz"), np.float32, 1e-5)
+
+
+def exactness(data: dict[str, np.ndarray]) -> float:
+    """What float64 can reach: the network was run in float64, and its weights may be kept rounded to float32."""
+    return 1e-8 if data["param/cls_token"].dtype == np.float64 else 1e-6
+
+
+def test_vit_equals_official_float64(load_reference, x64):
+    data = load_reference("vit.npz")
+    check_vit(data, np.float64, exactness(data))
+
+
+def check_pos_embed(data: dict[str, np.ndarray], dtype, tolerance: float) -> None:
+    for name, expected in section(data, "grid/").items():
+        grid = tuple(int(n) for n in name.split("x"))
+        resized = resize_pos_embed(jnp.asarray(data["pos_embed"], dtype), grid)
+        np.testing.assert_allclose(resized, expected, rtol=0, atol=tolerance, err_msg=name)
+
+
+def test_position_resize_equals_official_float32(load_reference):
+    check_pos_embed(load_reference("pos_embed.npz"), np.float32, 1e-5)
+
+
+def test_position_resize_equals_official_float64(load_reference, x64):
+    check_pos_embed(load_reference("pos_embed.npz"), np.float64, 1e-8)
+
+
+def test_position_resize_of_a_rectangular_table():
+    table = jnp.arange(1 + 6 * 8, dtype=jnp.float32).reshape(1, -1, 1)
+    assert resize_pos_embed(table, (6, 8), (6, 8)) is table
+    constant = resize_pos_embed(jnp.ones((1, 1 + 6 * 8, 2)), (5, 11), (6, 8))
+    np.testing.assert_allclose(constant, np.ones((1, 1 + 5 * 11, 2)), atol=1e-6)
+    with pytest.raises(UserError, match="not a grid of 7 x 7"):
+        resize_pos_embed(table, (6, 8))
+
+
+def check_linear_features(vit: dict, data: dict, dtype, tolerance: float) -> None:
+    state = section(vit, "param/", dtype)
+    heads = next(value.shape[1] for key, value in vit.items() if key.startswith("attn/"))
+    model, variables = vit_of(state, heads, dtype), {"params": to_variables(state)["params"]}
+    images = data["in"].transpose(0, 2, 3, 1).astype(dtype)
+    last_two = model.apply(variables, images, 2, method="tokens")  # [2, B, N, D]
+    n2 = jnp.concatenate([last_two[0, :, 0], last_two[1, :, 0]], axis=-1)
+    pair = jnp.stack([last_two[-1, :, 0], last_two[-1, :, 1:].mean(axis=1)], axis=-1)  # [B, D, 2]: interleaved
+    np.testing.assert_allclose(n2, data["n2"], rtol=0, atol=tolerance)
+    np.testing.assert_allclose(pair.reshape(len(images), -1), data["n1_avgpool"], rtol=0, atol=tolerance)
+
+
+def test_linear_features_equal_official_float32(load_reference):
+    check_linear_features(load_reference("vit.npz"), load_reference("linear_features.npz"), np.float32, 1e-5)
+
+
+def test_linear_features_equal_official_float64(load_reference, x64):
+    data = load_reference("vit.npz")
+    check_linear_features(data, load_reference("linear_features.npz"), np.float64, exactness(data))
+
+
+def tiny(**options) -> ViT:
+    return ViT(**{"embed_dim": 32, "depth": 2, "heads": 2, "patch_size": 8, "image_size": (32, 16)} | options)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return jax.random.normal(jax.random.key(1), (4, 32, 16, 3))
+
+
+@pytest.fixture(scope="module")
+def variables(images):
+    return jax.jit(tiny().init)(jax.random.key(0), images)
+
+
+def test_one_interface(variables, images):
+    model = tiny()
+    tokens = model.apply(variables, images, method="tokens")
+    assert tokens.shape == (1, 4, 9, 32)
+    np.testing.assert_allclose(model.apply(variables, images), tokens[-1, :, 0], atol=1e-6)
+    first, last = (model.apply(variables, images, block, method="attention") for block in (0, -1))
+    np.testing.assert_array_equal(first, model.apply(variables, images, -2, method="attention"))
+    assert first.shape == (4, 2, 9, 9)
+    assert not np.allclose(first, last)
+    np.testing.assert_allclose(last.sum(-1), 1, atol=1e-5)
+
+
+def test_drop_path_zero_removes_a_branch_of_a_sample(variables, images):
+    model = tiny()
+    plain = model.apply(variables, images)
+    keep = jnp.ones((2, 2, 4))
+    np.testing.assert_array_equal(model.apply(variables, images, keep), plain)
+    dropped = model.apply(variables, images, keep.at[:, :, 1].set(0))
+    np.testing.assert_array_equal(np.delete(dropped, 1, axis=0), np.delete(plain, 1, axis=0))
+    params = variables["params"]
+    cls = params["cls_token"][0, 0] + params["pos_embed"][0, 0]  # every branch of sample 1 is off
+    np.testing.assert_allclose(dropped[1], (cls - cls.mean()) / jnp.sqrt(cls.var() + 1e-6), atol=1e-5)
+
+
+def test_drop_path_scales_what_it_keeps(variables, images):
+    model = tiny(depth=1)
+    scaled = jax.tree.map(lambda x: x, variables)
+    proj = variables["params"]["blocks_0"]["attn"]["proj"]
+    scaled["params"]["blocks_0"]["attn"]["proj"] = jax.tree.map(lambda x: 2 * x, proj)
+    keep = jnp.ones((1, 2, 4)).at[0, 0].set(2.0)
+    np.testing.assert_allclose(model.apply(variables, images, keep), model.apply(scaled, images), atol=1e-6)
+
+
+def test_remat_changes_no_gradient_and_no_name(variables, images):
+    def gradient(model):
+        return jax.jit(jax.grad(lambda v: jnp.sum(model.apply(v, images) ** 3)))(variables)
+
+    plain, remat = gradient(tiny()), gradient(tiny(remat=True))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), plain, remat)
+    assert "remat" in str(jax.make_jaxpr(lambda v: tiny(remat=True).apply(v, images))(variables))
+
+
+def test_bfloat16_keeps_float32_parameters_and_softmax(variables, images):
+    model = tiny(dtype=jnp.bfloat16)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), images)
+    assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
+    out = model.apply(variables, images)
+    assert out.dtype == jnp.bfloat16
+    assert model.apply(variables, images, method="attention").dtype == jnp.float32
+    np.testing.assert_allclose(out.astype(jnp.float32), tiny().apply(variables, images), atol=0.1)
+
+
+def test_precision_reaches_every_product(variables, images):
+    program = str(jax.make_jaxpr(lambda v: tiny(precision="highest").apply(v, images))(variables))
+    products = program.count("dot_general[")
+    assert products == program.count("precision=(Precision.HIGHEST") + program.count("precision=Precision.HIGHEST") > 12
+
+
+def test_initialisation_is_the_official_one():
+    model = tiny(embed_dim=192, heads=3, depth=1, image_size=(64, 64))
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 64, 64, 3)))["params"]
+    for weight in (params["cls_token"], params["pos_embed"], params["blocks_0"]["attn"]["qkv"]["kernel"]):
+        assert abs(weight.std() / 0.02 - 1) < 0.15
+    bound = (8 * 8 * 3) ** -0.5
+    for weight in params["patch_embed"].values():
+        assert abs(weight).max() < bound
+        assert abs(weight.std() * 3**0.5 / bound - 1) < 0.1
+    for layer in ("attn/qkv", "attn/proj", "mlp/fc1", "mlp/fc2"):
+        outer, inner = layer.split("/")
+        assert not params["blocks_0"][outer][inner]["bias"].any()
+
+
+def test_bad_sizes_are_one_clear_line(variables, images):
+    with pytest.raises(UserError, match=r"30 x 16 pixels .* patches of 8"):
+        tiny().apply(variables, images[:, :30])
+    with pytest.raises(UserError, match="in_chans"):
+        tiny().apply(variables, images[..., :1])
+    with pytest.raises(UserError, match="block 2"):
+        tiny().apply(variables, images, 2, method="attention")
+    with pytest.raises(UserError, match="last 3 blocks"):
+        tiny().apply(variables, images, 3, method="tokens")
+
+
+def test_build_backbone_reads_the_configuration():
+    config = default().model
+    config.update({"name": "vit_tiny", "patch_size": 8, "in_chans": 1, "depth": 2, "dtype": "bfloat16"})
+    model = build_backbone(config, (32, 64), remat="blocks")
+    assert (model.embed_dim, model.depth, model.heads, model.remat) == (192, 2, 3, True)
+    variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 64, 1)))
+    assert variables["params"]["pos_embed"].shape == (1, 1 + 4 * 8, 192)
+    assert build_backbone(config, 32).image_size == (32, 32)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("name", "vit_smal", "did you mean vit_small"),
+        ("dtype", "float16", "model.dtype"),
+        ("precision", "low", "model.precision"),
+        ("heads", 5, "not divisible by model.heads 5"),
+        ("patch_size", 15, "224 x 224 pixels .* patches of 15"),
+    ],
+)
+def test_build_backbone_names_what_is_wrong(key, value, message):
+    config = default().model
+    config[key] = value
+    with pytest.raises(UserError, match=message):
+        build_backbone(config, 224)
+
+
+# Hand formula: 12 D^2 + 13 D a block, 2 D the last norm, D CLS, (1 + 14 * 14) D positions, (3 * 16 * 16 + 1) D patches.
+PARAMETERS = {"vit_tiny": 5_524_416, "vit_small": 21_665_664, "vit_base": 85_798_656, "vit_large": 303_301_632}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameter_count(name):
+    model = BACKBONES[name]()
+    depth, width = model.depth, model.embed_dim
+    assert PARAMETERS[name] == depth * (12 * width**2 + 13 * width) + width * (2 + 1 + 197 + 769)
+    variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))
+    assert sum(leaf.size for leaf in jax.tree.leaves(variables)) == PARAMETERS[name]

@@ -16,19 +16,8 @@ import numpy as np
 
 from ..errors import UserError
 from .example import Example
-from .scenes_render import (
-    SHAPES,
-    TEXTURES,
-    Background,
-    Dice,
-    Pattern,
-    Piece,
-    Scene,
-    enlarge,
-    fragment,
-    normalise,
-    render,
-)
+from .scenes_render import TEXTURES, Background, Pattern, Piece, Scene, enlarge, render
+from .scenes_shapes import SHAPES, Dice, fragment, normalise
 
 CLASSES: dict[str, str] = dict(zip(SHAPES, TEXTURES, strict=True))  # shape -> the texture it wears
 
@@ -196,7 +185,8 @@ def _light(dice: Dice) -> tuple[float, float]:
 
 def _actors(dice: Dice, objects: int) -> list[tuple[Piece, tuple[float, float], float]]:
     """Pieces with a velocity (fractions of the picture per frame) and a turn (radians per frame), apart at first."""
-    names, actors, centres = tuple(CLASSES), [], []
+    names, actors = tuple(CLASSES), []
+    centres: list[tuple[float, float]] = []
     for k in range(objects):
         candidates = [(dice.uniform(0.2, 0.8), dice.uniform(0.2, 0.8)) for _ in range(16)]
         centres.append(max(candidates, key=lambda p: min((math.dist(p, q) for q in centres), default=0.0)))

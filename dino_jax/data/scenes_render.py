@@ -1,4 +1,4 @@
-"""Shapes, textures and the painter behind `scenes`: NumPy for the colours, PIL for the polygons.
+"""The textures and the painter behind `scenes`: NumPy for the colours, PIL for the polygons.
 
 A scene is described without pixels: lengths are in units of sqrt(height * width), centres are fractions of the picture.
 So the same scene can be painted at any size. x points right, y down.
@@ -14,32 +14,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
-Outline = tuple[np.ndarray, ...]  # closed polygons, float [n, 2] of (x, y): the first is filled, the others are holes
+from .scenes_shapes import Outline
 
 SUPERSAMPLE = 8  # subpixels per pixel side when a polygon's coverage is measured
-
-
-class Dice:
-    """Uniform numbers from a generator, drawn in bulk and handed out one by one: ten times faster than one by one."""
-
-    def __init__(self, rng: np.random.Generator) -> None:
-        self.rng = rng
-        self._left: list[float] = []
-
-    def uniform(self, low: float, high: float) -> float:
-        if not self._left:
-            self._left = self.rng.random(256).tolist()
-        return low + (high - low) * self._left.pop()
-
-    def log_uniform(self, low: float, high: float) -> float:
-        return math.exp(self.uniform(math.log(low), math.log(high)))
-
-    def integer(self, low: int, high: int) -> int:
-        """A whole number, low <= n < high."""
-        return math.floor(self.uniform(low, high))
-
-    def sign(self) -> int:
-        return 1 if self.uniform(-1, 1) > 0 else -1
 
 
 class Pattern(NamedTuple):
@@ -81,119 +58,6 @@ class Scene(NamedTuple):
     light: tuple[float, float]  # direction and strength of the light
     noise: float  # standard deviation of the pixel noise, in 0..1
     noise_seed: int
-
-
-# ---------------------------------------------------------------------------------------------------------- shapes
-
-
-def _polar(radius: np.ndarray, start: float = 0.0) -> np.ndarray:
-    angle = start + 2 * np.pi * np.arange(len(radius)) / len(radius)
-    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], 1)
-
-
-def _star(dice: Dice) -> Outline:
-    return (_polar(np.tile([1.0, dice.uniform(0.4, 0.52)], 5)),)
-
-
-def _ring(dice: Dice) -> Outline:
-    return _polar(np.ones(48)), _polar(np.full(32, dice.uniform(0.42, 0.58)))
-
-
-def _crescent(dice: Dice) -> Outline:
-    # The unit disk less a disk of radius r about (shift, 0): two arcs between the points where the circles meet.
-    r, shift = dice.uniform(0.75, 0.9), dice.uniform(0.5, 0.62)
-    x = (1 - r * r + shift * shift) / (2 * shift)
-    outer, inner = math.acos(x), math.atan2(math.sqrt(1 - x * x), x - shift)
-    a = np.linspace(outer, 2 * np.pi - outer, 40)
-    b = np.linspace(2 * np.pi - inner, inner, 32)
-    return (np.concatenate([np.stack([np.cos(a), np.sin(a)], 1), np.stack([shift + r * np.cos(b), r * np.sin(b)], 1)]),)
-
-
-def _gear(dice: Dice) -> Outline:
-    return (_polar(np.tile(np.array([1.0, 1.0, 0.7, 0.7]), dice.integer(7, 10))),)
-
-
-def _cross(dice: Dice) -> Outline:
-    w = dice.uniform(0.27, 0.38)
-    arm = np.array([[1, -w], [1, w], [w, w]])
-    turn = np.array([[0, 1], [-1, 0]])
-    return (np.concatenate([arm, arm @ turn, arm @ turn @ turn, arm @ turn.T]),)
-
-
-def _hexagon(dice: Dice) -> Outline:
-    return (_polar(np.array([dice.uniform(0.93, 1.07) for _ in range(6)])),)
-
-
-def _heart(dice: Dice) -> Outline:
-    a = np.linspace(0, 2 * np.pi, 48, endpoint=False)
-    lobe = dice.uniform(4, 6)
-    return (np.stack([16 * np.sin(a) ** 3, -13 * np.cos(a) + lobe * np.cos(2 * a) + 2 * np.cos(3 * a)], 1),)
-
-
-def _leaf(dice: Dice) -> Outline:
-    x = np.linspace(-1, 1, 24)
-    half = dice.uniform(0.42, 0.58) * (1 - x * x) * (1 - 0.35 * x)
-    return (np.concatenate([np.stack([x, half], 1), np.stack([x, -half], 1)[-2:0:-1]]),)
-
-
-def _arrow(dice: Dice) -> Outline:
-    neck, shaft = dice.uniform(-0.1, 0.15), dice.uniform(0.24, 0.34)
-    half = np.array([[-1, shaft], [neck, shaft], [neck, 0.85]])
-    return (np.concatenate([half, [[1, 0]], (half * [1, -1])[::-1]]),)
-
-
-def _spiral(dice: Dice) -> Outline:
-    a = np.linspace(0, dice.uniform(3.4, 4.0) * np.pi, 72)[:, None]
-    ray = np.concatenate([np.cos(a), np.sin(a)], 1)
-    middle, half = 0.12 + 0.068 * a, 0.125
-    return (np.concatenate([(middle + half) * ray, ((middle - half) * ray)[::-1]]),)
-
-
-def _bolt(dice: Dice) -> Outline:
-    lean = dice.uniform(-0.1, 0.1)
-    half = np.array([[0.6 + lean, -1.1], [0.2 + lean, -1.1], [-0.7, 0.2], [-0.12, 0.2]])
-    return (np.concatenate([half, -half]),)
-
-
-def _flower(dice: Dice) -> Outline:
-    petals = dice.integer(5, 8)
-    a = 2 * np.pi * np.arange(72) / 72
-    return (_polar(1 + dice.uniform(0.25, 0.4) * np.cos(petals * a)),)
-
-
-SHAPES: dict[str, Callable[[Dice], Outline]] = {
-    "star": _star,
-    "ring": _ring,
-    "crescent": _crescent,
-    "gear": _gear,
-    "cross": _cross,
-    "hexagon": _hexagon,
-    "heart": _heart,
-    "leaf": _leaf,
-    "arrow": _arrow,
-    "spiral": _spiral,
-    "bolt": _bolt,
-    "flower": _flower,
-}
-
-
-def fragment(dice: Dice) -> Outline:
-    """A random polygon of 3 to 7 corners: clutter."""
-    return (_polar(np.array([dice.uniform(0.5, 1.3) for _ in range(dice.integer(3, 8))])),)
-
-
-def moments(polygon: np.ndarray) -> np.ndarray:
-    """The integrals of x, y and 1 over a closed polygon [n, 2], by the shoelace formula."""
-    after = polygon[np.arange(1 - len(polygon), 1)]
-    cross = polygon[:, 0] * after[:, 1] - polygon[:, 1] * after[:, 0]
-    integrals = np.append(cross @ (polygon + after) / 6, cross.sum() / 2)
-    return integrals if integrals[2] > 0 else -integrals
-
-
-def normalise(outline: Outline) -> Outline:
-    """The outline moved and scaled to centroid 0 and area 1, holes counted: no class is larger or off centre."""
-    x, y, area = moments(outline[0]) - sum(moments(hole) for hole in outline[1:])
-    return tuple((polygon - (x / area, y / area)) / math.sqrt(area) for polygon in outline)
 
 
 # -------------------------------------------------------------------------------------------------------- textures
@@ -310,7 +174,9 @@ def _mix(colours: np.ndarray, share: np.ndarray) -> np.ndarray:
 # --------------------------------------------------------------------------------------------------------- painting
 
 
-def coverage(outline: Outline, matrix: np.ndarray, centre: np.ndarray, height: int, width: int):
+def coverage(
+    outline: Outline, matrix: np.ndarray, centre: np.ndarray, height: int, width: int
+) -> tuple[tuple[slice, slice], np.ndarray] | None:
     """What a piece covers: its window (two slices) and the covered share of each pixel, float32 [h, w]; None if unseen.
 
     matrix: local units to pixels. centre: pixels.

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from dino_jax.data.scenes import CLASSES, Scenes
-from dino_jax.data.scenes_render import SHAPES, TEXTURES, Dice, coverage, moments, normalise, render
+from dino_jax.data.scenes_render import TEXTURES, coverage, render
+from dino_jax.data.scenes_shapes import SHAPES, Dice, moments, normalise
 from dino_jax.errors import UserError
 
 

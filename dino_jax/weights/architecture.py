@@ -1,0 +1,140 @@
+"""Which model a set of tensors is: its format, its configuration, and the key table that both imply."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from dino_jax.errors import UserError
+from dino_jax.models import BACKBONES, build_backbone, build_head
+from dino_jax.weights import keys
+
+Tensors = Mapping[str, np.ndarray]
+
+
+class Format(NamedTuple):
+    """A naming of a family's backbone tensors, known by a key that only it has."""
+
+    name: str
+    family: str
+    marker: str
+    rules: keys.Rules
+
+
+FORMATS = (  # the first whose marker is present
+    Format("hf", "vit", "encoder.layer.0.attention.attention.query.weight", keys.HUGGING_FACE),
+    Format("hf", "vit", "layers.0.attention.q_proj.weight", keys.HUGGING_FACE_5),
+    Format("official", "vit", "blocks.0.attn.qkv.weight", keys.VIT),
+)
+
+
+def recognise(backbone: Tensors, source: object) -> Format:
+    """The format of a backbone's tensors; `UserError` if it is none that is known."""
+    for known in FORMATS:
+        if known.marker in backbone:
+            return known
+    some = ", ".join(list(backbone)[:3]) or "nothing"
+    raise UserError(
+        f"{source}: not the weights of a ViT, ResNet or XCiT as DINO, timm, torchvision or transformers "
+        f"name them; it holds {some}, ..."
+    )
+
+
+def fill_model(config: ConfigDict, fmt: Format, backbone: Tensors, heads: int | None, source: object) -> None:
+    """Sets `config.model` and the image size from the shapes of a backbone's tensors.
+
+    Raises:
+      UserError: the number of attention heads cannot be known (`heads` is needed), or the shapes make no sense.
+    """
+    try:
+        {"vit": _fill_vit}[fmt.family](config, fmt, backbone, heads, source)
+    except UserError:
+        raise
+    except (KeyError, ValueError, IndexError) as error:
+        raise UserError(f"{source}: incomplete: it lacks or misshapes {error}, from which the model is known") from None
+
+
+def _fill_vit(config: ConfigDict, fmt: Format, backbone: Tensors, heads: int | None, source: object) -> None:
+    width, chans, patch, _ = backbone[keys.renamed("patch_embed.weight", fmt.rules)].shape
+    count = backbone[keys.renamed("pos_embed", fmt.rules)].shape[1] - 1
+    depth = 0
+    while keys.renamed(f"blocks.{depth}.norm1.weight", fmt.rules) in backbone:
+        depth += 1
+    side = math.isqrt(count)
+    if side * side != count:
+        raise UserError(f"{source}: a position table of {count} patches is not square; its grid cannot be known")
+    _fill_shape(config, "vit_", {"embed_dim": width, "depth": depth}, heads, source)
+    _fill_input(config, chans, patch, side * patch)
+
+
+def _fill_shape(config: ConfigDict, family: str, shape: dict[str, int], heads: int | None, source: object) -> None:
+    """`config.model.name` of the family's member nearest to the shape, and the keys in which it differs."""
+    members = {name: make.keywords for name, make in BACKBONES.items() if name.startswith(family)}
+    alike = [name for name, member in members.items() if member["embed_dim"] == shape["embed_dim"]]
+    if not alike and heads is None:
+        widths = ", ".join(str(member["embed_dim"]) for member in members.values())
+        raise UserError(
+            f"{source}: the number of attention heads cannot be known from a width of {shape['embed_dim']} (the named "
+            f"models have {widths}): give --heads=N"
+        )
+    if heads is not None and (heads < 1 or shape["embed_dim"] % heads):
+        raise UserError(f"{source}: a width of {shape['embed_dim']} is not divisible by --heads={heads}")
+    exact = [name for name in alike if members[name]["depth"] == shape["depth"]]
+    config.model.name = (exact or alike or list(members))[0]
+    member = members[config.model.name]
+    for key, value in {**shape, "heads": heads or member["heads"]}.items():
+        if member[key] != value:
+            config.model[key] = value
+
+
+def _fill_input(config: ConfigDict, chans: int, patch: int, size: int) -> None:
+    config.model.patch_size, config.model.in_chans = patch, chans
+    config.crops.global_size = (size, size)
+    local = max(1, round(size * 96 / 224 / patch)) * patch
+    config.crops.local_size = (local, local)
+    if chans != len(config.data.mean):
+        config.data.mean, config.data.std = (0.5,) * chans, (0.5,) * chans
+
+
+def fill_head(config: ConfigDict, head: Tensors, train_gain: bool, source: object) -> None:
+    """Sets `config.head` from the shapes of a projection head's tensors (`mlp.0.weight`, ...)."""
+    if not ("last_layer.weight_v" in head and any(head[f"mlp.{i}.weight"].ndim == 2 for i in _indices(head))):
+        raise UserError(f"{source}: its head lacks mlp.*.weight or last_layer.weight_v; it holds {', '.join(head)}")
+    linear = [head[f"mlp.{i}.weight"].shape for i in _indices(head) if head[f"mlp.{i}.weight"].ndim == 2]
+    config.head.out_dim, config.head.bottleneck_dim = head["last_layer.weight_v"].shape
+    config.head.hidden_dim = linear[0][0]
+    config.head.layers = len(linear)
+    config.head.use_bn = any(key.endswith("running_mean") for key in head)
+    config.head.norm_last_layer = not train_gain
+
+
+def _indices(head: Tensors) -> list[int]:
+    return sorted({int(found[1]) for key in head if (found := re.match(r"mlp\.(\d+)\.weight$", key))})
+
+
+def backbone_shapes(config: ConfigDict) -> Any:
+    """The shapes of the backbone's variables."""
+    height, width = config.crops.global_size
+    backbone = build_backbone(config.model, (height, width))
+    image = jax.ShapeDtypeStruct((1, height, width, config.model.in_chans), jnp.float32)
+    return jax.eval_shape(backbone.init, jax.random.key(0), image)
+
+
+def head_shapes(config: ConfigDict) -> Any:
+    """The shapes of the head's variables."""
+    width = build_backbone(config.model, config.crops.global_size).embed_dim
+    feature = jax.ShapeDtypeStruct((1, width), jnp.float32)
+    return jax.eval_shape(build_head(config).init, jax.random.key(0), feature)
+
+
+def network_table(config: ConfigDict, rules: keys.Rules, with_head: bool) -> list[keys.Entry]:
+    """The key table of backbone and head, keys under `backbone.` and `head.`."""
+    table = keys.key_table(backbone_shapes(config), rules, "backbone")
+    return table + (keys.key_table(head_shapes(config), (), "head") if with_head else [])

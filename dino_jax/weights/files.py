@@ -1,0 +1,79 @@
+"""Weight files of every kind as plain dicts of tensors, and the official checkpoint's names made regular."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+from etils import epath
+
+from dino_jax.errors import UserError
+from dino_jax.weights.pth import read_pth
+
+# The names of other versions of the official code and of torch: (pattern, replacement), applied in order.
+RENAMED = (
+    (r"^(module\.|_orig_mod\.)+", ""),  # DistributedDataParallel, torch.compile
+    (r"\bprojection_head\.", "mlp."),  # the checkpoints as first released
+    (r"\bprototypes\.", "last_layer."),
+    (r"\.parametrizations\.weight\.original0$", ".weight_g"),  # weight_norm since torch 2.0
+    (r"\.parametrizations\.weight\.original1$", ".weight_v"),
+    (r"^(mlp|last_layer)\.", r"head.\1."),
+)
+
+
+def read_weights(path: epath.PathLike) -> Any:
+    """What is in a `.pth` or `.safetensors` file (told apart by content), or in a folder with `model.safetensors`.
+
+    Raises:
+      UserError: absent, truncated, hostile or no weight file.
+    """
+    path = epath.Path(path)
+    if path.is_dir():
+        path = path / "model.safetensors"
+        if not path.exists():
+            raise UserError(f"{path.parent}: this folder holds neither a checkpoint nor a model.safetensors")
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    with path.open("rb") as file:
+        start = file.read(9)
+    if not (start[8:] == b"{" or path.suffix == ".safetensors"):
+        return read_pth(path)
+    try:
+        return safetensors.numpy.load(path.read_bytes())
+    except (safetensors.SafetensorError, KeyError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: truncated or no safetensors file ({reason}); download it again") from None
+
+
+def is_tensors(value: Any) -> bool:
+    """Whether a value is a state dict: names to arrays, nothing else."""
+    return (
+        isinstance(value, Mapping)
+        and len(value) > 0
+        and all(isinstance(key, str) and isinstance(item, np.ndarray) for key, item in value.items())
+    )
+
+
+def regular_names(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A state dict of backbone and head with today's names: `backbone.*`, `head.mlp.*`, `head.last_layer.weight_[gv]`.
+
+    A last layer without weight norm (the released ResNet-50's) becomes the same function: direction and gain.
+    """
+    regular = {}
+    for key, value in state.items():
+        for pattern, replacement in RENAMED:
+            key = re.sub(pattern, replacement, key)
+        regular[key if key.startswith(("backbone.", "head.")) else f"backbone.{key}"] = value
+    if (plain := regular.pop("head.last_layer.weight", None)) is not None:
+        regular["head.last_layer.weight_v"] = plain
+        regular["head.last_layer.weight_g"] = np.linalg.norm(plain.astype(np.float32), axis=1, keepdims=True)
+    return regular
+
+
+def section(tensors: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    """The tensors under `prefix`, without it."""
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}

@@ -1,0 +1,113 @@
+"""The released models by name, and their files: downloaded once, with progress, resumed where a transfer broke off."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import urllib.error
+import urllib.request
+from typing import NamedTuple
+
+from etils import epath
+from tqdm import tqdm
+
+from dino_jax.errors import UserError
+
+BASE = "https://dl.fbaipublicfiles.com/dino/"
+CACHE = "DINO_JAX_CACHE"  # environment variable: where downloads are kept
+
+
+class Pretrained(NamedTuple):
+    """A released file: its address below `BASE`, and published ImageNet k-NN and linear accuracy (percent)."""
+
+    file: str
+    knn: float | None = None
+    linear: float | None = None
+
+
+def _both(name: str, stem: str, knn: float, linear: float) -> dict[str, Pretrained]:
+    """The teacher's backbone, and under `<name>_full` student, teacher, heads, optimiser and centre."""
+    folder = f"{stem}_pretrain/{stem}_pretrain"
+    return {
+        name: Pretrained(f"{folder}.pth", knn, linear),
+        f"{name}_full": Pretrained(f"{folder}_full_checkpoint.pth", knn, linear),
+    }
+
+
+PRETRAINED = {
+    **_both("dino_vits16", "dino_deitsmall16", 74.5, 77.0),
+    **_both("dino_vits8", "dino_deitsmall8", 78.3, 79.7),
+    **_both("dino_vitb16", "dino_vitbase16", 76.1, 78.2),
+    **_both("dino_vitb8", "dino_vitbase8", 77.4, 80.1),
+    **_both("dino_resnet50", "dino_resnet50", 67.5, 75.3),
+    **_both("dino_xcit_small_12_p16", "dino_xcit_small_12_p16", 76.0, 77.8),
+    **_both("dino_xcit_small_12_p8", "dino_xcit_small_12_p8", 77.1, 79.2),
+    **_both("dino_xcit_medium_24_p16", "dino_xcit_medium_24_p16", 76.4, 78.8),
+    **_both("dino_xcit_medium_24_p8", "dino_xcit_medium_24_p8", 77.9, 80.3),
+    "dino_vits16_gldv2": Pretrained(
+        "dino_vitsmall16_googlelandmark_pretrain/dino_vitsmall16_googlelandmark_pretrain.pth"
+    ),
+}
+
+
+def known(name: str = "") -> str:
+    """The released names as the end of an error message; the nearest one first where `name` is close to it."""
+    near = difflib.get_close_matches(name, PRETRAINED, 1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return f"{hint}names are {', '.join(key for key in PRETRAINED if not key.endswith('_full'))} (or with _full)"
+
+
+def cache_folder() -> epath.Path:
+    """Where downloads are kept: `$DINO_JAX_CACHE`, or `~/.cache/dino-jax`."""
+    return epath.Path(os.environ.get(CACHE, "~/.cache/dino-jax")).expanduser()
+
+
+def fetch(name: str) -> epath.Path:
+    """The local file of a released model, downloaded if it is not in the cache.
+
+    Raises:
+      UserError: an unknown name; no connection, or one that broke off (what came is kept, and resumed next time).
+    """
+    if name not in PRETRAINED:
+        raise UserError(f"{name}: no such released model; {known(name)}")
+    file = PRETRAINED[name].file
+    target = cache_folder() / file.rpartition("/")[2]
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        download(BASE + file, target)
+    return target
+
+
+def download(address: str, target: epath.Path) -> None:
+    """Downloads to `target`, which appears only when it is complete; until then `<target>.part` grows.
+
+    Raises:
+      UserError: the transfer failed or the answer is a web page.
+    """
+    partial = target.parent / f"{target.name}.part"
+    have = partial.stat().length if partial.exists() else 0
+    request = urllib.request.Request(address, headers={"Range": f"bytes={have}-"} if have else {})
+    mend = f"try again (it resumes), or download it elsewhere and give it with --from: {address}"
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            if answer.headers.get_content_type() == "text/html":
+                raise UserError(f"{target.name}: the server answered with a web page; {mend}")
+            have = have if answer.status == 206 else 0  # 200: the server sends all of it again
+            total = have + int(answer.headers["Content-Length"])
+            with (
+                partial.open("ab" if have else "wb") as file,
+                tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=target.name) as bar,
+            ):
+                while block := answer.read(1 << 20):
+                    file.write(block)
+                    bar.update(len(block))
+    except urllib.error.HTTPError as error:
+        if error.code != 416:
+            raise UserError(f"{target.name}: the server answered {error.code} {error.reason}; {mend}") from None
+        partial.unlink()  # more than the whole is there: it is not this file
+        raise UserError(f"{target.name}: the partial download did not fit and was removed; {mend}") from None
+    except (OSError, TypeError, ValueError) as error:
+        raise UserError(f"{target.name}: the download failed ({error}); {mend}") from None
+    if (got := partial.stat().length) != total:
+        raise UserError(f"{target.name}: the transfer broke off after {got} of {total} bytes; {mend}")
+    partial.replace(target)

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from etils import epath
 
-from ..errors import UserError
-from .example import Example
+from dino_jax.data.example import Example
+from dino_jax.errors import UserError
 
 
 class ArraySource:

@@ -50,7 +50,7 @@ def decode(image: bytes | np.ndarray, channels: int = 3, limit: int | None = Non
     except UnidentifiedImageError as error:
         raise BadImage("not a picture in a known format") from error
     except Exception as error:  # damaged files raise nearly anything inside PIL's plug-ins
-        raise BadImage(f"damaged: {error}" if str(error) else f"damaged: {type(error).__name__}") from error
+        raise BadImage("damaged: " + (" ".join(str(error).split()) or type(error).__name__)) from error
     if 0 in pixels.shape:
         raise BadImage("has no pixels")
     return shrink(pixels, limit) if limit and max(pixels.shape[:2]) > limit else pixels
@@ -105,7 +105,8 @@ def _from_pil(picture: Image.Image, channels: int) -> np.ndarray:
         picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(white, picture)
-    picture = picture.convert("RGB" if channels == 3 else "L")
+    mode = "RGB" if channels == 3 else "L"
+    picture = picture if picture.mode == mode else picture.convert(mode)
     return np.asarray(picture).reshape(picture.height, picture.width, channels)
 
 

@@ -7,9 +7,9 @@ import os
 import re
 from typing import Any
 
-from ..errors import UserError
-from .decode import BadImage
-from .example import Example
+from dino_jax.data.decode import BadImage
+from dino_jax.data.example import Example
+from dino_jax.errors import UserError
 
 
 class TfdsSource:

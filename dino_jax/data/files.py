@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from etils import epath
 
-from ..errors import UserError
-from .decode import BadImage
-from .example import Example
+from dino_jax.data.decode import BadImage
+from dino_jax.data.example import Example
+from dino_jax.errors import UserError
 
 SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".jp2", ".gif"),

@@ -17,9 +17,9 @@ import msgpack
 import numpy as np
 from etils import epath
 
-from ..errors import UserError
-from .decode import BadImage
-from .example import Example
+from dino_jax.data.decode import BadImage
+from dino_jax.data.example import Example
+from dino_jax.errors import UserError
 
 MANIFEST = "manifest.json"
 FORMAT, VERSION = "dino-jax", 1

@@ -43,10 +43,10 @@ import numpy as np
 from absl import flags
 from grain.experimental import index_shuffle
 
-from ..errors import UserError
-from .crops import CropParams, crop_resize, draw_crops, render_crops, to_pil
-from .decode import BadImage, decode
-from .sources import Source
+from dino_jax.data.crops import CropParams, crop_resize, draw_crops, render_crops, to_pil
+from dino_jax.data.decode import BadImage, decode
+from dino_jax.data.sources import Source
+from dino_jax.errors import UserError
 
 CHUNK = 16  # examples that one thread prepares at a time; a batch is put together from such chunks
 PROBES = 100  # pictures tried before a data set is called unreadable

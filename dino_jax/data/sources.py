@@ -23,11 +23,11 @@ from urllib.parse import parse_qsl
 
 from etils import epath
 
-from ..errors import UserError
-from .arrays import open_arrays
-from .example import Example
-from .files import FolderSource, ListSource
-from .packed import MANIFEST, PackedSource
+from dino_jax.data.arrays import open_arrays
+from dino_jax.data.example import Example
+from dino_jax.data.files import FolderSource, ListSource
+from dino_jax.data.packed import MANIFEST, PackedSource
+from dino_jax.errors import UserError
 
 
 class Source(Protocol):
@@ -93,7 +93,7 @@ def _unknown(what: str, name: str, known: object) -> str:
 
 
 def _open_scenes(split: str, **options: str) -> Source:
-    from .scenes import Scenes
+    from dino_jax.data.scenes import Scenes
 
     numbers = {}
     for key, value in options.items():
@@ -104,13 +104,13 @@ def _open_scenes(split: str, **options: str) -> Source:
 
 
 def _open_tfds(name: str, **options: str) -> Source:
-    from .external import TfdsSource
+    from dino_jax.data.external import TfdsSource
 
     return TfdsSource(name, **options)
 
 
 def _open_hf(name: str, **options: str) -> Source:
-    from .external import HfSource
+    from dino_jax.data.external import HfSource
 
     return HfSource(name, **options)
 

@@ -1,10 +1,10 @@
-"""The two DAVIS 2017 measures of video object segmentation, and their statistics (Perazzi et al. 2016; Pont-Tuset et al. 2017).
+"""The two DAVIS 2017 measures of video object segmentation (Perazzi et al. 2016; Pont-Tuset et al. 2017).
 
-J, the region similarity, is intersection over union. F, the boundary accuracy, is the harmonic mean of the precision and
-recall of boundary pixels, where a pixel matches within a disk of 0.8% of the picture's diagonal. Each is reported as its
-mean over frames, its recall (share of frames above 0.5) and its decay (first quarter less last quarter), then averaged
-over all objects of all videos. As in the official semi-supervised track the first and the last frame do not count, and
-void pixels (255) count as background.
+J, the region similarity, is intersection over union. F, the boundary accuracy, is the harmonic mean of the precision
+and recall of boundary pixels, where a pixel matches within a disk of 0.8% of the picture's diagonal. Each is reported
+as its mean over frames, its recall (share of frames above 0.5) and its decay (first quarter less last quarter), then
+averaged over all objects of all videos. As in the official semi-supervised track the first and the last frame do not
+count, and void pixels (255) count as background.
 
 Legend: T frames, h height, w width.
 """

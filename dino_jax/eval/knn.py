@@ -19,11 +19,39 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
 
 from dino_jax.errors import UserError
+from dino_jax.eval.features import Frozen, dataset_features
+from dino_jax.eval.splits import check_labels, train_test
 
 BLOCK = 32  # columns whose maximum stands for all of them when the best k are selected
 QUERY_BLOCK = 256  # queries compared at once on one device
+
+
+def default_config() -> ConfigDict:
+    """The protocol's keys."""
+    config = ConfigDict()
+    config.k = (10, 20, 100, 200)  # numbers of neighbours; those beyond the training set's size are left out
+    config.temperature = 0.07
+    config.resize = 256  # shorter side before the centre crop, bicubic; 0: no resize
+    config.crop = 224
+    config.batch_size = 256
+    config.workers = 0  # reading processes; 0: threads of this one
+    return config.lock()
+
+
+def evaluate(model: Frozen, data: str, config: ConfigDict, workdir: str | None = None) -> dict[str, float]:
+    """`top1_k<k>` and `top5_k<k>` in percent. `data` is as in `splits.train_test`; features are kept in `workdir`."""
+    train, test = train_test(data)
+    features, labels = dataset_features(model, train, config, workdir=workdir)
+    test_features, test_labels = dataset_features(model, test, config, workdir=workdir)
+    num_classes = check_labels(labels, test_labels, data)
+    ks = [k for k in config.k if k <= len(features)] or list(config.k)
+    scores = knn_classify(
+        features, labels, test_features, test_labels, ks=ks, temperature=config.temperature, num_classes=num_classes
+    )
+    return {f"top{n}_k{k}": value for k, pair in scores.items() for n, value in zip((1, 5), pair, strict=True)}
 
 
 def knn_classify(

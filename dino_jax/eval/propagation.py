@@ -1,7 +1,7 @@
 """Label propagation between video frames (official `eval_video_segmentation.py`; paper section 4.2), in local windows.
 
 Every patch of a new frame takes the labels of its most similar patches in the context frames, weighted by
-exp(cosine similarity / T) and normalised. A patch looks only at most `radius` rows and columns away, so the frame is cut
+exp(cosine similarity / T) and normalised. A patch looks at most `radius` rows and columns away, so the frame is cut
 into tiles, and one tile at a time meets just the windows it can see: the affinity between all patches of all frames is
 never built.
 
@@ -67,9 +67,10 @@ def _compiled(mesh: Mesh, height: int, width: int, reach: int, topk: int, temper
     tiles = jax.shard_map(local, mesh=mesh, in_specs=(P("data"), P(), P(), P(), P()), out_specs=P("data"))
 
     def step(sources, target, labels, valid):
-        pad = lambda x, low: jnp.pad(  # noqa: E731  to whole tiles, and by `low` on every side
-            x, [(0, 0)] * (x.ndim - 3) + [(low, low + rows * TILE - height), (low, low + columns * TILE - width), (0, 0)]
-        )
+        def pad(x, low):  # to whole tiles, and by `low` on every side
+            sides = [(low, low + rows * TILE - height), (low, low + columns * TILE - width)]
+            return jnp.pad(x, [(0, 0)] * (x.ndim - 3) + sides + [(0, 0)])
+
         inside = jnp.broadcast_to(valid[:, None, None, None], (*sources.shape[:3], 1))
         out = tiles(
             corners, pad(_normalise(sources), reach), pad(_normalise(target), 0), pad(labels, reach), pad(inside, reach)
@@ -81,7 +82,7 @@ def _compiled(mesh: Mesh, height: int, width: int, reach: int, topk: int, temper
 
 
 def _tile(sources, target, labels, inside, reach: int, topk: int, temperature: float, corner: jax.Array) -> jax.Array:
-    """The labels [t, t, L] of one tile, from padded arrays; the window of a padded array starts at the tile's corner."""
+    """The labels [t, t, L] of one tile, from padded arrays: the tile's window in them starts at its corner."""
     side = TILE + 2 * reach
     window = lambda x: jax.lax.dynamic_slice(  # noqa: E731  [n, s, s, .] -> [n * s * s, .]
         x, (0, corner[0], corner[1], 0), (x.shape[0], side, side, x.shape[3])

@@ -37,7 +37,7 @@ def revisited_scores(
     Args:
       similarity: [N, Q] float.
       truth: per query the database rows `easy`, `hard` and `junk`.
-      ks: depths of mean precision. As in the official `evaluate.py`, a query's depth shrinks to its last positive's rank.
+      ks: depths of mean precision; as in the official `evaluate.py`, a query's last positive bounds its depth.
 
     Returns:
       `{"medium": {"map": .., "aps": [Q], "mpk": {k: ..}}, "hard": ...}` as shares of 1. Medium counts easy and hard as
@@ -72,15 +72,15 @@ def similarity(database: np.ndarray, queries: np.ndarray) -> np.ndarray:
 
 
 def gem(patches: jnp.ndarray, power: float = 4.0, floor: float = 1e-6) -> jnp.ndarray:
-    """Generalised mean over the middle axis of patch tokens [B, N, D], with values below `floor` raised to it: [B, D]."""
+    """Generalised mean over the patch tokens [B, N, D], values below `floor` raised to it: [B, D]."""
     return jnp.mean(jnp.maximum(patches, floor) ** power, axis=1) ** (1 / power)
 
 
 class Whitening:
     """PCA whitening as the official copy detection does it, fitted on features [N, D].
 
-    The axes are the eigenvectors of the *uncentred* covariance, largest first, each divided by its eigenvalue to `power`
-    (0.5 whitens). Eigenvalues below 1e-5 of the largest are raised to that. Data are centred with the fitted mean.
+    The axes are the eigenvectors of the *uncentred* covariance, largest first, each divided by its eigenvalue to
+    `power` (0.5 whitens). Eigenvalues below 1e-5 of the largest are raised to that. Data are centred by the mean.
     """
 
     def __init__(self, features: np.ndarray, power: float = 0.5):

@@ -36,7 +36,8 @@ def brute_force_boundary(prediction, truth):
 
 def test_region_by_hand():
     a, b, empty = square(10, 2, 2, 4), square(10, 4, 2, 4), np.zeros((10, 10), bool)
-    np.testing.assert_allclose(davis.region(np.stack([a, a, empty, a]), np.stack([b, a, empty, empty])), [1 / 3, 1, 1, 0])
+    values = davis.region(np.stack([a, a, empty, a]), np.stack([b, a, empty, empty]))
+    np.testing.assert_allclose(values, [1 / 3, 1, 1, 0])
 
 
 def test_boundary_by_hand():

@@ -10,13 +10,11 @@ from dino_jax.eval import propagation
 
 def naive(sources, target, labels, radius, topk, temperature):
     """The whole masked affinity, as the formula says it."""
-    n, h, w, _ = sources.shape
+    h, w, _ = target.shape
     unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)  # noqa: E731
     affinity = np.exp(np.einsum("abd,nijd->abnij", unit(target), unit(sources)) / temperature)
-    rows, columns = np.arange(h), np.arange(w)
-    far = (np.abs(rows[:, None] - rows) > radius)[:, None, None, :, None] | (np.abs(columns[:, None] - columns) > radius)[
-        None, :, None, None, :
-    ]
+    far_rows, far_columns = (np.abs(np.subtract.outer(np.arange(s), np.arange(s))) > radius for s in (h, w))
+    far = far_rows[:, None, None, :, None] | far_columns[None, :, None, None, :]
     affinity = np.where(far, 0, affinity).reshape(h, w, -1)
     affinity = np.where(affinity < np.sort(affinity, -1)[..., -topk, None], 0, affinity)
     return affinity / affinity.sum(-1, keepdims=True) @ labels.reshape(-1, labels.shape[-1])

@@ -1,0 +1,42 @@
+"""Where a protocol's training and test pictures are, from what `--data` says."""
+
+from __future__ import annotations
+
+import numpy as np
+from etils import epath
+
+from dino_jax.errors import UserError
+
+TRAIN, TEST = ("train", "training"), ("val", "validation", "test", "testing")
+
+
+def train_test(data: str) -> tuple[str, str]:
+    """The two source specs of `--data`: `TRAIN,TEST`, or a folder with `train` and `val` (or `test`) in it.
+
+    Raises:
+      UserError: neither.
+    """
+    if data.count(",") == 1:
+        train, test = data.split(",")
+        return train.strip(), test.strip()
+    root = epath.Path(data.removeprefix("folder:"))
+    found = [next((root / name for name in names if (root / name).is_dir()), None) for names in (TRAIN, TEST)]
+    if None in found:
+        raise UserError(
+            f"--data={data}: give two sources as TRAIN,TEST, or a folder with the sub-folders train and val (or test)"
+        )
+    return str(found[0]), str(found[1])
+
+
+def check_labels(train_labels: np.ndarray, test_labels: np.ndarray, data: str) -> int:
+    """The number of classes. Raises `UserError` where pictures are unlabelled or a tested class has no example."""
+    for name, labels in (("training", train_labels), ("test", test_labels)):
+        if not len(labels) or labels.min() < 0:
+            raise UserError(f"--data={data}: the {name} pictures have no labels: use class folders or a labelled list")
+    absent = np.setdiff1d(test_labels, train_labels)
+    if len(absent):
+        raise UserError(
+            f"--data={data}: no training picture of {len(absent)} tested classes, first class {absent[0]}: "
+            "give both splits the same class folders"
+        )
+    return int(train_labels.max()) + 1

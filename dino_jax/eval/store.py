@@ -1,0 +1,41 @@
+"""Small results on disk: arrays and figures, written so that a reader never sees half a file."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from dino_jax.errors import UserError
+
+
+def save_arrays(path: epath.PathLike, **arrays: np.ndarray) -> None:
+    """Writes a `.npz`; any path that etils knows, gs:// too."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    _replace(epath.Path(path), buffer.getvalue())
+
+
+def load_arrays(path: epath.PathLike) -> dict[str, np.ndarray]:
+    """The arrays of a `.npz` by name. Raises `UserError` for a file that is not one."""
+    try:
+        with np.load(io.BytesIO(epath.Path(path).read_bytes()), allow_pickle=False) as data:
+            return {key: data[key] for key in data.files}
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: not a readable .npz file ({error}): remove it") from None
+
+
+def save_json(path: epath.PathLike, value: Any) -> None:
+    """Writes `value` as indented JSON."""
+    _replace(epath.Path(path), (json.dumps(value, indent=2) + "\n").encode())
+
+
+def _replace(path: epath.Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.parent / (path.name + ".partial")
+    partial.write_bytes(data)
+    partial.replace(path)

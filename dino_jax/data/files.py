@@ -58,7 +58,8 @@ class FolderSource(Files):
         if not root.is_dir():
             raise UserError(f"{path}: not a folder; a list of paths is opened with list:{path}")
         folders, flat = _entries(str(path))
-        classes = {folder: sorted(_walk(join(str(path), folder), folder)) for folder in sorted(folders)}
+        above = (os.path.realpath(path),)
+        classes = {folder: sorted(_walk(join(str(path), folder), folder, above)) for folder in sorted(folders)}
         names = [name for found in classes.values() for name in found]
         if names:
             labels = [label for label, found in enumerate(classes.values()) for _ in found]
@@ -86,7 +87,7 @@ class ListSource(Files):
         file = epath.Path(path)
         if not file.exists() or file.is_dir():
             raise UserError(f"{path}: no such list file")
-        lines = [line.strip() for line in file.read_text(encoding="utf-8", errors="surrogateescape").splitlines()]
+        lines = [line.strip() for line in file.read_bytes().decode("utf-8-sig", "surrogateescape").split("\n")]
         entries = [_entry(line) for line in lines if line and not line.startswith("#")]
         if not entries:
             raise UserError(f"{path}: the list names no pictures")
@@ -112,7 +113,7 @@ def _entry(line: str) -> tuple[str, str]:
     if "\t" in line:
         name, label = line.rsplit("\t", 1)
         return name.strip(), label.strip()
-    match = re.fullmatch(r"(.*\S)(?:\s*,\s*|\s+)(-?\d+)", line)
+    match = re.fullmatch(r"(.*[^\s,])\s*[,\s]\s*(-?\d+)", line)
     return match.groups() if match else (line, "")
 
 
@@ -129,7 +130,7 @@ def _numbered(path: str, labels: Sequence[str]) -> tuple[list[int], list[str] | 
     return [number[label] for label in labels], names
 
 
-def _walk(path: str, prefix: str, above: tuple[str, ...] = ()) -> Iterator[str]:
+def _walk(path: str, prefix: str, above: tuple[str, ...]) -> Iterator[str]:
     """Names of all pictures below `path`, each starting with `prefix`; links to a folder above are not followed."""
     here = os.path.realpath(path)
     if here in above:

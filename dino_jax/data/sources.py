@@ -16,6 +16,7 @@ picklable, and cheap to pickle: worker processes get copies.
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Callable
 from typing import Protocol
@@ -59,7 +60,7 @@ def open_source(spec: str) -> Source:
 def split_spec(spec: str) -> tuple[str, str, dict[str, str]]:
     """'kind:rest?key=value' -> (kind, rest, {key: value}); the kind of a bare path is detected from what is there."""
     match = re.match(r"([A-Za-z_]\w*):(?!//)(.*)", spec, re.DOTALL)
-    if match is None or epath.Path(spec).exists():
+    if match is None or os.path.exists(spec):
         return detect(spec), spec, {}
     kind, rest = match.groups()
     if kind not in KINDS:

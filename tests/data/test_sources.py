@@ -1,0 +1,337 @@
+"""Sources: each kind in its true format, and one clear line for each mistake."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dino_jax.data.arrays import ArraySource
+from dino_jax.data.decode import BadImage, decode
+from dino_jax.data.example import Example
+from dino_jax.data.packed import FORMAT, MANIFEST, VERSION, WRITER_OPTIONS, decode_record, encode_record
+from dino_jax.data.sources import open_source, split_spec
+from dino_jax.errors import UserError
+
+
+def image_bytes(level: int, form: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (6, 5), (level, level, level)).save(buffer, form)
+    return buffer.getvalue()
+
+
+def write(path, level: int = 0, form: str = "PNG") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(image_bytes(level, form))
+
+
+def names(source) -> list[str]:
+    return [source[i].name for i in range(len(source))]
+
+
+def labels(source) -> list[int]:
+    return [source[i].label for i in range(len(source))]
+
+
+def level(example: Example) -> int:
+    return int(decode(example.image)[0, 0, 0])
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """Two classes, one of them nested, an empty one, and what must be left out."""
+    root = tmp_path / "tree"
+    write(root / "b" / "2.png", 20)
+    write(root / "b" / "1.JPEG", 10, "JPEG")
+    write(root / "a" / "deep" / "é ü.png", 30)
+    write(root / ".hidden" / "x.png")
+    write(root / "a" / ".x.png")
+    (root / "a" / "notes.txt").write_text("no picture")
+    (root / "empty").mkdir()
+    return root
+
+
+def test_a_tree_of_class_folders_is_sorted_and_labelled(tree, caplog):
+    source = open_source(f"folder:{tree}")
+    assert source.class_names == ("a", "b", "empty")
+    assert names(source) == ["a/deep/é ü.png", "b/1.JPEG", "b/2.png"]
+    assert labels(source) == [0, 1, 1]
+    assert [level(source[i]) for i in range(3)] == [30, 10, 20]
+    assert "1 class folders, such as empty" in caplog.text
+    assert names(open_source(str(tree))) == names(source)
+    assert names(pickle.loads(pickle.dumps(source))) == names(source)
+
+
+def test_a_flat_folder_is_unlabelled(tmp_path, caplog):
+    for k in (2, 0, 1):
+        write(tmp_path / f"{k}.png", k)
+    (tmp_path / "sub").mkdir()
+    source = open_source(str(tmp_path))
+    assert source.class_names is None
+    assert names(source) == ["0.png", "1.png", "2.png"]
+    assert labels(source) == [-1] * 3
+    write(tmp_path / "sub" / "x.png")
+    assert names(open_source(str(tmp_path))) == ["sub/x.png"]
+    assert "3 pictures beside the class folders are left out" in caplog.text
+
+
+def test_links_are_followed_and_broken_ones_are_bad_pictures(tree):
+    os.symlink(tree / "nowhere.png", tree / "b" / "0.png")
+    os.symlink(tree / "b", tree / "c")
+    os.symlink(tree, tree / "a" / "loop")
+    source = open_source(str(tree))
+    gone = "cannot be read: No such file or directory"
+    b = ["b/0.png: " + gone, "b/1.JPEG", "b/2.png"]
+    assert names_or_bad(source) == ["a/deep/é ü.png", *b, *(name.replace("b/", "c/") for name in b)]
+
+
+def names_or_bad(source) -> list[str]:
+    found = []
+    for i in range(len(source)):
+        try:
+            found.append(source[i].name)
+        except BadImage as error:
+            found.append(f"{error.name}: {error}")
+    return found
+
+
+def test_undecodable_file_names_are_read_and_printable(tmp_path):
+    with open(os.path.join(os.fsencode(tmp_path), b"\xff\xfe.png"), "wb") as file:
+        file.write(image_bytes(7))
+    source = open_source(str(tmp_path))
+    assert level(source[0]) == 7
+    source[0].name.encode("utf-8")
+
+
+def test_lists_of_paths(tmp_path, tree):
+    flat = tmp_path / "flat.txt"
+    flat.write_text("# comment\n\ntree/b/2.png\n" + str(tree / "a" / "deep" / "é ü.png") + "\n", encoding="utf-8")
+    source = open_source(f"list:{flat}")
+    assert labels(source) == [-1, -1]
+    assert [level(source[i]) for i in range(2)] == [20, 30]
+    for between in ("\t", ",", " ", ", "):
+        flat.write_text(f"tree/b/2.png{between}7\ntree/a/deep/é ü.png{between}-1\n", encoding="utf-8")
+        source = open_source(str(flat))
+        assert labels(source) == [7, -1]
+        assert names(source) == ["tree/b/2.png", "tree/a/deep/é ü.png"]
+    flat.write_text("tree/b/2.png\tdog\ntree/b/1.JPEG\tcat\n")
+    source = open_source(str(flat))
+    assert source.class_names == ("cat", "dog")
+    assert labels(source) == [1, 0]
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_arrays_in_npz(tmp_path, compressed):
+    images = np.random.default_rng(0).integers(0, 256, (5, 4, 6, 3), dtype=np.uint8)
+    path = tmp_path / "x.npz"
+    save = np.savez_compressed if compressed else np.savez
+    save(path, images=images, labels=np.arange(5), class_names=list("abcde"))
+    for source in (open_source(f"arrays:{path}"), pickle.loads(pickle.dumps(open_source(str(path))))):
+        assert isinstance(source.images, np.memmap) is not compressed
+        assert source.class_names == tuple("abcde")
+        for i in range(5):
+            np.testing.assert_array_equal(source[i].image, images[i])
+            assert source[i].label == i
+
+
+def test_npy_stacks_and_arrays_in_memory(tmp_path):
+    images = np.zeros((3, 4, 6), np.uint8)
+    np.save(tmp_path / "x.npy", images)
+    source = open_source(str(tmp_path / "x.npy"))
+    assert labels(source) == [-1] * 3
+    assert decode(source[2].image).shape == (4, 6, 3)
+    assert labels(ArraySource(images, [4, 5, 6])) == [4, 5, 6]
+
+
+def test_multi_channel_npy_files_in_a_tree(tmp_path):
+    for k in range(2):
+        (tmp_path / f"c{k}").mkdir()
+        np.save(tmp_path / f"c{k}" / "x.npy", np.full((4, 6, 5), k, np.uint8))
+    source = open_source(str(tmp_path))
+    assert decode(source[1].image, 5).shape == (4, 6, 5)
+    assert labels(source) == [0, 1]
+
+
+def test_scenes():
+    source = open_source("scenes:test?size=7&seed=3&image_size=24")
+    assert len(source) == 7
+    assert decode(source[6].image).shape == (24, 24, 3)
+    assert len(pickle.loads(pickle.dumps(source))) == 7
+
+
+def pack(folder, examples, shards: int = 2) -> None:
+    """A folder as `dino-jax pack` writes it."""
+    from array_record.python import array_record_module
+
+    files = []
+    for k, part in enumerate(np.array_split(np.arange(len(examples)), shards)):
+        files.append({"file": f"part-{k}.array_record", "count": len(part)})
+        writer = array_record_module.ArrayRecordWriter(str(folder / files[-1]["file"]), WRITER_OPTIONS)
+        for i in part:
+            writer.write(encode_record(examples[i]))
+        writer.close()
+    about = {"format": FORMAT, "version": VERSION, "count": len(examples), "class_names": ["x", "y"], "shards": files}
+    (folder / MANIFEST).write_text(json.dumps(about))
+
+
+def test_packed_shards(tmp_path):
+    examples = [Example(image_bytes(k), k % 2, f"é{k}.png") for k in range(5)]
+    examples.append(Example(np.full((4, 6, 5), 9, np.uint8), -1, "array"))
+    pack(tmp_path, examples)
+    for source in (open_source(f"arrayrecord:{tmp_path}"), pickle.loads(pickle.dumps(open_source(str(tmp_path))))):
+        assert source.class_names == ("x", "y")
+        assert [source[i] for i in range(5)] == examples[:5]
+        np.testing.assert_array_equal(decode(source[5].image, 5), examples[5].image)
+    assert decode_record(encode_record(examples[0])) == examples[0]
+
+
+def test_a_damaged_packed_folder_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"no manifest.json"):
+        open_source(f"arrayrecord:{tmp_path}")
+    pack(tmp_path, [Example(image_bytes(k), 0, str(k)) for k in range(4)])
+    about = json.loads((tmp_path / MANIFEST).read_text())
+    (tmp_path / MANIFEST).write_text(json.dumps(about | {"count": 9}))
+    with pytest.raises(UserError, match="4 records where the manifest says 9"):
+        open_source(str(tmp_path))
+    (tmp_path / MANIFEST).write_text(json.dumps(about))
+    (tmp_path / "part-1.array_record").unlink()
+    with pytest.raises(UserError, match=r"part-1.array_record: this shard"):
+        open_source(str(tmp_path))
+    (tmp_path / MANIFEST).write_text("{")
+    with pytest.raises(UserError, match="not JSON"):
+        open_source(str(tmp_path))
+
+
+@pytest.fixture(scope="module")
+def tfds_dir(tmp_path_factory):
+    """A data set prepared by TFDS itself, in array_record format, without TensorFlow."""
+    tfds = pytest.importorskip("tensorflow_datasets")
+
+    folder = tmp_path_factory.mktemp("tfds")
+
+    class TinyPictures(tfds.core.GeneratorBasedBuilder):
+        pkg_dir_path, url_infos = folder, None  # there is no package to look in
+        VERSION = tfds.core.Version("1.2.0")
+
+        def _info(self):
+            features = {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(names=["cat", "dog"])}
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples(10), "test": self._generate_examples(4)}
+
+        def _generate_examples(self, count):
+            for i in range(count):
+                yield i, {"image": io.BytesIO(image_bytes(i)), "label": i % 2}
+
+    TinyPictures(data_dir=folder, file_format="array_record").download_and_prepare()
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tfds(tfds_dir):
+    source = open_source(f"tfds:tiny_pictures:train?data_dir={tfds_dir}")
+    assert len(source) == 10
+    assert source.class_names == ("cat", "dog")
+    assert isinstance(source[0].image, bytes)
+    assert sorted(level(source[i]) for i in range(10)) == list(range(10))
+    assert all(level(source[i]) % 2 == source[i].label for i in range(10))
+    part = pickle.loads(pickle.dumps(open_source(f"tfds:tiny_pictures:1.2.0:test[:50%]?data_dir={tfds_dir}")))
+    assert len(part) == 2
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("tfds:tiny_pictures:valid?data_dir={}", r"splits: train, test"),
+        ("tfds:tiny_pictures:train?data_dir={}&image=photo", r"no picture 'photo' in"),
+        ("tfds:tiny_pictures:train?data_dir={}&label=kind", r"no 'kind' in"),
+        ("tfds:cifarr10:train?data_dir={}", r"did you mean 'cifar10'"),
+        ("tfds:mnist:train?data_dir={}", r"not prepared in .*tfds build mnist --file_format=array_record"),
+        ("tfds:tiny_pictures?data_dir={}", r"no split"),
+    ],
+)
+def test_tfds_mistakes(tfds_dir, spec, message):
+    with pytest.raises(UserError, match=f"(?i){message}") as caught:
+        open_source(spec.format(tfds_dir))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.extra
+@pytest.mark.filterwarnings("ignore")
+def test_hugging_face_datasets(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"img": datasets.Image(), "kind": datasets.ClassLabel(names=["a", "b"])})
+    rows = {"img": [{"bytes": image_bytes(k), "path": None} for k in range(6)], "kind": [0, 1] * 3}
+    datasets.DatasetDict({"train": datasets.Dataset.from_dict(rows, features=features)}).save_to_disk(tmp_path / "d")
+    source = pickle.loads(pickle.dumps(open_source(f"hf:{tmp_path}/d:train")))
+    assert source.class_names == ("a", "b")
+    assert labels(source) == [0, 1] * 3
+    assert [level(source[i]) for i in range(6)] == list(range(6))
+    for spec, message in [
+        (f"hf:{tmp_path}/d:test", "no split 'test'"),
+        (f"hf:{tmp_path}/d:train?image=kind", "no picture 'kind'"),
+        ("hf:nobody/nothing:train", "hf:nobody/nothing:train: "),
+    ]:
+        with pytest.raises(UserError, match=message):
+            open_source(spec)
+
+
+def test_specs_are_split_by_kind_not_by_url_scheme(tmp_path):
+    assert split_spec("scenes:train?size=5&seed=1") == ("scenes", "train", {"size": "5", "seed": "1"})
+    assert split_spec("folder:gs://bucket/x") == ("folder", "gs://bucket/x", {})
+    assert split_spec("tfds:imagenet2012:train[:10%]")[1] == "imagenet2012:train[:10%]"
+    odd = tmp_path / "with:colon"
+    write(odd / "x.png")
+    assert split_spec(str(odd))[0] == "folder"
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("{}/none", "no such file or folder"),
+        ("folder:{}/none", "no such folder"),
+        ("folder:{}/picture.png", "not a folder"),
+        ("{}/picture.png", "not a folder, a list"),
+        ("{}/empty", "the folder is empty"),
+        ("{}/text", "no pictures in it"),
+        ("list:{}/none.txt", "no such list"),
+        ("{}/blank.txt", "names no pictures"),
+        ("{}/missing.txt", "2 of 3 files are missing, first gone.png"),
+        ("{}/halfway.txt", "1 of 2 lines have no label"),
+        ("arrays:{}/none.npz", "no such file"),
+        ("{}/other.npz", "no array 'images' in it .it has pixels"),
+        ("{}/counts.npz", "3 of them but 2 labels"),
+        ("{}/shape.npz", "must be .N, H, W. or .N, H, W, C., not of shape .3,"),
+        ("{}/rubbish.npz", "cannot be read as arrays"),
+        ("{}/none.npy", "no such file"),
+        ("foldr:{}", "unknown kind of source 'foldr' .*did you mean 'folder'"),
+        ("scenes:train?sise=3", "unknown option 'sise' .*did you mean 'size'"),
+        ("folder:{}?size=3", "unknown option 'size'"),
+        ("scenes:train?size", "must read key=value"),
+        ("scenes:train?size=many", "size must be a whole number"),
+        ("folder:", "nothing after"),
+    ],
+)
+def test_mistakes_are_named_in_one_line(tmp_path, spec, message):
+    write(tmp_path / "picture.png")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "x.txt").write_text("x")
+    (tmp_path / "blank.txt").write_text("# nothing\n")
+    (tmp_path / "missing.txt").write_text("gone.png\npicture.png\ngone too.png\n")
+    (tmp_path / "halfway.txt").write_text("picture.png 1\npicture.png\n")
+    np.savez(tmp_path / "other.npz", pixels=np.zeros(3))
+    np.savez(tmp_path / "counts.npz", images=np.zeros((3, 2, 2), np.uint8), labels=np.zeros(2))
+    np.savez(tmp_path / "shape.npz", images=np.zeros(3, np.uint8))
+    (tmp_path / "rubbish.npz").write_bytes(b"rubbish")
+    with pytest.raises(UserError, match=message) as caught:
+        open_source(spec.format(tmp_path))
+    assert "\n" not in str(caught.value)

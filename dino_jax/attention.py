@@ -1,0 +1,68 @@
+"""Pictures of what the heads attend to (paper, figures 1 and 3; official `visualize_attention.py`).
+
+Legend: H heads, h and w rows and columns of patches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+# Anchors of a perceptually ordered colour map, dark to light (matplotlib's "magma", sampled at eighths).
+_ANCHORS = np.array(
+    [
+        (0, 0, 4),
+        (29, 17, 71),
+        (81, 18, 124),
+        (131, 38, 129),
+        (183, 55, 121),
+        (230, 81, 98),
+        (251, 135, 97),
+        (254, 194, 135),
+        (252, 253, 191),
+    ],
+    np.float64,
+)
+
+
+def heat(values: np.ndarray) -> np.ndarray:
+    """float [h, w] -> uint8 [h, w, 3]: dark at its minimum, light at its maximum."""
+    span = np.ptp(values)
+    place = (values - values.min()) / (span if span > 0 else 1.0) * (len(_ANCHORS) - 1)
+    grid = np.arange(len(_ANCHORS))
+    channels = [np.interp(place, grid, _ANCHORS[:, c]) for c in range(3)]
+    return np.stack(channels, axis=-1).round().astype(np.uint8)
+
+
+def outline(image: np.ndarray, mask: np.ndarray, colour: Sequence[int] = (255, 220, 0)) -> np.ndarray:
+    """The picture uint8 [H, W, 3] darkened outside a boolean mask [H, W], whose edge is drawn."""
+    padded = np.pad(mask, 1)
+    inside = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    result = np.where(mask[..., None], image, image // 3)
+    result[mask & ~inside] = colour
+    return result
+
+
+def nearest(picture: np.ndarray, side: int) -> np.ndarray:
+    """A picture [h, w] or [h, w, 3] at [side, side(, 3)] by nearest neighbour."""
+    rows = np.arange(side) * picture.shape[0] // side
+    columns = np.arange(side) * picture.shape[1] // side
+    return picture[rows[:, None], columns]
+
+
+def table(rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str], side: int = 128) -> np.ndarray:
+    """Pictures uint8 [h, w, 3] in rows and columns, each `side` pixels square, under column titles: uint8 [H, W, 3]."""
+    gap, header = 4, 18
+    height = header + len(rows) * (side + gap)
+    width = len(titles) * (side + gap) + gap
+    canvas = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(canvas)
+    for column, title in enumerate(titles):
+        draw.text((gap + column * (side + gap), 3), title, fill="black")
+    for row, pictures in enumerate(rows):
+        for column, picture in enumerate(pictures):
+            tile = Image.fromarray(nearest(picture, side))
+            canvas.paste(tile, (gap + column * (side + gap), header + row * (side + gap)))
+    return np.asarray(canvas)

@@ -1,0 +1,143 @@
+"""The quick start: DINO on `scenes` on a CPU, in minutes, and what it learned, in one table and one picture.
+
+    python -m dino_jax.quickstart [--workdir=runs/quickstart] [--config.KEY=VALUE ...]
+
+Its last line is one JSON object: `knn_pixels knn_untrained knn_trained jaccard_untrained jaccard_trained` in percent and
+`seconds`. No label is used in training; k-NN and the Jaccard index read labels and masks afterwards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import pathlib
+import sys
+import time
+from collections.abc import Sequence
+
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image
+
+from dino_jax import attention as pictures
+from dino_jax import config_io, online, sharding
+from dino_jax.data.pipeline import make_eval_dataset, steps_per_epoch
+from dino_jax.data.scenes import Scenes
+from dino_jax.data.sources import open_source
+from dino_jax.errors import UserError
+from dino_jax.eval import voc
+from dino_jax.eval.features import Frozen, extract, run
+from dino_jax.eval.knn import knn_classify
+from dino_jax.train import train
+from dino_jax.train_step import jit_init_state, make_recipe
+
+CONFIG = pathlib.Path(__file__).parent.parent / "configs" / "quickstart.py"
+BANK, QUERIES, MASKED = 2400, 1200, 240  # pictures: k-NN neighbours, k-NN queries, pictures with masks
+ATTENTION_SIZE = 96  # pixels: attention is looked at on a finer grid than the training crops
+SHOWN = 8  # pictures in attention.png
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Trains, evaluates, prints; returns the exit status."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    parser = argparse.ArgumentParser(prog="dino_jax.quickstart", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--workdir", default="runs/quickstart", type=pathlib.Path)
+    parser.add_argument("--config", default=CONFIG)
+    args, overrides = parser.parse_known_args(argv)
+    try:
+        figures = quickstart(config_io.load(args.config, overrides), args.workdir)
+    except UserError as error:
+        print(f"quickstart: error: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(figures))
+    return 0
+
+
+def quickstart(config: ConfigDict, workdir: pathlib.Path) -> dict[str, float]:
+    """Trains in `workdir/run`, writes `workdir/attention.png`, prints the table, returns the figures."""
+    start = time.monotonic()
+    state = train(config, workdir / "run")
+    recipe = make_recipe(config, steps_per_epoch(len(open_source(config.data.train)), config.batch_size))
+    fresh = jit_init_state(recipe, sharding.make_mesh(config.run.mesh))
+    trained, untrained = (online.frozen_teacher(config, recipe, s) for s in (state, fresh))
+    sets = [Scenes("train", BANK, image_size=64), Scenes("test", QUERIES, image_size=64)]
+    masked = Scenes("test", MASKED, image_size=ATTENTION_SIZE)
+    figures = {
+        "knn_pixels": knn_pixels(config, sets),
+        "knn_untrained": knn(config, untrained, sets),
+        "knn_trained": knn(config, trained, sets),
+        "jaccard_untrained": attention_jaccard(untrained, masked),
+        "jaccard_trained": attention_jaccard(trained, masked),
+    }
+    picture = attention_picture(trained, masked)
+    Image.fromarray(picture).save(workdir / "attention.png")
+    figures = {name: round(value, 1) for name, value in figures.items()}
+    figures["seconds"] = round(time.monotonic() - start, 1)
+    print(report(figures, workdir))
+    return figures
+
+
+def report(figures: dict[str, float], workdir: pathlib.Path) -> str:
+    """The table, as text."""
+    rows = [("raw pixels", figures["knn_pixels"], None)]
+    rows += [(f"{k} network", figures[f"knn_{k}"], figures[f"jaccard_{k}"]) for k in ("untrained", "trained")]
+    lines = [f"{'':20}{'k-NN top-1':>12}{'attention Jaccard':>20}"]
+    for name, accuracy, overlap in rows:
+        lines.append(f"{name:20}{accuracy:>11.1f}%" + (f"{overlap:>19.1f}%" if overlap is not None else f"{'-':>20}"))
+    return "\n".join([*lines, f"{figures['seconds']:.0f} seconds; pictures: {workdir / 'attention.png'}"])
+
+
+def knn_pixels(config: ConfigDict, sets: Sequence[Scenes]) -> float:
+    """20-NN top-1 in percent on raw pixels, centred on the training mean."""
+    labels = [np.array([scenes.label(i) for i in range(len(scenes))]) for scenes in sets]
+    pixels = [np.stack([scenes[i].image for i in range(len(scenes))]).astype(np.float32) for scenes in sets]
+    flat = [p.reshape(len(p), -1) - pixels[0].reshape(len(pixels[0]), -1).mean(0) for p in pixels]
+    k = config.eval.knn_k
+    return knn_classify(flat[0], labels[0], flat[1], labels[1], ks=(k,), temperature=config.eval.knn_temperature)[k][0]
+
+
+def knn(config: ConfigDict, model: Frozen, sets: Sequence[Scenes]) -> float:
+    """20-NN top-1 in percent on the CLS feature."""
+    found = [extract(model, make_eval_dataset(s, resize=0, crop=s.height, batch_size=200)) for s in sets]
+    k = config.eval.knn_k
+    return knn_classify(*found[0], *found[1], ks=(k,), temperature=config.eval.knn_temperature)[k][0]
+
+
+def cls_attention(model: Frozen, scenes: Scenes) -> np.ndarray:
+    """Attention of CLS to the patches in the last block, [B, H, h, w], for every picture."""
+    batches = make_eval_dataset(scenes, resize=0, crop=scenes.height, batch_size=40)
+    found = [weights[:, :, 0, 1:] for weights, _ in run(model, lambda net, x: net.attention(x), batches)]
+    side = scenes.height // model.backbone.patch_size
+    return np.concatenate(found).reshape(len(scenes), -1, side, side)
+
+
+def head_masks(attention: np.ndarray, side: int) -> np.ndarray:
+    """[.., H, h, w] attention -> boolean masks [.., H, side, side] that keep 60% of its mass."""
+    flat = attention.reshape(*attention.shape[:-2], -1)
+    return voc.enlarge(voc.attention_masks(flat, 0.6).reshape(attention.shape), side, side)
+
+
+def attention_jaccard(model: Frozen, scenes: Scenes) -> float:
+    """Mean over the pictures of the best head's Jaccard index with the object's mask, in percent."""
+    masks = head_masks(cls_attention(model, scenes), scenes.height)  # [B, H, side, side]
+    return 100 * float(np.mean([voc.jaccard(masks[i], scenes.mask(i)).max() for i in range(len(scenes))]))
+
+
+def attention_picture(model: Frozen, scenes: Scenes) -> np.ndarray:
+    """Rows of: picture, attention of each head, the best head's mask, the true mask. uint8 [H, W, 3]."""
+    shown = Scenes(scenes.split, SHOWN, image_size=scenes.height)
+    attention = cls_attention(model, shown)
+    masks = head_masks(attention, shown.height)
+    rows = []
+    for i in range(SHOWN):
+        image, truth = shown[i].image, shown.mask(i)
+        best = masks[i][voc.jaccard(masks[i], truth).argmax()]
+        heads = [pictures.heat(head) for head in attention[i]]
+        rows.append([image, *heads, pictures.outline(image, best), pictures.outline(image, truth)])
+    heads = [f"head {h}" for h in range(attention.shape[1])]
+    return pictures.table(rows, ["picture", *heads, "best head, 60%", "true mask"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

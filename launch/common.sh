@@ -55,7 +55,7 @@ fingerprint() {
 # Can the environment's folder be written, and does it fit on its disk?
 check_place() {
   local need_gb free_kb
-  if [[ -d "$venv" && ! -e "$venv/pyvenv.cfg" && -n "$(ls -A "$venv")" ]]; then
+  if [[ ! -e "$venv/pyvenv.cfg" && -n "$(find "$venv" -mindepth 1 ! -name install.log 2>/dev/null | head -n 1)" ]]; then
     die "$venv exists and is not a Python environment: name another folder with DINO_VENV"
   fi
   if ! { mkdir -p "$venv" && : >"$venv/install.log"; } 2>/dev/null; then

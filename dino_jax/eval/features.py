@@ -115,8 +115,9 @@ def run(
 ) -> Iterator[tuple[Any, Batch]]:
     """Yields (view(backbone, normalised images), batch) for each batch, in order, as NumPy arrays.
 
-    `batch["image"]` is uint8 [B, h, w, C]. Batches are filled up to the devices (the filling never comes back), and the
-    next one is under way while the last is being copied. Each process runs its own batches on its own devices.
+    `batch["image"]` is [B, h, w, C], uint8 or float of the same range. Batches are filled up to the devices (the
+    filling never comes back), and the next one is under way while the last is being copied. Each process runs its own
+    batches on its own devices.
     """
     mesh = Mesh(np.array(jax.local_devices() if devices is None else devices), ("data",))
     forward = _forward(model.backbone, view, tuple(model.mean), tuple(model.std), mesh)
@@ -135,7 +136,7 @@ def run(
 
 
 def normalise(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
-    """uint8 pixels [..., C] to float32 of mean 0 and deviation 1 over ImageNet."""
+    """Pixels of 0..255 [..., C] to float32 of mean 0 and deviation 1 over ImageNet."""
     return (images.astype(jnp.float32) / 255 - jnp.array(mean, jnp.float32)) / jnp.array(std, jnp.float32)
 
 

@@ -19,6 +19,8 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from dino_jax.eval.pictures import linear_matrix
+
 TILE = 8  # patches
 
 
@@ -110,20 +112,9 @@ def hard_labels(soft: jax.Array, scale: int) -> jax.Array:
     Bilinear enlargement (half-pixel centres, edges repeated), each label stretched to 0..1 over the picture, argmax.
     """
     height, width, _ = soft.shape
-    rows, columns = (jnp.asarray(_bilinear(size, size * scale), soft.dtype) for size in (height, width))
+    rows, columns = (jnp.asarray(linear_matrix(size, size * scale), soft.dtype) for size in (height, width))
     large = jnp.einsum("yh,xw,hwl->yxl", rows, columns, soft, precision="highest")
     low = large.min((0, 1))
     span = large.max((0, 1)) - low
     stretched = (large - low) / jnp.where(span > 0, span, 1)
     return jnp.argmax(jnp.where(large.max((0, 1)) > 0, stretched, large), axis=-1).astype(jnp.uint8)
-
-
-def _bilinear(old: int, new: int) -> np.ndarray:
-    """The matrix [new, old] of a linear resize: torch's and OpenCV's, without anti-aliasing."""
-    place = np.maximum((np.arange(new) + 0.5) * old / new - 0.5, 0)
-    left = np.minimum(place.astype(int), old - 1)
-    share = np.minimum(place - left, 1) * (left < old - 1)
-    matrix = np.zeros((new, old))
-    np.add.at(matrix, (np.arange(new), left), 1 - share)
-    np.add.at(matrix, (np.arange(new), np.minimum(left + 1, old - 1)), share)
-    return matrix

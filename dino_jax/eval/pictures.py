@@ -1,0 +1,120 @@
+"""Reading and resizing pictures outside of a data source: benchmark layouts, masks, several scales, mixed sizes."""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+import numpy as np
+from etils import epath
+from PIL import Image
+
+from dino_jax.data.crops import to_pil
+from dino_jax.data.decode import BadImage, decode
+from dino_jax.errors import UserError
+
+T = TypeVar("T")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+
+
+def read_picture(path: epath.PathLike, channels: int = 3) -> np.ndarray:
+    """uint8 [H, W, channels]. Raises `UserError` that names a file which is absent or damaged."""
+    try:
+        return decode(epath.Path(path).read_bytes(), channels)
+    except (BadImage, OSError) as error:
+        raise UserError(f"{path}: {_reason(error)}") from None
+
+
+def read_labels(path: epath.PathLike) -> np.ndarray:
+    """The label map uint8 [H, W] of an indexed, gray or black-and-white picture: its raw numbers, no palette applied.
+
+    Raises:
+      UserError: the file is absent or damaged, or is a colour picture.
+    """
+    try:
+        with epath.Path(path).open("rb") as file, Image.open(file) as picture:
+            if picture.mode not in ("P", "L", "1"):
+                raise UserError(f"{path}: a mask must be indexed or gray, not {picture.mode}")
+            return np.asarray(picture).astype(np.uint8)
+    except UserError:
+        raise
+    except Exception as error:  # damaged files raise nearly anything inside PIL's plug-ins
+        raise UserError(f"{path}: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    return "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
+
+
+def list_pictures(folder: epath.PathLike) -> list[epath.Path]:
+    """The pictures right in a folder, by name. Raises `UserError` where there are none."""
+    folder = epath.Path(folder)
+    found = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES) if folder.is_dir() else []
+    if not found:
+        raise UserError(f"{folder}: {'no pictures in it' if folder.is_dir() else 'no such folder'}")
+    return found
+
+
+def resize(pixels: np.ndarray, height: int, width: int, how: Image.Resampling) -> np.ndarray:
+    """PIL's resize of uint8 [H, W, C], antialiased."""
+    planes = [np.asarray(plane.resize((width, height), how)) for plane in to_pil(pixels)]
+    return planes[0] if pixels.shape[-1] == 3 else np.stack(planes, axis=-1)
+
+
+def nearest(labels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """PIL's nearest-neighbour resize of a label map uint8 [H, W]."""
+    return np.asarray(Image.fromarray(labels).resize((width, height), Image.Resampling.NEAREST))
+
+
+def linear_matrix(old: int, new: int, step: float | None = None) -> np.ndarray:
+    """The matrix [new, old] of a linear resize without antialiasing, as torch's `interpolate` and OpenCV do it.
+
+    Half-pixel centres, edges repeated. `step`: old pixels per new pixel, by default old / new.
+    """
+    place = np.maximum((np.arange(new) + 0.5) * (old / new if step is None else step) - 0.5, 0)
+    left = np.minimum(place.astype(int), old - 1)
+    share = np.where(left < old - 1, place - left, 0)
+    matrix = np.zeros((new, old))
+    np.add.at(matrix, (np.arange(new), left), 1 - share)
+    np.add.at(matrix, (np.arange(new), np.minimum(left + 1, old - 1)), share)
+    return matrix
+
+
+def linear_resize(pixels: np.ndarray, height: int, width: int, step: float | None = None) -> np.ndarray:
+    """`linear_matrix` along both sides of [H, W, C]: float32 [height, width, C]."""
+    rows = linear_matrix(pixels.shape[0], height, step).astype(np.float32)
+    columns = linear_matrix(pixels.shape[1], width, step).astype(np.float32)
+    return np.einsum("hy,yxc,wx->hwc", rows, pixels.astype(np.float32), columns, optimize=True)
+
+
+def parallel(load: Callable[[Any], T], items: Iterable[Any], threads: int = 4) -> Iterator[T]:
+    """`map(load, items)` in order, by threads that keep a few results ahead."""
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        waiting: collections.deque = collections.deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(load, item))
+                if len(waiting) > 2 * threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def batches_by_size(pictures: Iterable[np.ndarray], batch_size: int) -> Iterator[dict[str, np.ndarray]]:
+    """Batches of pictures [h, w, C] of one size each: `image` [B, h, w, C] and `index` int [B], places in the input."""
+    groups: dict[tuple, list[tuple[int, np.ndarray]]] = {}
+    for index, picture in enumerate(pictures):
+        group = groups.setdefault(picture.shape, [])
+        group.append((index, picture))
+        if len(group) == batch_size:
+            yield _stack(groups.pop(picture.shape))
+    yield from map(_stack, groups.values())
+
+
+def _stack(group: list[tuple[int, np.ndarray]]) -> dict[str, np.ndarray]:
+    return {"image": np.stack([p for _, p in group]), "index": np.array([i for i, _ in group])}

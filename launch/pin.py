@@ -17,7 +17,8 @@ import tempfile
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 BUILD = ("hatchling", "editables")  # what an editable installation needs besides pyproject's own lists
-EXTRAS = "cuda,export,hf,test,tpu,wandb"
+EXTRAS = "cuda,export,hf,test,tiff,tpu,wandb"
+ALONE = ("jax2onnx",)  # installed with --no-deps: it demands an older Orbax, for parts of it that are not used
 # Brought in by torch's wheels on the package index, never by its CPU build, which is the one that the tests use.
 CUDA_OF_TORCH = ("nvidia-", "cuda-", "triton")
 HEADER = """\
@@ -43,6 +44,7 @@ def resolve(interpreter: str) -> tuple[str, dict[str, str]]:
         python = f"{folder}/bin/python"
         subprocess.run([python, "-m", "pip", "install", "-q", "-U", "pip"], check=True)
         pins = report(python, folder, [*BUILD, f"{ROOT}[{EXTRAS}]"])
+        pins |= report(python, folder, ["--no-deps", *ALONE])
         fixed = pathlib.Path(folder, "fixed.txt")
         fixed.write_text("".join(f"{name}=={version}\n" for name, version in pins.items()))
         peers = report(python, folder, ["-c", str(fixed), f"{ROOT}[peers]"])

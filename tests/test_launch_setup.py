@@ -44,7 +44,7 @@ exit 1
 """
 NO_CPU_TORCH = """\
 case "$*" in
-  *--no-deps*) echo "ERROR: No matching distribution found for torch==2.13.0+cpu"; exit 1 ;;
+  *--no-deps*torch*) echo "ERROR: No matching distribution found for torch==2.13.0+cpu"; exit 1 ;;
 esac
 """
 TOOLS = (

@@ -12,8 +12,10 @@ Saving and restoring are collective: every process of a run makes the same calls
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -117,9 +119,9 @@ class Checkpointer:
     def _write(self, action: Callable[[], T]) -> T:
         try:
             return action()
-        except (OSError, ValueError, RuntimeError) as error:  # TensorStore reports a full disk as a ValueError
+        except Exception as error:  # a full disk is a ValueError of TensorStore's; storage clients have their own
             self._manager = None  # it counts the lost step as saved
-            raise UserError(f"{self.directory}: cannot write a checkpoint: {_line(error)}") from error
+            raise UserError(f"{self.directory}: cannot write a checkpoint: {_cause(error)}") from error
 
     def _set_aside(self, step: int) -> None:
         self.close()  # Orbax has listed the step
@@ -248,11 +250,11 @@ def _read(folder: epath.Path, item: str, action: Callable[[epath.Path], T]) -> T
     try:
         return action(folder / item)
     except Exception as error:  # broken files raise nearly anything: JSON, key, value and OS errors
-        raise UserError(f"{folder / item}: cannot be read: {_line(error)}") from error
+        raise UserError(f"{folder / item}: cannot be read: {_cause(error)}") from error
 
 
 def _json(path: epath.Path) -> Any:
-    return ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(path)
+    return ocp.JsonCheckpointHandler().restore(path)  # the handler alone: no waiting for other processes
 
 
 def _abstract(folder: epath.Path, item: str) -> PyTree:
@@ -303,28 +305,34 @@ def _flat(tree: PyTree) -> dict[str, Any]:
 
 
 def _checksums(tree: PyTree) -> dict[str, int]:
-    """A number of 32 bits per leaf: the same for any sharding, changed by any change of one word."""
-    sums = {key: _checksum(_words(leaf) if isinstance(leaf, np.ndarray) else leaf) for key, leaf in _flat(tree).items()}
+    """A number of 32 bits per leaf: the same for any layout on any devices, changed by any change of one word."""
+    sums = {
+        key: (_checksum if isinstance(leaf, jax.Array) else _host_checksum)(leaf) for key, leaf in _flat(tree).items()
+    }
     return {key: int(value) for key, value in jax.device_get(sums).items()}
 
 
 @jax.jit
 def _checksum(x: jax.Array) -> jax.Array:
-    """Sum of the words, each times an odd number of its place, modulo 2^32. No reshape: that would gather shards."""
-    words = _words(x)
+    """Sum of the array's words, each times an odd number of its place, modulo 2^32; items of 8 bytes are two words.
+
+    The place is built from the axes: a reshape would gather the shards.
+    """
+    kind = _WORDS[x.dtype.itemsize]
+    words = x.astype(kind) if x.dtype == bool else jax.lax.bitcast_convert_type(x, kind)
     place = jnp.zeros((), jnp.uint32)
     for axis, size in enumerate(words.shape):
-        place = place * np.uint32(size % 2**32) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+        place = place * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
     return jnp.sum(words.astype(jnp.uint32) * (2 * place + 1), dtype=jnp.uint32)
 
 
-def _words(x: Any) -> Any:
-    """The bits of an array as unsigned integers; items of 8 bytes as two of 4 along a new last axis."""
-    kind = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint32}[x.dtype.itemsize]
-    if isinstance(x, np.ndarray):
-        words = np.ascontiguousarray(x)[..., None].view(kind)
-        return words if x.dtype.itemsize == 8 else words[..., 0]
-    return x.astype(kind) if x.dtype == bool else jax.lax.bitcast_convert_type(x, kind)
+def _host_checksum(x: np.ndarray) -> np.ndarray:
+    """The same of an array on the host, without a device: one process may do this alone."""
+    words = np.ascontiguousarray(x).reshape(-1).view(_WORDS[x.dtype.itemsize]).astype(np.uint32)
+    return np.sum(words * (2 * np.arange(words.size, dtype=np.uint32) + 1), dtype=np.uint32)
+
+
+_WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint32}  # by bytes an item
 
 
 def _absolute(path: epath.PathLike) -> epath.Path:
@@ -336,5 +344,16 @@ def _first(keys: Sequence[str], count: int = 3) -> str:
     return ", ".join(keys[:count]) + (f" and {len(keys) - count} more" if len(keys) > count else "")
 
 
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+def _cause(error: Exception) -> str:
+    """The error in a line; the system's words alone where TensorStore wraps them in long ones."""
+    text = " ".join(str(error).split())
+    known = [os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)]
+    return next((words for words in known if words in text), text[:300] or type(error).__name__)
+
+
+def _not_ours(record: logging.LogRecord) -> bool:
+    """Drops the tracebacks that Orbax logs of errors which it also raises, and which become one line here."""
+    return not (record.levelno >= logging.ERROR and "orbax" in record.pathname)
+
+
+logging.getLogger("absl").addFilter(_not_ours)

@@ -8,22 +8,27 @@ from __future__ import annotations
 import collections
 import contextlib
 import datetime
+import io
 import json
 import math
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TextIO
 
 import numpy as np
-import tensorboardX
 from etils import epath
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
 from dino_jax.errors import UserError
 
 JSONL = "metrics.jsonl"
-Value = float | int | bool | str
+FLUSH_SECONDS = 30.0
 
 
 class MetricWriter:
@@ -31,6 +36,8 @@ class MetricWriter:
 
     `metrics.jsonl` holds one JSON object a line, each with `step`. A number that is not finite is written as the
     string "NaN", "Infinity" or "-Infinity", so that every line is valid JSON and `float(value)` reads all of them.
+    A local file has each line at once. A bucket's objects cannot be appended to: there the file is kept in memory and
+    put up whole, every 30 seconds (or twenty times what that takes) and on `flush`; TensorBoard's likewise.
 
     Args:
         workdir: any path that `etils.epath` knows, gs:// too; made if absent.
@@ -41,7 +48,7 @@ class MetricWriter:
         wandb_project: also report to this Weights & Biases project; "": do not.
         config_json: the configuration, for Weights & Biases.
 
-    Raises `UserError` where the workdir cannot be written or wandb is not installed.
+    Raises `UserError` where the workdir cannot be written (`write` and `flush` too) or wandb is not installed.
     """
 
     def __init__(
@@ -54,19 +61,18 @@ class MetricWriter:
         wandb_project: str = "",
         config_json: str = "{}",
     ):
-        self._tensorboard = self._wandb = None
+        self._workdir = _path(workdir)
         self._lines: _Lines | None = None
-        if not active:
-            return
-        workdir = epath.Path(workdir).expanduser()
-        with _write_errors(workdir):
-            workdir.mkdir(parents=True, exist_ok=True)
-            self._lines = _lines(workdir / JSONL, resume_step)
-            if tensorboard:
-                purge = None if resume_step is None else resume_step + 1
-                self._tensorboard = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=purge)
-        if wandb_project:
-            self._wandb = _start_wandb(workdir, wandb_project, config_json, resume_step is not None)
+        self._board: _Board | None = None
+        self._wandb: Any = None
+        self._use_tensorboard = tensorboard
+        self._due = 0.0  # when to flush again
+        if active:
+            with self._writing():
+                self._workdir.mkdir(parents=True, exist_ok=True)
+                self._open(resume_step)
+            if wandb_project:
+                self._wandb = _start_wandb(self._workdir, wandb_project, config_json, resume_step is not None)
 
     def __enter__(self) -> MetricWriter:
         return self
@@ -78,43 +84,67 @@ class MetricWriter:
         """One line: `step` and `values` (Python, NumPy or JAX scalars; strings go to `metrics.jsonl` only)."""
         if self._lines is None:
             return
-        values = {name: _plain(value) for name, value in values.items()}
+        values = {name: value if isinstance(value, str) else np.asarray(value).item() for name, value in values.items()}
         numbers = {name: value for name, value in values.items() if not isinstance(value, str)}
-        with _write_errors(self._lines.path):
-            self._lines.append(json.dumps({"step": int(step)} | {k: _valid(v) for k, v in values.items()}))
-            if self._tensorboard:
-                for name, value in numbers.items():
-                    self._tensorboard.add_scalar(name, value, step)
+        record = {"step": int(step)} | {name: _valid(value) for name, value in values.items()}
+        with self._writing():
+            self._lines.append(json.dumps(record))
+            if self._board:
+                self._board.add(step, Summary(value=[Summary.Value(tag=k, simple_value=v) for k, v in numbers.items()]))
         if self._wandb:
             self._wandb.log(numbers, step=step)
+        if time.monotonic() >= self._due:
+            self.flush()
 
     def images(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
         """Pictures, uint8 [H, W, 3], to TensorBoard and Weights & Biases."""
         for name, picture in pictures.items():
-            if self._tensorboard:
-                self._tensorboard.add_image(name, np.asarray(picture), step, dataformats="HWC")
+            if self._board:
+                with self._writing():
+                    self._board.add(step, summary.image(name, np.asarray(picture), dataformats="HWC"))
             if self._wandb:
                 import wandb
 
                 self._wandb.log({name: wandb.Image(np.asarray(picture))}, step=step)
 
+    def rewind(self, step: int) -> None:
+        """Takes back what was written after `step`, as resuming at `step` does."""
+        if self._lines is not None:
+            self.flush()
+            with self._writing():
+                self._open(step)
+
     def flush(self) -> None:
         """Everything written is on disk, or in the bucket, when this returns. Call it before saving a checkpoint."""
-        if self._lines is None:
-            return
-        with _write_errors(self._lines.path):
-            self._lines.flush()
-            if self._tensorboard:
-                self._tensorboard.flush()
+        start = time.monotonic()
+        with self._writing():
+            if self._lines:
+                self._lines.flush()
+            if self._board:
+                self._board.flush()
+        self._due = time.monotonic() + max(FLUSH_SECONDS, 20 * (time.monotonic() - start))
 
     def close(self) -> None:
-        """`flush`, and end the TensorBoard and Weights & Biases records."""
+        """`flush`, and end the Weights & Biases run."""
         self.flush()
-        if self._tensorboard:
-            self._tensorboard.close()
         if self._wandb:
             self._wandb.finish()
-        self._lines = self._tensorboard = self._wandb = None
+        self._lines = self._board = self._wandb = None
+
+    def _open(self, resume_step: int | None) -> None:
+        self._lines = _lines(self._workdir / JSONL, resume_step)
+        if self._use_tensorboard:
+            self._board = _Board(self._workdir / "tensorboard", resume_step)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if not (isinstance(error, OSError) or _in_bucket(self._workdir)):  # a bucket's errors are of many kinds
+                raise
+            cause = getattr(error, "strerror", None) or " ".join(str(error).split())
+            raise UserError(f"{self._workdir}: cannot write: {cause}") from error
 
 
 def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
@@ -122,7 +152,7 @@ def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
 
     A last line that a kill left unfinished is passed over. Raises `UserError` if there is no file or it is broken.
     """
-    path = epath.Path(workdir).expanduser() / JSONL
+    path = _path(workdir) / JSONL
     if not path.exists():
         raise UserError(f"{path}: no such file; give the workdir of a run")
     names = {name: float(name) for name in ("NaN", "Infinity", "-Infinity")}
@@ -147,7 +177,6 @@ class _Lines:
     """Appends lines to a local file, each in the system's hands at once."""
 
     def __init__(self, path: epath.Path):
-        self.path = path
         self._file = path.open("a")
 
     def append(self, line: str) -> None:
@@ -159,32 +188,17 @@ class _Lines:
 
 
 class _ObjectLines(_Lines):
-    """The same in a bucket, whose objects cannot be appended to: the file is held here and put up whole.
-
-    At most every `interval` seconds, or twenty times what the last upload took, and on `flush`.
-    """
-
-    interval = 30.0
+    """Keeps the lines of an object and puts it up whole."""
 
     def __init__(self, path: epath.Path):
-        self.path = path
-        self._held = [path.read_text()]
-        self._due, self._dirty = time.monotonic() + self.interval, False
+        self._path, self._text = path, io.StringIO()
+        self._text.write(path.read_text())
 
     def append(self, line: str) -> None:
-        self._held.append(line + "\n")
-        self._dirty = True
-        if time.monotonic() >= self._due:
-            self.flush()
+        self._text.write(line + "\n")
 
     def flush(self) -> None:
-        if not self._dirty:
-            return
-        start = time.monotonic()
-        self._held = ["".join(self._held)]
-        self.path.write_text(self._held[0])
-        end = time.monotonic()
-        self._due, self._dirty = end + max(self.interval, 20 * (end - start)), False
+        self._path.write_text(self._text.getvalue())
 
 
 def _lines(path: epath.Path, resume_step: int | None) -> _Lines:
@@ -192,14 +206,36 @@ def _lines(path: epath.Path, resume_step: int | None) -> _Lines:
     kept = []
     if resume_step is not None and path.exists():
         kept = [line + "\n" for line, record in _records(path) if record["step"] <= resume_step]
-    text = "".join(kept)
-    if "://" in str(path):
-        path.write_text(text)  # an object appears whole or not at all
+    if _in_bucket(path):
+        path.write_text("".join(kept))  # an object appears whole or not at all
         return _ObjectLines(path)
     fresh = path.with_name(path.name + ".new")
-    fresh.write_text(text)
+    fresh.write_text("".join(kept))
     fresh.replace(path)
     return _Lines(path)
+
+
+class _Board:
+    """TensorBoard's event file, written by this thread; one meant for a bucket is put up whole by `flush`."""
+
+    def __init__(self, folder: epath.Path, resume_step: int | None):
+        self._folder = folder
+        self._temporary = tempfile.TemporaryDirectory() if _in_bucket(folder) else None
+        self._local = epath.Path(self._temporary.name) if self._temporary else folder
+        self._local.mkdir(parents=True, exist_ok=True)
+        self._events = EventsWriter(str(self._local / "events"), f".{resume_step or 0}")
+        if resume_step is not None:  # TensorBoard hides what earlier files say of this step and later ones
+            self._events.write_event(Event(step=resume_step + 1, session_log=SessionLog(status=SessionLog.START)))
+
+    def add(self, step: int, values: Summary) -> None:
+        self._events.write_event(Event(wall_time=time.time(), step=step, summary=values))
+
+    def flush(self) -> None:
+        self._events.flush()
+        if self._temporary:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for path in self._local.iterdir():
+                (self._folder / path.name).write_bytes(path.read_bytes())
 
 
 def _start_wandb(workdir: epath.Path, project: str, config_json: str, resume: bool) -> Any:
@@ -215,23 +251,19 @@ def _start_wandb(workdir: epath.Path, project: str, config_json: str, resume: bo
     return run
 
 
-def _plain(value: Any) -> Value:
-    return value if isinstance(value, str | bool | int | float) else np.asarray(value).item()
+def _path(workdir: epath.PathLike) -> epath.Path:
+    return epath.Path(workdir).expanduser()
 
 
-def _valid(value: Value) -> Value:
+def _in_bucket(path: epath.Path) -> bool:
+    return "://" in str(path)
+
+
+def _valid(value: Any) -> Any:
     """`value`, or the name of a float that JSON has no number for."""
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value
-
-
-@contextlib.contextmanager
-def _write_errors(path: epath.Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{path}: cannot write: {error.strerror or error}") from error
 
 
 class Progress:

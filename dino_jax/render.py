@@ -75,9 +75,11 @@ def _render_crop(
     image = ops.resample(canvas, crop.box, crop.flip, size)
     if image.shape[0] != 3:
         return image
-    image = jnp.where(crop.jitter, ops.jitter(image, crop.order, crop.factors), image)
-    image = jnp.where(crop.gray, ops.gray(image), image)
-    image = ops.blur(image, crop.blur)
+    planes = list(image)
+    jittered = ops.jitter(planes, crop.order, crop.factors)
+    planes = [jnp.where(crop.jitter, new, old) for old, new in zip(planes, jittered, strict=True)]
+    planes = [jnp.where(crop.gray, new, old) for old, new in zip(planes, ops.gray(planes), strict=True)]
+    image = ops.blur(jnp.stack(planes), crop.blur)
     return jnp.where(crop.solarize, ops.solarize(image, threshold), image)
 
 

@@ -11,6 +11,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 Image = Float[Array, "C H W"]
+Plane = Float[Array, "H W"]
+RGB = list[Plane]  # separate planes: no axis of length 3 for the compiler to lay out badly
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # numbering of CropParams.order and CropParams.factors
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601-2, PIL's "L"
@@ -60,54 +62,89 @@ def resample(
     return clamp(jnp.einsum("csw,hs->chw", wide, rows, precision=lax.Precision.DEFAULT))  # [C, h, w]
 
 
-def luma(image: Float[Array, "3 H W"]) -> Float[Array, "H W"]:
-    """PIL's L of an RGB image."""
-    return LUMA[0] * image[0] + LUMA[1] * image[1] + LUMA[2] * image[2]
+def luma(planes: RGB) -> Plane:
+    """PIL's L of red, green and blue planes."""
+    return LUMA[0] * planes[0] + LUMA[1] * planes[1] + LUMA[2] * planes[2]
 
 
-def gray(image: Float[Array, "3 H W"]) -> Float[Array, "3 H W"]:
-    """The image without colour, as three equal channels."""
-    return jnp.broadcast_to(luma(image), image.shape)
+def gray(planes: RGB) -> RGB:
+    """The picture without colour."""
+    return [luma(planes)] * 3
 
 
-def shift_hue(image: Float[Array, "3 H W"], turns: Float[Array, ""]) -> Float[Array, "3 H W"]:
+def shift_hue(planes: RGB, turns: Float[Array, ""]) -> RGB:
     """Turns the hue as torchvision does through PIL's 8-bit HSV, whose bytes are cut off, not rounded.
 
     A full turn is 255 levels of hue on conversion but 256 on wrapping, and the shift is cut towards zero: kept, since
     every published run had them.
     """
-    red, green, blue = image
-    value = image.max(axis=0)
-    chroma = value - image.min(axis=0)
+    red, green, blue = planes
+    value = jnp.maximum(jnp.maximum(red, green), blue)
+    chroma = value - jnp.minimum(jnp.minimum(red, green), blue)
     coloured = chroma > 0.0
-    safe = jnp.where(coloured, chroma, 1.0)
-    sector = jnp.where(
-        red == value,
-        (green - blue) / safe,
-        jnp.where(green == value, 2.0 + (blue - red) / safe, 4.0 + (red - green) / safe),
-    )
-    hue = jnp.floor((sector / 6.0 % 1.0) * 255.0)  # [H, W], 0..255
-    saturation = jnp.floor(chroma / jnp.where(coloured, value, 1.0) * 255.0) / 255.0
-    hue = (hue + jnp.trunc(turns * 255.0)) % 256.0 * (6.0 / 255.0)  # 0..6
-    ramp = (jnp.asarray([5.0, 3.0, 1.0])[:, None, None] + hue) % 6.0  # [3, H, W]
-    return value - value * saturation * jnp.clip(jnp.minimum(ramp, 4.0 - ramp), 0.0, 1.0)
+    share = 1.0 / jnp.where(coloured, chroma, 1.0)
+    sector = jnp.where(green == value, 2.0 + (blue - red) * share, 4.0 + (red - green) * share)
+    sector = jnp.where(red == value, (green - blue) * share, sector)  # -1..5
+    sector = jnp.where(sector < 0.0, sector + 6.0, sector)
+    level = jnp.floor(sector * (255.0 / 6.0)) + jnp.trunc(turns * 255.0) % 256.0
+    hue = jnp.where(level >= 256.0, level - 256.0, level) * (6.0 / 255.0)  # 0..6
+    drop = value * jnp.floor(chroma * 255.0 / jnp.where(coloured, value, 1.0)) / 255.0  # largest less smallest channel
+    ramps = jnp.abs(hue - 3.0) - 1.0, 2.0 - jnp.abs(hue - 2.0), 2.0 - jnp.abs(hue - 4.0)
+    return [value - drop * (1.0 - jnp.clip(ramp, 0.0, 1.0)) for ramp in ramps]
 
 
-def adjust(image: Float[Array, "3 H W"], operation: Int[Array, ""], factor: Float[Array, ""]) -> Float[Array, "3 H W"]:
-    """One operation of the colour jitter: a blend away from black, the mean gray or the gray picture; or the hue."""
-    grayscale = luma(image)
-    reference = jnp.where(operation == SATURATION, grayscale, jnp.floor(grayscale.mean() + 0.5))  # [H, W]
-    reference = jnp.where(operation == BRIGHTNESS, 0.0, reference)
-    blended = clamp(factor * image + (1.0 - factor) * reference)
-    turned = jnp.where(factor == 0.0, image, shift_hue(image, factor))  # no shift, no passage through 8-bit HSV
-    return jnp.where(operation == HUE, turned, blended)
+def blend(planes: RGB, operation: Int[Array, ""], factor: Float[Array, ""], mean: Float[Array, ""]) -> RGB:
+    """Brightness, contrast or saturation: a blend with black, the mean gray or the gray picture; factor 1: unchanged.
+
+    PIL's blend drops the fraction; half a level is taken off here, which is the same on average.
+    """
+    colour = jnp.where(operation == SATURATION, 1.0 - factor, 0.0)
+    level = jnp.where(operation == CONTRAST, (1.0 - factor) * mean, 0.0) - jnp.where(factor == 1.0, 0.0, 0.5)
+    shade = colour * luma(planes) + level
+    return [clamp(factor * plane + shade) for plane in planes]
 
 
-def jitter(image: Float[Array, "3 H W"], order: Int[Array, "4"], factors: Float[Array, "4"]) -> Float[Array, "3 H W"]:
-    """Brightness, contrast, saturation and hue in the given order; `factors` are numbered as the operations are."""
-    for position in range(4):
-        image = adjust(image, order[position], factors[order[position]])
-    return image
+def jitter(planes: RGB, order: Int[Array, "4"], factors: Float[Array, "4"]) -> RGB:
+    """Brightness, contrast, saturation and hue in the given order; `factors` are numbered as the operations are.
+
+    Only the contrast looks beyond its pixel, at the mean luma. So one pass finds that mean and a second one does
+    the work, each a chain of pixelwise operations that compiles into one loop over memory.
+    """
+    _, seen = _jitter_pass(planes, order, factors, jnp.zeros(()))
+    mean = jnp.floor(seen.mean() + 0.5)  # PIL rounds it
+    return _jitter_pass(planes, order, factors, mean)[0]
+
+
+def _jitter_pass(
+    planes: RGB, order: Int[Array, "4"], factors: Float[Array, "4"], mean: Float[Array, ""]
+) -> tuple[RGB, Plane]:
+    """The jittered planes given the mean that the contrast needs, and the luma that the contrast sees.
+
+    The hue, much the dearest, is computed in one place: the others have slots before and after it.
+    """
+    turn = jnp.argmax(order == HUE)
+    places = jnp.arange(4)
+    seen = jnp.zeros_like(planes[0])
+    planes, seen = _blends(planes, seen, order[:3], places[:3] < turn, factors, mean)
+    turned = shift_hue(planes, factors[HUE])
+    planes = [jnp.where(factors[HUE] == 0.0, old, new) for old, new in zip(planes, turned, strict=True)]
+    return _blends(planes, seen, order[1:], places[1:] > turn, factors, mean)
+
+
+def _blends(
+    planes: RGB,
+    seen: Plane,
+    operations: Int[Array, "3"],
+    active: Bool[Array, "3"],
+    factors: Float[Array, "4"],
+    mean: Float[Array, ""],
+) -> tuple[RGB, Plane]:
+    """The active ones of three operations that are not the hue; `seen` becomes the luma before the contrast."""
+    for slot in range(3):
+        operation = operations[slot]
+        seen = jnp.where(active[slot] & (operation == CONTRAST), luma(planes), seen)
+        planes = blend(planes, operation, jnp.where(active[slot], factors[operation], 1.0), mean)
+    return planes, seen
 
 
 def box_radius(radius: Float[Array, ""]) -> Float[Array, ""]:
@@ -129,9 +166,8 @@ def blur_matrix(radius: Float[Array, ""], size: int) -> Float[Array, "size size"
     box = jnp.clip(half + 1.0 - jnp.abs(inside), 0.0, 1.0)
     before = jnp.maximum(half - place, 0.0)  # [size], the share of each box that lies before the first pixel
     box = box.at[:, 0].add(before).at[:, -1].add(before[::-1])
-    box = box / (2.0 * half + 1.0)
-    twice = jnp.matmul(box, box, precision=lax.Precision.HIGHEST)
-    return jnp.matmul(twice, box, precision=lax.Precision.HIGHEST)
+    thrice = jnp.matmul(jnp.matmul(box, box, precision=lax.Precision.HIGH), box, precision=lax.Precision.HIGH)
+    return thrice / thrice.sum(axis=1, keepdims=True)
 
 
 def blur(image: Image, radius: Float[Array, ""]) -> Image:
@@ -139,8 +175,8 @@ def blur(image: Image, radius: Float[Array, ""]) -> Image:
     _, height, width = image.shape
     columns = blur_matrix(radius, width)
     rows = columns if height == width else blur_matrix(radius, height)
-    image = jnp.einsum("chw,vw->chv", image, columns, precision=lax.Precision.DEFAULT)
-    return jnp.einsum("chv,uh->cuv", image, rows, precision=lax.Precision.DEFAULT)
+    image = jnp.einsum("chw,vw->chv", image, columns, precision=lax.Precision.HIGH)
+    return jnp.einsum("chv,uh->cuv", image, rows, precision=lax.Precision.HIGH)
 
 
 def solarize(image: Image, threshold: int) -> Image:

@@ -34,6 +34,8 @@ import dataclasses
 import itertools
 import logging
 import math
+import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -41,18 +43,16 @@ from typing import Any
 import grain
 import numpy as np
 from absl import flags
-from grain.experimental import index_shuffle
 
 from dino_jax.data.crops import CropParams, crop_resize, draw_crops, render_crops, to_pil
-from dino_jax.data.decode import BadImage, decode
+from dino_jax.data.decode import BadImage
+from dino_jax.data.reader import Reader, mixed_word, shuffled
 from dino_jax.data.sources import Source
 from dino_jax.errors import UserError
 
 CHUNK = 16  # examples that one thread prepares at a time; a batch is put together from such chunks
-PROBES = 100  # pictures tried before a data set is called unreadable
 
 Batch = dict[str, Any]
-Bad = tuple[int, str, str]  # index, name, reason
 
 _log = logging.getLogger(__name__)
 
@@ -119,17 +119,32 @@ def make_eval_dataset(
     return _iterate(chunks, parts, workers, threads, reader)
 
 
-def _iterate(chunks: Any, parts: int, workers: int, threads: int, reader: Reader) -> Iterator[Batch]:
+def _iterate(
+    chunks: TrainChunks | EvalChunks, parts: int, workers: int, threads: int, reader: Reader
+) -> Iterator[Batch]:
     """Runs the chunks through grain: threads, or processes with threads, keeping about two batches ready."""
     share = math.ceil(parts / max(workers, 1))  # chunks of a batch that fall to each process
     ahead = share if workers else 2 * share
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, ahead))
     dataset = grain.MapDataset.source(chunks).to_iter_dataset(options)
     if workers:
+        _require_shared_memory(chunks, workers * (share + 2))
         if not flags.FLAGS.is_parsed():  # grain looks at flags of its own, which no one else parses here
             flags.FLAGS.mark_as_parsed()
         dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(workers, per_worker_buffer_size=share))
     return _checked(iter(dataset.batch(parts, batch_fn=_merge)), reader)
+
+
+def _require_shared_memory(chunks: TrainChunks | EvalChunks, count: int) -> None:
+    """Worker processes hand over chunks in shared memory: a `UserError` where `count` of them do not fit."""
+    if not os.path.isdir("/dev/shm"):
+        return
+    needed, free = count * CHUNK * chunks.pixels, shutil.disk_usage("/dev/shm").free
+    if needed > free:
+        raise UserError(
+            f"run.workers: they need {needed >> 20} MiB of shared memory and /dev/shm has {free >> 20} free; "
+            "lower run.workers (0 needs none) or enlarge it (docker run --shm-size)"
+        )
 
 
 def _checked(batches: Any, reader: Reader) -> Iterator[Batch]:
@@ -158,71 +173,6 @@ def _concatenate(values: Sequence[Any]) -> Any:
 
 
 @dataclasses.dataclass
-class Reader:
-    """Reads pictures, and takes the place of unreadable ones with others chosen by (seed, index) alone."""
-
-    source: Source
-    channels: int
-    limit: int | None  # longest side, pixels
-    seed: int
-    max_bad_share: float
-    where: str  # what to call the data set in errors
-    bad: dict[int, tuple[str, str]] = dataclasses.field(default_factory=dict)  # index -> name, reason; those seen here
-
-    def probe(self) -> None:
-        """Raises `UserError` if none of up to `PROBES` pictures spread over the data set can be read."""
-        count = len(self.source)
-        tried = [index * count // min(count, PROBES) for index in range(min(count, PROBES))]
-        for index in tried:
-            try:
-                self.read(index)
-                return
-            except BadImage as error:
-                reason = f"{error.name}: {error}"
-        raise UserError(f"{self.where}: none of the {len(tried)} pictures tried can be read; the last is {reason}")
-
-    def read(self, index: int) -> tuple[np.ndarray, int]:
-        """Pixels uint8 [H, W, C] and label. Raises `BadImage`, with the picture's name."""
-        name = f"picture {index}"
-        try:
-            image, label, name = self.source[index]
-            return decode(image, self.channels, self.limit), label
-        except BadImage as error:
-            error.name = error.name or name
-            raise
-
-    def read_or_replace(self, index: int) -> tuple[np.ndarray, int, int, list[Bad]]:
-        """Pixels, label, the index that was read, and the unreadable pictures met on the way."""
-        met = []
-        for candidate in itertools.chain([index], self._others(index)):
-            if candidate not in self.bad:
-                try:
-                    return *self.read(candidate), candidate, met
-                except BadImage as error:
-                    self.note(candidate, error.name, str(error))
-            met.append((candidate, *self.bad[candidate]))
-        raise UserError(f"{self.where}: no picture can be read; {self._first()}")
-
-    def note(self, index: int, name: str, reason: str) -> None:
-        """Remembers an unreadable picture; too many are a `UserError`."""
-        self.bad[index] = (name, reason)
-        count, total = len(self.bad), len(self.source)
-        if count > self.max_bad_share * total:
-            raise UserError(
-                f"{self.where}: at least {count} of {total} pictures cannot be read, more than data.max_bad_share = "
-                f"{self.max_bad_share:g}; {self._first()}; mend or remove them, or raise data.max_bad_share"
-            )
-
-    def _others(self, index: int) -> Iterator[int]:
-        """All examples in an order of their own for each index."""
-        key = _word(self.seed, index, 1)
-        return (index_shuffle(k, max_index=len(self.source) - 1, seed=key, rounds=4) for k in range(len(self.source)))
-
-    def _first(self) -> str:
-        return "first " + ", ".join(f"{name} ({reason})" for name, reason in itertools.islice(self.bad.values(), 3))
-
-
-@dataclasses.dataclass
 class TrainChunks:
     """Element k is part k % parts of this process's rows of step k // parts."""
 
@@ -233,6 +183,14 @@ class TrainChunks:
     rows: np.ndarray
     parts: int
     start: int  # element 0 is the start-th chunk of the run
+
+    @property
+    def pixels(self) -> int:
+        """Bytes of pixels for one example."""
+        crops, channels = self.config.crops, self.config.model.in_chans
+        if self.config.data.render == "device":
+            return self.config.data.canvas**2 * channels
+        return (2 * math.prod(crops.global_size) + crops.local_count * math.prod(crops.local_size)) * channels
 
     def __len__(self) -> int:
         return sys.maxsize - self.start
@@ -265,6 +223,11 @@ class EvalChunks:
     batch_size: int
     rows: np.ndarray
     parts: int
+
+    @property
+    def pixels(self) -> int:
+        """Bytes of pixels for one example."""
+        return math.prod(self.crop) * self.reader.channels
 
     def __len__(self) -> int:
         return math.ceil(len(self.reader.source) / self.batch_size) * self.parts
@@ -309,18 +272,13 @@ RENDERERS: dict[str, Callable[[list[np.ndarray], list[CropParams], Any], Batch]]
 
 def epoch_order(count: int, seed: int, epoch: int, places: Sequence[int]) -> list[int]:
     """The examples at some places of an epoch's order: a permutation of 0..count-1 without holding it."""
-    key = _word(seed, epoch, 0)
-    return [index_shuffle(int(place), max_index=count - 1, seed=key, rounds=4) for place in places]
+    key = mixed_word(seed, epoch, 0)
+    return [shuffled(int(place), count, key) for place in places]
 
 
 def example_rng(seed: int, salt: int, epoch: int, index: int) -> np.random.Generator:
     """The generator of one example's draws in one epoch."""
     return np.random.Generator(np.random.Philox(key=[seed % 2**64, salt], counter=[0, 0, index, epoch]))
-
-
-def _word(*numbers: int) -> int:
-    """32 well-mixed bits of some whole numbers."""
-    return int(np.random.SeedSequence([number % 2**64 for number in numbers]).generate_state(1)[0])
 
 
 def resize_shorter(pixels: np.ndarray, shorter: int) -> np.ndarray:

@@ -35,6 +35,10 @@ def boundary(prediction: np.ndarray, truth: np.ndarray, tolerance: float = TOLER
     edges, true_edges = contour(prediction), contour(truth)
     if not edges.any() or not true_edges.any():
         return float(edges.any() == true_edges.any())
+    either = edges | true_edges  # nothing outside of their box matters
+    rows, columns = (np.flatnonzero(either.any(axis)) for axis in (1, 0))
+    box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+    edges, true_edges = edges[box], true_edges[box]
     precision = np.mean(_near(true_edges, radius)[edges])
     recall = np.mean(_near(edges, radius)[true_edges])
     return float(2 * precision * recall / max(precision + recall, np.finfo(float).tiny))

@@ -115,17 +115,19 @@ def run(
 ) -> Iterator[tuple[Any, Batch]]:
     """Yields (view(backbone, normalised images), batch) for each batch, in order, as NumPy arrays.
 
-    `batch["image"]` is [B, h, w, C], uint8 or float of the same range. Batches are filled up to the devices (the
-    filling never comes back), and the next one is under way while the last is being copied. Each process runs its own
-    batches on its own devices.
+    `batch["image"]` is [B, h, w, C], uint8 or float of the same range. Batches are filled up to the devices and to the
+    largest one before (the filling never comes back), and the next one is under way while the last is being copied.
+    Each process runs its own batches on its own devices.
     """
     mesh = Mesh(np.array(jax.local_devices() if devices is None else devices), ("data",))
     forward = _forward(model.backbone, view, tuple(model.mean), tuple(model.std), mesh)
     variables = jax.device_put(jax.tree.map(_local, model.variables), NamedSharding(mesh, P()))
-    waiting = None
+    waiting, largest = None, {}
     for batch in batches:
         images = np.asarray(batch["image"])
-        filled = np.zeros((-(-len(images) // mesh.size) * mesh.size, *images.shape[1:]), images.dtype)
+        rows = max(-(-len(images) // mesh.size) * mesh.size, largest.get(images.shape[1:], 0))
+        largest[images.shape[1:]] = rows
+        filled = np.zeros((rows, *images.shape[1:]), images.dtype)
         filled[: len(images)] = images
         outputs = forward(variables, jax.device_put(filled, NamedSharding(mesh, P("data"))))
         if waiting is not None:

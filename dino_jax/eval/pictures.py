@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -103,6 +104,13 @@ def parallel(load: Callable[[Any], T], items: Iterable[Any], threads: int = 4) -
         finally:
             for future in waiting:
                 future.cancel()
+
+
+def grouped(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Lists of `size` items in order, the last one maybe shorter."""
+    iterator = iter(items)
+    while group := list(itertools.islice(iterator, size)):
+        yield group
 
 
 def batches_by_size(pictures: Iterable[np.ndarray], batch_size: int) -> Iterator[dict[str, np.ndarray]]:

@@ -2,14 +2,102 @@
 
 For every head the mask keeps the patches that carry the largest share of the attention (60% in the text, 80% in
 appendix D). Each object counts with the best head's intersection over union, and an image with the mean of its objects
-(the author's description in issue 54 of the official repository).
+(the author's description in issue 54 of the official repository). Pictures are squeezed to a square, bilinear; masks
+are compared at the picture's own size.
 
 Legend: B batch, H heads, N patches.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+from PIL import Image
+
+from dino_jax.errors import UserError
+from dino_jax.eval.features import ClsAttention, Frozen, run
+from dino_jax.eval.masks import IGNORE, Masked, MaskedPictures, open_masks
+from dino_jax.eval.pictures import grouped, parallel, resize
+
+SHOWN = 6  # pictures in voc.png
+
+
+def default_config() -> ConfigDict:
+    """The protocol's keys."""
+    config = ConfigDict()
+    config.masses = (0.6, 0.8)  # shares of the attention that the masks keep
+    config.size = 480  # side of the square that pictures are squeezed to, cut to whole patches
+    config.block = -1  # whose attention
+    config.split = "val"  # of VOC's ImageSets/Segmentation
+    config.random = False  # the same network with random weights, too
+    config.batch_size = 8
+    config.threads = 4
+    return config.lock()
+
+
+def evaluate(model: Frozen, data: str, config: ConfigDict, workdir: str | None = None) -> dict[str, float]:
+    """`jaccard_60` and `jaccard_80` in percent (by `config.masses`), with `_random` after it for random weights.
+
+    `data` is as in `masks.open_masks`. With a `workdir`, `voc.png` there shows some pictures beside truth and masks.
+    """
+    if model.backbone.patch_size is None:
+        raise UserError("voc needs a backbone with attention, a ViT")
+    pictures = open_masks(data, config.split, len(model.mean))
+    path = None if workdir is None else epath.Path(workdir) / "voc.png"
+    figures = _score(model, pictures, config, path)
+    if config.random:
+        side = config.size // model.backbone.patch_size * model.backbone.patch_size
+        shape = jnp.zeros((1, side, side, len(model.mean)))
+        fresh = model._replace(variables=jax.jit(model.backbone.init)(jax.random.key(0), shape))
+        figures |= {f"{key}_random": value for key, value in _score(fresh, pictures, config, None).items()}
+    return figures
+
+
+def _score(model: Frozen, pictures: MaskedPictures, config: ConfigDict, path: epath.Path | None) -> dict[str, float]:
+    side = config.size // model.backbone.patch_size * model.backbone.patch_size
+    scores: dict[float, list[float]] = {mass: [] for mass in config.masses}
+    shown = []
+    for attention, batch in run(model, ClsAttention(config.block), _batches(pictures, side, config)):
+        for masked, heads in zip(batch["masked"], attention, strict=True):  # heads [H, h, w]
+            for mass in config.masses:
+                masks = attention_masks(heads.reshape(len(heads), -1), mass).reshape(heads.shape)
+                masks = enlarge(masks, *masked.objects.shape)
+                scores[mass].append(image_jaccard(masks, masked.objects))
+            if path is not None and len(shown) < SHOWN:
+                shown.append(_row(masked, masks))
+    if np.isnan(scores[config.masses[0]]).all():
+        raise UserError("voc: no picture has an object in its mask: check --data")
+    if shown and path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            Image.fromarray(np.concatenate(shown)).save(file, "PNG")
+    return {f"jaccard_{round(100 * mass)}": 100 * float(np.nanmean(values)) for mass, values in scores.items()}
+
+
+def _batches(pictures: MaskedPictures, side: int, config: ConfigDict) -> Iterator[dict[str, Any]]:
+    def load(index: int) -> tuple[np.ndarray, Masked]:
+        masked = pictures.load(index)
+        return resize(masked.pixels, side, side, Image.Resampling.BILINEAR), masked
+
+    for group in grouped(parallel(load, range(pictures.count), config.threads), config.batch_size):
+        yield {"image": np.stack([image for image, _ in group]), "masked": [masked for _, masked in group]}
+
+
+def _row(masked: Masked, masks: np.ndarray, side: int = 160) -> np.ndarray:
+    """Picture, truth and the best head's mask (by all objects together) side by side, uint8 [side, 3 * side, 3]."""
+    truth = (masked.objects > 0) & (masked.objects != IGNORE)
+    best = masks[jaccard(masks, truth).argmax()]
+    gray = masked.pixels[..., :3].mean(-1, keepdims=True)
+    panels = [np.broadcast_to(masked.pixels[..., :3], (*truth.shape, 3))]
+    for mask, colour in ((truth, (60, 220, 90)), (best, (250, 80, 60))):
+        panels.append(np.where(mask[..., None], 0.5 * gray + 0.5 * np.array(colour), 0.6 * gray).astype(np.uint8))
+    return np.concatenate([resize(panel, side, side, Image.Resampling.BILINEAR) for panel in panels], axis=1)
 
 
 def attention_masks(attention: np.ndarray, mass: float) -> np.ndarray:
@@ -34,7 +122,7 @@ def jaccard(mask: np.ndarray, truth: np.ndarray) -> np.ndarray:
     return overlap / np.maximum(union, 1)
 
 
-def image_jaccard(masks: np.ndarray, objects: np.ndarray, ignore: int = 255) -> float:
+def image_jaccard(masks: np.ndarray, objects: np.ndarray, ignore: int = IGNORE) -> float:
     """Mean over the objects of one image of the best head's Jaccard similarity; NaN for an image without objects.
 
     Args:

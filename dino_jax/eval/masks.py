@@ -1,0 +1,127 @@
+"""Pictures with masks, one interface for several layouts: VOC, `scenes`, and folders of pictures and masks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from etils import epath
+
+from dino_jax.data.scenes import Scenes
+from dino_jax.data.sources import open_source
+from dino_jax.errors import UserError
+from dino_jax.eval.pictures import list_pictures, read_labels, read_picture
+from dino_jax.eval.splits import train_test
+
+IGNORE = 255
+VOC_CLASSES = 21  # background included
+
+
+class Masked(NamedTuple):
+    """A picture uint8 [H, W, C], its objects uint8 [H, W] and its classes uint8 [H, W].
+
+    0 is background, 255 belongs to nothing; every other number is one object, or one class.
+    """
+
+    pixels: np.ndarray
+    objects: np.ndarray
+    classes: np.ndarray
+
+
+class MaskedPictures(NamedTuple):
+    """Their number, `load(i) -> Masked`, and the number of classes with the background (None: not known)."""
+
+    count: int
+    load: Callable[[int], Masked]
+    num_classes: int | None
+
+
+def open_masks(data: str, split: str, channels: int = 3) -> MaskedPictures:
+    """Opens `data`: a `scenes:` spec, a VOC folder (`split` of its ImageSets), or a folder with `images` and `masks`.
+
+    Raises:
+      UserError: none of these, or a picture without its mask.
+    """
+    if data.startswith("scenes:"):
+        return _scenes(data)
+    root = voc_root(data)
+    if root is not None:
+        return _voc(root, split, channels)
+    root = epath.Path(data)
+    if (root / "images").is_dir() and (root / "masks").is_dir():
+        return _folder(root, channels)
+    raise UserError(
+        f"--data={data}: neither a VOC folder (JPEGImages, SegmentationObject, ImageSets) nor one with images and masks"
+    )
+
+
+def train_test_masks(data: str, channels: int = 3) -> tuple[MaskedPictures, MaskedPictures]:
+    """Both splits of a VOC folder, or of what `splits.train_test` finds."""
+    if voc_root(data) is not None:
+        return open_masks(data, "train", channels), open_masks(data, "val", channels)
+    train, test = train_test(data)
+    return open_masks(train, "train", channels), open_masks(test, "val", channels)
+
+
+def voc_root(data: str) -> epath.Path | None:
+    """The folder of the VOC layout in or at `data`, or None."""
+    here = epath.Path(data)
+    for root in (here, here / "VOC2012", here / "VOCdevkit" / "VOC2012"):
+        if (root / "ImageSets" / "Segmentation").is_dir():
+            return root
+    return None
+
+
+def _scenes(spec: str) -> MaskedPictures:
+    source = open_source(spec)
+    if not isinstance(source, Scenes):
+        raise UserError(f"{spec}: not scenes")
+
+    def load(index: int) -> Masked:
+        image, label, _ = source[index]
+        mask = source.mask(index).astype(np.uint8)
+        return Masked(np.asarray(image), mask, mask * np.uint8(label + 1))
+
+    return MaskedPictures(len(source), load, len(source.class_names) + 1)
+
+
+def _voc(root: epath.Path, split: str, channels: int) -> MaskedPictures:
+    listing = root / "ImageSets" / "Segmentation" / f"{split}.txt"
+    if not listing.exists():
+        raise UserError(f"{listing}: no such file")
+    names = listing.read_text().split()
+    if not names:
+        raise UserError(f"{listing}: the list is empty")
+
+    def load(index: int) -> Masked:
+        objects, classes = (
+            read_labels(root / folder / f"{names[index]}.png") for folder in ("SegmentationObject", "SegmentationClass")
+        )
+        pixels = read_picture(root / "JPEGImages" / f"{names[index]}.jpg", channels)
+        return _checked(names[index], Masked(pixels, objects, classes))
+
+    return MaskedPictures(len(names), load, VOC_CLASSES)
+
+
+def _folder(root: epath.Path, channels: int) -> MaskedPictures:
+    pictures = list_pictures(root / "images")
+    masks = {path.stem: path for path in list_pictures(root / "masks")}
+    alone = [path for path in pictures if path.stem not in masks]
+    if alone:
+        raise UserError(f"{alone[0]}: no mask of that name in {root / 'masks'}")
+
+    def load(index: int) -> Masked:
+        labels = read_labels(masks[pictures[index].stem])
+        if set(np.unique(labels)) <= {0, IGNORE}:  # black and white
+            labels = (labels > 0).astype(np.uint8)
+        return _checked(str(pictures[index]), Masked(read_picture(pictures[index], channels), labels, labels))
+
+    return MaskedPictures(len(pictures), load, None)
+
+
+def _checked(name: str, masked: Masked) -> Masked:
+    for mask in masked[1:]:
+        if mask.shape != masked.pixels.shape[:2]:
+            raise UserError(f"{name}: a mask of {mask.shape} for a picture of {masked.pixels.shape[:2]} pixels")
+    return masked

@@ -6,6 +6,8 @@ import io
 import json
 import os
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from dino_jax.data.example import Example
 from dino_jax.data.packed import FORMAT, MANIFEST, VERSION, WRITER_OPTIONS, decode_record, encode_record
 from dino_jax.data.sources import open_source, split_spec
 from dino_jax.errors import UserError
+from tests.gcs_stand_in import serve
 
 
 def image_bytes(level: int, form: str = "PNG") -> bytes:
@@ -335,3 +338,49 @@ def test_mistakes_are_named_in_one_line(tmp_path, spec, message):
     with pytest.raises(UserError, match=message) as caught:
         open_source(spec.format(tmp_path))
     assert "\n" not in str(caught.value)
+
+
+REMOTE = """
+import json, sys
+from dino_jax.data.decode import BadImage, decode
+from dino_jax.data.sources import open_source
+
+for spec in sys.argv[1:]:
+    source = open_source(spec)
+    examples = [source[i] for i in range(len(source))]
+    print(json.dumps([[e.name, e.label, int(decode(e.image)[0, 0, 0])] for e in examples]))
+try:
+    open_source("list:gs://bucket/broken.txt")[0]
+except BadImage as error:
+    print(json.dumps(f"{error.name}: {error}"))
+"""
+
+
+@pytest.mark.extra
+def test_sources_in_a_bucket(tmp_path):
+    buffer = io.BytesIO()
+    np.savez(buffer, images=np.full((2, 4, 4), 9, np.uint8), labels=[5, 6])
+    objects = {
+        "tree/a/1.png": image_bytes(1),
+        "tree/b/deep/2.png": image_bytes(2),
+        "flat/3.png": image_bytes(3),
+        "list.txt": b"tree/a/1.png 7\nflat/3.png 8\n",
+        "broken.txt": b"gone.png\n",
+        "x.npz": buffer.getvalue(),
+    }
+    with serve() as (store, environment):
+        for name, data in objects.items():
+            store.put(f"bucket/{name}", data, {})
+        specs = ["gs://bucket/tree", "folder:gs://bucket/flat", "gs://bucket/list.txt", "arrays:gs://bucket/x.npz"]
+        child = subprocess.run(
+            [sys.executable, "-c", REMOTE, *specs], env=os.environ | environment, capture_output=True, text=True
+        )
+    assert child.returncode == 0, child.stderr
+    *found, bad = [json.loads(line) for line in child.stdout.splitlines()]
+    assert found == [
+        [["a/1.png", 0, 1], ["b/deep/2.png", 1, 2]],
+        [["3.png", -1, 3]],
+        [["tree/a/1.png", 7, 1], ["flat/3.png", 8, 3]],
+        [["000000", 5, 9], ["000001", 6, 9]],
+    ]
+    assert bad.startswith("gone.png: cannot be read: ")

@@ -1,7 +1,7 @@
 """Names collapse and divergence while a run is young, with the remedy to try.
 
 It reads the metrics of `train_step`: `loss`, `teacher_entropy` (of each picture's distribution, averaged),
-`marginal_entropy` (of the batch's mean distribution), `kl`, `bad_steps`; entropies in nats. With K prototypes:
+`marginal_entropy` (of the batch's mean distribution), `kl`, `bad_steps`; and `input_wait`. With K prototypes, in nats:
 
 - **uniform collapse**: every picture gets the uniform distribution: entropy ln K, KL 0. Centring won over sharpening.
 - **one-prototype collapse**: one prototype takes the whole batch: both entropies 0. Sharpening won over centring.
@@ -22,8 +22,10 @@ from ml_collections import ConfigDict
 
 NEAR = 0.01  # of ln K: what counts as equal
 FEW = math.log(2.0)  # marginal entropy of two prototypes
+MIN_PATIENCE, MAX_PATIENCE = 100, 2000  # steps
 UNIFORM, ONE, CONSTANT, STUCK = "uniform collapse", "one-prototype collapse", "constant output", "stuck loss"
 DIVERGED = "divergence"
+SHOWN = ("loss", "teacher_entropy", "marginal_entropy", "kl")
 INPUT_BOUND = 0.2  # share of the time waiting for input that is worth a line
 
 
@@ -32,6 +34,24 @@ class Verdict(NamedTuple):
 
     action: Literal["go on", "rewind", "stop"]
     lines: list[str]
+
+
+class _Spell:
+    """How long a finding has lasted, and whether it was told."""
+
+    def __init__(self):
+        self.finding: str | None = None
+        self.since = 0
+        self.told = False
+
+    def ripe(self, finding: str | None, step: int, patience: int, start: int = 0) -> bool:
+        """True once in a spell: when `finding` has lasted `patience` steps, those before `start` not counted."""
+        if finding != self.finding:
+            self.finding, self.since, self.told = finding, step, False
+        if finding is None or self.told or step - max(self.since, start) < patience:
+            return False
+        self.told = True
+        return True
 
 
 class Watch:
@@ -47,10 +67,8 @@ class Watch:
         self._config = config
         self._ln_k = math.log(config.head.out_dim)
         self._warm = max(config.optim.warmup_epochs * steps_per_epoch, total_steps // 10)
-        self._patience = min(max(total_steps // 20, 100), 2000)
-        self._finding: str | None = None
-        self._since = 0  # first step of the present finding
-        self._told = False
+        self._patience = min(max(total_steps // 20, MIN_PATIENCE), MAX_PATIENCE)
+        self._learning, self._input = _Spell(), _Spell()
         self._rewinds = 0
         self._failed_at = 0
 
@@ -65,15 +83,23 @@ class Watch:
             return self._diverged(step, bad)
         if step > self._failed_at + self._patience:
             self._rewinds = 0
-        finding = DIVERGED if bad else self._diagnose(metrics)
-        if finding != self._finding:
-            self._finding, self._since, self._told = finding, step, False
-        if finding is None or self._told or not self._persists(step):
-            return Verdict("go on", [])
-        self._told = True
-        if finding == DIVERGED:
-            return Verdict("go on", [f"step {step}: the loss or its gradient is not finite; the step was skipped"])
-        return Verdict("go on", [f"step {step}: {finding}: {self._evidence(metrics)}. {advice(finding, self._config)}"])
+        return Verdict("go on", self._judge_learning(step, bad, metrics) + self._judge_input(step, metrics))
+
+    def _judge_learning(self, step: int, bad: int, metrics: Mapping[str, float]) -> list[str]:
+        if bad:
+            line = f"step {step}: the loss or its gradient is not finite; the step was skipped"
+            return [line] if self._learning.ripe(DIVERGED, step, 0) else []
+        finding = self._diagnose(metrics)
+        start = 0 if finding == ONE else self._warm
+        if not self._learning.ripe(finding, step, self._patience, start) or finding is None:
+            return []
+        shown = ", ".join(f"{name} {metrics[name]:.3f}" for name in SHOWN)
+        found = f"step {step}: {finding}: {shown}, ln K {self._ln_k:.3f}, for {self._patience} steps or more"
+        return [f"{found}. {advice(finding, self._config)}"]
+
+    def _judge_input(self, step: int, metrics: Mapping[str, float]) -> list[str]:
+        lines = input_bound(step, metrics["input_wait"], self._config)
+        return lines if self._input.ripe("input" if lines else None, step, MIN_PATIENCE) else []
 
     def _diagnose(self, metrics: Mapping[str, float]) -> str | None:
         entropy, marginal = metrics["teacher_entropy"], metrics["marginal_entropy"]
@@ -86,20 +112,8 @@ class Watch:
             return CONSTANT
         return STUCK if metrics["loss"] > self._ln_k - near else None
 
-    def _persists(self, step: int) -> bool:
-        if self._finding == DIVERGED:
-            return True
-        start = self._since if self._finding == ONE else max(self._since, self._warm)
-        return step - start >= self._patience
-
-    def _evidence(self, metrics: Mapping[str, float]) -> str:
-        shown = ", ".join(
-            f"{name} {metrics[name]:.3f}" for name in ("loss", "teacher_entropy", "marginal_entropy", "kl")
-        )
-        return f"{shown}, ln K {self._ln_k:.3f}, for {self._patience} steps or more"
-
     def _diverged(self, step: int, bad: int) -> Verdict:
-        self._finding, self._failed_at = None, step
+        self._learning, self._failed_at = _Spell(), step
         self._rewinds += 1
         found = f"step {step}: {bad} non-finite steps in a row"
         if self._rewinds > self._config.run.max_rewinds:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,11 +31,25 @@ class Format(NamedTuple):
     rules: keys.Rules
 
 
-FORMATS = (  # the first whose marker is present
+FORMATS = (  # the first whose marker is present counts
+    Format("official", "xcit", "cls_attn_blocks.0.attn.qkv.weight", keys.XCIT),
+    Format("timm", "xcit", "cls_attn_blocks.0.attn.q.weight", keys.XCIT_TIMM),
+    Format("official", "resnet", "layer1.0.conv1.weight", keys.RESNET),
     Format("hf", "vit", "encoder.layer.0.attention.attention.query.weight", keys.HUGGING_FACE),
     Format("hf", "vit", "layers.0.attention.q_proj.weight", keys.HUGGING_FACE_5),
     Format("official", "vit", "blocks.0.attn.qkv.weight", keys.VIT),
 )
+
+
+def rules(config: ConfigDict, name: str) -> keys.Rules:
+    """What the format `official`, `timm` or `hf` calls this model's parameters; `UserError` if it has no such model."""
+    family = config.model.name.partition("_")[0].rstrip("0123456789")
+    known = {fmt.name: fmt.rules for fmt in reversed(FORMATS) if fmt.family == family}
+    if name == "timm":
+        name = name if name in known else "official"  # the same names
+    if name not in known:
+        raise UserError(f"--format={name}: transformers has no {config.model.name}; choose official or timm")
+    return known[name]
 
 
 def recognise(backbone: Tensors, source: object) -> Format:
@@ -54,7 +71,8 @@ def fill_model(config: ConfigDict, fmt: Format, backbone: Tensors, heads: int | 
       UserError: the number of attention heads cannot be known (`heads` is needed), or the shapes make no sense.
     """
     try:
-        {"vit": _fill_vit}[fmt.family](config, fmt, backbone, heads, source)
+        fill = {"vit": _fill_vit, "xcit": _fill_xcit, "resnet": _fill_resnet}[fmt.family]
+        fill(config, fmt, backbone, heads, source)
     except UserError:
         raise
     except (KeyError, ValueError, IndexError) as error:
@@ -64,14 +82,39 @@ def fill_model(config: ConfigDict, fmt: Format, backbone: Tensors, heads: int | 
 def _fill_vit(config: ConfigDict, fmt: Format, backbone: Tensors, heads: int | None, source: object) -> None:
     width, chans, patch, _ = backbone[keys.renamed("patch_embed.weight", fmt.rules)].shape
     count = backbone[keys.renamed("pos_embed", fmt.rules)].shape[1] - 1
-    depth = 0
-    while keys.renamed(f"blocks.{depth}.norm1.weight", fmt.rules) in backbone:
-        depth += 1
     side = math.isqrt(count)
     if side * side != count:
         raise UserError(f"{source}: a position table of {count} patches is not square; its grid cannot be known")
+    depth = _count(backbone, lambda i: keys.renamed(f"blocks.{i}.norm1.weight", fmt.rules))
     _fill_shape(config, "vit_", {"embed_dim": width, "depth": depth}, heads, source)
     _fill_input(config, chans, patch, side * patch)
+
+
+def _fill_xcit(config: ConfigDict, fmt: Format, backbone: Tensors, heads: int | None, source: object) -> None:
+    width, depth = backbone["cls_token"].shape[-1], _count(backbone, lambda i: f"blocks.{i}.norm1.weight")
+    heads = backbone["blocks.0.attn.temperature"].shape[0]
+    patch = 2 ** _count(backbone, lambda i: f"patch_embed.proj.{2 * i}.0.weight")
+    _fill_shape(config, "xcit_", {"embed_dim": width, "depth": depth}, heads, source)
+    _fill_input(config, backbone["patch_embed.proj.0.0.weight"].shape[1], patch)
+
+
+def _fill_resnet(config: ConfigDict, fmt: Format, backbone: Tensors, heads: int | None, source: object) -> None:
+    stages = tuple(_count(backbone, lambda i, n=n: f"layer{n}.{i}.conv1.weight") for n in (1, 2, 3, 4))
+    bottleneck = "layer1.0.conv3.weight" in backbone
+    for name, make in BACKBONES.items():
+        if make.keywords.get("stages") == stages and make.keywords["bottleneck"] == bottleneck:
+            config.model.name = name
+            break
+    else:
+        raise UserError(f"{source}: a ResNet with {stages} blocks is none of the registered models")
+    _, chans, side, _ = backbone["conv1.weight"].shape
+    config.model.small_stem = side == 3
+    _fill_input(config, chans, config.model.patch_size, 32 if side == 3 else 224)
+
+
+def _count(backbone: Tensors, name: Callable[[int], str]) -> int:
+    """How many of the keys name(0), name(1), ... there are."""
+    return next(i for i in itertools.count() if name(i) not in backbone)
 
 
 def _fill_shape(config: ConfigDict, family: str, shape: dict[str, int], heads: int | None, source: object) -> None:
@@ -94,7 +137,7 @@ def _fill_shape(config: ConfigDict, family: str, shape: dict[str, int], heads: i
             config.model[key] = value
 
 
-def _fill_input(config: ConfigDict, chans: int, patch: int, size: int) -> None:
+def _fill_input(config: ConfigDict, chans: int, patch: int, size: int = 224) -> None:
     config.model.patch_size, config.model.in_chans = patch, chans
     config.crops.global_size = (size, size)
     local = max(1, round(size * 96 / 224 / patch)) * patch
@@ -121,17 +164,19 @@ def _indices(head: Tensors) -> list[int]:
 
 def backbone_shapes(config: ConfigDict) -> Any:
     """The shapes of the backbone's variables."""
-    height, width = config.crops.global_size
-    backbone = build_backbone(config.model, (height, width))
-    image = jax.ShapeDtypeStruct((1, height, width, config.model.in_chans), jnp.float32)
-    return jax.eval_shape(backbone.init, jax.random.key(0), image)
+    size = tuple(config.crops.global_size)
+    return _shapes(build_backbone(config.model, size), (1, *size, config.model.in_chans))
 
 
 def head_shapes(config: ConfigDict) -> Any:
     """The shapes of the head's variables."""
     width = build_backbone(config.model, config.crops.global_size).embed_dim
-    feature = jax.ShapeDtypeStruct((1, width), jnp.float32)
-    return jax.eval_shape(build_head(config).init, jax.random.key(0), feature)
+    return _shapes(build_head(config), (1, width))
+
+
+@functools.lru_cache(maxsize=16)
+def _shapes(module: nn.Module, shape: tuple[int, ...]) -> Any:
+    return jax.eval_shape(module.init, jax.random.key(0), jax.ShapeDtypeStruct(shape, jnp.float32))
 
 
 def network_table(config: ConfigDict, rules: keys.Rules, with_head: bool) -> list[keys.Entry]:

@@ -114,7 +114,7 @@ def _from_checkpoint(content: Mapping[str, Any], heads: int | None, source: epat
     network = _regular(content["teacher"])
     student = _regular(student) if student else None
     train_gain = args.get("norm_last_layer") is False or _gain_has_moments(student, optimizer)
-    weights = _weights(config, network, heads, source, student, train_gain)
+    weights = _weights(config, network, heads or args.get("num_heads"), source, student, train_gain)
     center = content["dino_loss"].get("center") if isinstance(content.get("dino_loss"), Mapping) else None
     if center is not None:
         center = np.asarray(center, np.float32).reshape(-1)

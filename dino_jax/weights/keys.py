@@ -28,6 +28,9 @@ COUNTER = "num_batches_tracked"  # torch counts batch norm's batches and, with a
 # What the format calls what torch_name() would call otherwise: (pattern, replacement), applied in order.
 # Braces stand for several tensors of the file that are one parameter here, joined along the first axis.
 VIT = ((r"^patch_embed\.", "patch_embed.proj."),)
+RESNET: Rules = ()
+XCIT: Rules = ()
+XCIT_TIMM = ((r"^pos_embeder\.", "pos_embed."), (r"^(cls_attn_blocks\.\d+\.attn)\.qkv\.", r"\1.{q,k,v}."))
 HUGGING_FACE = (
     (r"^(cls_token)$", r"embeddings.\1"),
     (r"^pos_embed$", "embeddings.position_embeddings"),
@@ -62,7 +65,7 @@ class Entry(NamedTuple):
 def torch_name(path: Sequence[str]) -> str:
     """`(params, blocks_0, attn, qkv, kernel)` -> `blocks.0.attn.qkv.weight`."""
     *modules, leaf = path[1:]
-    parts = [re.sub(r"_(\d+)$", r".\1", module) for module in modules]
+    parts = [re.sub(r"_(?=\d)", ".", module) for module in modules]
     return ".".join([*parts, LEAVES.get(leaf, leaf)])
 
 

@@ -1,0 +1,166 @@
+"""Checkpoints out: torch-layout weights for the original code, timm and transformers; StableHLO and ONNX programs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+from etils import epath
+
+from dino_jax.errors import UserError
+from dino_jax.models import build_backbone
+from dino_jax.weights import architecture, keys, programs
+from dino_jax.weights.importer import ARGS, GAIN, Weights
+from dino_jax.weights.pth import write_pth
+from dino_jax.weights.store import open_weights
+
+Tensors = dict[str, np.ndarray]
+
+
+def export_weights(
+    ckpt: epath.PathLike,
+    out: epath.PathLike,
+    *,
+    format: str,
+    heads: int | None = None,
+    attention: bool = False,
+    image_size: tuple[int, int] | None = None,
+) -> epath.Path:
+    """Writes a CKPT's weights in another code's format and returns the file.
+
+    Args:
+      ckpt: what `open_weights` takes.
+      out: a file with the format's suffix, or a folder, in which it gets its usual name.
+      format: `official` (.pth: a full checkpoint if the CKPT has a student, else the backbone), `timm` or `hf`
+        (.safetensors; hf adds its config.json), `stablehlo` or `onnx` (the backbone as a program).
+      heads: attention heads, where `ckpt` is a weight file that does not tell.
+      attention: programs also give the last block's attention.
+      image_size: (height, width) of a program's input; None: the configuration's global crops.
+
+    Raises:
+      UserError: an unknown format, one that does not know the model, or a converter that is not installed.
+    """
+    if format not in FORMATS:
+        raise UserError(f"--format={format}: choose one of {', '.join(FORMATS)}")
+    name, write = FORMATS[format]
+    out = epath.Path(out).expanduser()
+    suffixes = (".pth", ".safetensors") if format == "timm" else (epath.Path(name).suffix,)
+    if out.suffix in (".pth", ".safetensors", ".stablehlo", ".onnx") and out.suffix not in suffixes:
+        raise UserError(f"--out={out}: --format={format} writes {' or '.join(suffixes)}, or into a folder")
+    path = out if out.suffix in suffixes else out / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    weights = open_weights(ckpt, heads=heads, everything=format == "official")
+    write(weights, path, attention=attention, image_size=image_size or weights.config.crops.global_size)
+    return path
+
+
+def official(weights: Weights) -> dict[str, Any]:
+    """What the official code saves: `student`, `teacher`, `dino_loss`, `args`; of a backbone alone, its state dict."""
+    if "head" not in weights.teacher["params"]:
+        return backbone_tensors(weights, "official")
+    teacher = _network(weights, weights.teacher)
+    distributed = any(key.endswith(keys.COUNTER) for key in teacher)  # with batch norm the teacher too is wrapped
+    content: dict[str, Any] = {"teacher": _prefixed(teacher, "module.") if distributed else teacher}
+    if weights.student is not None:
+        content["student"] = _prefixed(_network(weights, weights.student), "module.")
+    if weights.center is not None:
+        content["dino_loss"] = {"center": np.asarray(weights.center)[None]}
+    return {**content, "args": _arguments(weights)}
+
+
+def backbone_tensors(weights: Weights, name: str) -> Tensors:
+    """The teacher's backbone under the names of `official`, `timm` or `hf`; `UserError` if it has none for it."""
+    rules = architecture.rules(weights.config, name)
+    table = keys.key_table(architecture.backbone_shapes(weights.config), rules)
+    return keys.to_torch(table, part(weights.teacher, "backbone"))
+
+
+def part(variables: keys.Variables, name: str) -> keys.Variables:
+    """The variables of a network's `backbone` or `head`."""
+    return {collection: tree[name] for collection, tree in variables.items() if name in tree}
+
+
+def _network(weights: Weights, variables: keys.Variables) -> Tensors:
+    """The state dict of backbone and head; a gain that is not trained is 1."""
+    rules = architecture.rules(weights.config, "official")
+    tensors = keys.to_torch(architecture.network_table(weights.config, rules, with_head=True), variables)
+    if GAIN not in tensors:
+        tensors[GAIN] = np.ones((weights.config.head.out_dim, 1), np.float32)
+    return tensors
+
+
+def _prefixed(tensors: Tensors, prefix: str) -> Tensors:
+    return {f"{prefix}{key}": value for key, value in tensors.items()}
+
+
+def _arguments(weights: Weights) -> dict[str, Any]:
+    """The official `args`, as a plain dict: `torch.load(weights_only=True)` refuses a Namespace."""
+    config = weights.config
+    args: dict[str, Any] = {}
+    for word, key in ARGS.items():
+        group, _, name = key.rpartition(".")
+        args[word] = (config[group] if group else config)[name]
+    backbone = build_backbone(config.model, config.crops.global_size)
+    if backbone.patch_size:
+        args |= {"num_heads": backbone.heads, "image_size": list(config.crops.global_size)}  # ours, for the way back
+    args |= {"arch": config.model.name, "patch_size": config.model.patch_size, "out_dim": config.head.out_dim}
+    return args | {"norm_last_layer": config.head.norm_last_layer, "use_bn_in_head": config.head.use_bn}
+
+
+def _write_official(weights: Weights, path: epath.Path, **_: Any) -> None:
+    write_pth(path, official(weights))
+
+
+def _write_timm(weights: Weights, path: epath.Path, **_: Any) -> None:
+    tensors = backbone_tensors(weights, "timm")
+    if path.suffix == ".pth":
+        write_pth(path, tensors)
+    else:
+        path.write_bytes(safetensors.numpy.save(tensors, metadata={"format": "pt"}))
+
+
+def _write_hf(weights: Weights, path: epath.Path, **_: Any) -> None:
+    path.write_bytes(safetensors.numpy.save(backbone_tensors(weights, "hf"), metadata={"format": "pt"}))
+    config, (height, width) = weights.config, weights.config.crops.global_size
+    backbone = build_backbone(config.model, (height, width))
+    description = {
+        "architectures": ["ViTModel"],
+        "model_type": "vit",
+        "hidden_size": backbone.embed_dim,
+        "intermediate_size": 4 * backbone.embed_dim,
+        "num_hidden_layers": backbone.depth,
+        "num_attention_heads": backbone.heads,
+        "num_channels": config.model.in_chans,
+        "patch_size": config.model.patch_size,
+        "image_size": height if height == width else [height, width],
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-6,  # the default there, 1e-12, is another function
+        "qkv_bias": True,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }
+    (path.parent / "config.json").write_text(json.dumps(description, indent=2))
+
+
+def _write_stablehlo(weights: Weights, path: epath.Path, **options: Any) -> None:
+    path.write_bytes(programs.stablehlo(*_backbone(weights), channels=weights.config.model.in_chans, **options))
+
+
+def _write_onnx(weights: Weights, path: epath.Path, **options: Any) -> None:
+    path.write_bytes(programs.onnx(*_backbone(weights), channels=weights.config.model.in_chans, **options))
+
+
+def _backbone(weights: Weights) -> tuple[Any, keys.Variables]:
+    return build_backbone(weights.config.model, weights.config.crops.global_size), part(weights.teacher, "backbone")
+
+
+FORMATS: dict[str, tuple[str, Callable[..., None]]] = {  # name -> the file's usual name, its writer
+    "official": ("checkpoint.pth", _write_official),
+    "timm": ("model.safetensors", _write_timm),
+    "hf": ("model.safetensors", _write_hf),
+    "stablehlo": ("model.stablehlo", _write_stablehlo),
+    "onnx": ("model.onnx", _write_onnx),
+}

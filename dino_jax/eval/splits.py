@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from etils import epath
 
+from dino_jax.data.decode import BadImage
+from dino_jax.data.sources import Source
 from dino_jax.errors import UserError
 
 TRAIN, TEST = ("train", "training"), ("val", "validation", "test", "testing")
@@ -40,3 +42,33 @@ def check_labels(train_labels: np.ndarray, test_labels: np.ndarray, data: str) -
             "give both splits the same class folders"
         )
     return int(train_labels.max()) + 1
+
+
+def class_count(train: Source, test: Source, data: str) -> int:
+    """The number of classes of two sources, by their class names or else by the labels of all their pictures.
+
+    Raises:
+      UserError: unlabelled pictures, or classes that differ.
+    """
+    if train.class_names and test.class_names:
+        for mine, other in zip(train.class_names, test.class_names, strict=False):
+            if mine != other:
+                raise UserError(f"--data={data}: the classes of the splits differ, first {mine} and {other}")
+        if len(train.class_names) != len(test.class_names):
+            raise UserError(
+                f"--data={data}: {len(train.class_names)} and {len(test.class_names)} classes in the splits"
+            )
+        return len(train.class_names)
+    return check_labels(_labels(train), _labels(test), data)
+
+
+def _labels(source: Source) -> np.ndarray:
+    found = []
+    for row in range(len(source)):
+        try:
+            found.append(source[row].label)
+        except BadImage:
+            continue
+        if found[-1] < 0:
+            break
+    return np.array(found)

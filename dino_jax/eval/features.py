@@ -47,6 +47,19 @@ class Frozen(NamedTuple):
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
 
 
+class Net(NamedTuple):
+    """What of a `Frozen` decides the compiled programs; hashable."""
+
+    backbone: nn.Module
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def net_of(model: Frozen) -> Net:
+    """The model without its weights."""
+    return Net(model.backbone, tuple(model.mean), tuple(model.std))
+
+
 @dataclasses.dataclass(frozen=True)
 class Cls:
     """The output of the backbone, [B, D]: CLS after the final norm, or the pooled map of a ResNet."""
@@ -120,7 +133,7 @@ def run(
     Each process runs its own batches on its own devices.
     """
     mesh = Mesh(np.array(jax.local_devices() if devices is None else devices), ("data",))
-    forward = _forward(model.backbone, view, tuple(model.mean), tuple(model.std), mesh)
+    forward = _forward(net_of(model), view, mesh)
     variables = jax.device_put(jax.tree.map(_local, model.variables), NamedSharding(mesh, P()))
     waiting, largest = None, {}
     for batch in batches:
@@ -152,9 +165,9 @@ def _fetch(outputs: Any, batch: Batch) -> tuple[Any, Batch]:
 
 
 @functools.lru_cache(maxsize=32)
-def _forward(backbone: nn.Module, view: View, mean: tuple, std: tuple, mesh: Mesh):
+def _forward(net: Net, view: View, mesh: Mesh):
     def forward(variables, images):
-        return backbone.apply(variables, normalise(images, mean, std), method=view)
+        return net.backbone.apply(variables, normalise(images, net.mean, net.std), method=view)
 
     return jax.jit(forward, out_shardings=NamedSharding(mesh, P("data")))
 

@@ -14,9 +14,8 @@ import functools
 import hashlib
 import math
 import re
-from typing import Any, NamedTuple
+from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,7 +26,7 @@ from ml_collections.config_dict import placeholder
 
 from dino_jax.data.sources import Source, open_source
 from dino_jax.errors import UserError
-from dino_jax.eval.features import Frozen, Pooled, fingerprint, linear_input, normalise
+from dino_jax.eval.features import Frozen, Net, Pooled, fingerprint, linear_input, net_of, normalise
 from dino_jax.eval.splits import class_count, train_test
 from dino_jax.eval.store import load_arrays, save_arrays
 from dino_jax.eval.training import Subset, crop_and_flip, data_mesh, test_batches, train_batches
@@ -109,14 +108,6 @@ def parse_choice(choice: str) -> tuple[int, bool]:
     return int(match[1]), match[2] is not None
 
 
-class Net(NamedTuple):
-    """What of a `Frozen` decides the compiled programs."""
-
-    backbone: nn.Module
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-
 def _init(model: Frozen, config: ConfigDict, classes: int) -> tuple[Heads, Heads]:
     """Kernels N(0, 0.01), zero biases, zero momentum; every learning rate starts from the same kernel."""
     rng, rates = np.random.default_rng(config.seed), len(config.lrs)
@@ -131,7 +122,7 @@ def _init(model: Frozen, config: ConfigDict, classes: int) -> tuple[Heads, Heads
 def widths(model: Frozen, config: ConfigDict) -> dict[str, int]:
     """The number of inputs of a head for each choice of features."""
     images = jax.ShapeDtypeStruct((1, config.crop, config.crop, len(model.mean)), jnp.uint8)
-    inputs = jax.eval_shape(functools.partial(_inputs, _net(model), tuple(config.features)), model.variables, images)
+    inputs = jax.eval_shape(functools.partial(_inputs, net_of(model), tuple(config.features)), model.variables, images)
     return {choice: x.shape[1] for choice, x in inputs.items()}
 
 
@@ -153,7 +144,7 @@ def _train_epoch(
         threads=config.threads,
     )
     for batch in batches:
-        heads, momentum = _train_step(_net(model), variables, heads, momentum, batch, rates)
+        heads, momentum = _train_step(net_of(model), variables, heads, momentum, batch, rates)
     return heads, momentum
 
 
@@ -162,17 +153,13 @@ def score(model: Frozen, source: Source, heads: Heads, config: ConfigDict) -> np
     mesh = data_mesh()
     variables, heads = jax.device_put((model.variables, heads), replicated(mesh))
     counts = [
-        jax.device_get(_test_step(_net(model), variables, heads, batch))
+        jax.device_get(_test_step(net_of(model), variables, heads, batch))
         for batch in test_batches(source, config, mesh, len(model.mean))
     ]
     total = sum(valid for _, valid in counts)
     if not total:
         raise UserError("none of the test pictures can be read: check --data")
     return 100 * sum(found for found, _ in counts) / total
-
-
-def _net(model: Frozen) -> Net:
-    return Net(model.backbone, tuple(model.mean), tuple(model.std))
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))

@@ -8,6 +8,7 @@ from PIL import Image
 from dino_jax.data.sources import open_source
 from dino_jax.errors import UserError
 from dino_jax.eval import linear
+from dino_jax.eval.features import net_of
 from dino_jax.eval.splits import class_count
 from dino_jax.eval.training import crop_and_flip, data_mesh, train_batches
 from dino_jax.weights.pth import write_pth
@@ -60,7 +61,7 @@ def test_a_step_is_the_sgd_of_torch(vit):
     config = small()
     config.features = ("2",)
     heads, momentum = linear._init(vit, config, 3)
-    inputs = np.asarray(linear._inputs(linear._net(vit), ("2",), vit.variables, images)["2"])
+    inputs = np.asarray(linear._inputs(net_of(vit), ("2",), vit.variables, images)["2"])
     peers = []
     for lr in (0.01, 1.0):
         layer = torch.nn.Linear(inputs.shape[1], 3)
@@ -81,7 +82,7 @@ def test_a_step_is_the_sgd_of_torch(vit):
     }
     for _ in range(3):
         heads, momentum = linear._train_step(
-            linear._net(vit), vit.variables, heads, momentum, filled, np.array([0.01, 1.0], np.float32)
+            net_of(vit), vit.variables, heads, momentum, filled, np.array([0.01, 1.0], np.float32)
         )
     for i, layer in enumerate(peers):
         np.testing.assert_allclose(heads["2"]["kernel"][i].T, layer.weight.detach().numpy(), atol=2e-4)

@@ -39,7 +39,7 @@ class Checkpointer:
 
     Args:
         directory: the folder of the steps' folders; any path that `etils.epath` knows, gs:// too.
-        keep: how many of the latest steps stay.
+        keep: how many of the latest steps stay, at least 1.
         keep_every_steps: steps that are multiples of this stay for good; 0: none.
         asynchronous: `save` returns once the arrays are copied to the host; threads write them.
 
@@ -50,6 +50,8 @@ class Checkpointer:
     def __init__(
         self, directory: epath.PathLike, *, keep: int = 1, keep_every_steps: int = 0, asynchronous: bool = True
     ):
+        if keep < 1:
+            raise UserError(f"at least one checkpoint must stay, but keep={keep}")
         self.directory = _absolute(directory)
         self._policy = _Keep(keep, keep_every_steps)
         self._asynchronous = asynchronous
@@ -167,7 +169,10 @@ def restore(directory: epath.PathLike, step: int, items: Mapping[str, PyTree]) -
     restored = {}
     for name, wanted in items.items():
         _check_tree(folder / name, _abstract(folder, name), wanted)
-        restored[name] = _read_item(folder, name, wanted)
+        try:
+            restored[name] = _read_item(folder, name, wanted)
+        except UserError as error:
+            raise UserError(f"{error}; steps here: {', '.join(map(str, steps(directory)))}") from error
     return restored
 
 
@@ -225,8 +230,8 @@ def _damage(folder: epath.Path, deep: bool) -> str | None:
                 raise UserError(f"{folder / name}: arrays are missing")
             if deep:
                 _read_item(folder, name, tree, alone=True)
-    except UserError as error:
-        return str(error)
+    except Exception as error:  # what parses may still be nonsense
+        return str(error) if isinstance(error, UserError) else f"{folder}: {_cause(error)}"
     return None
 
 
@@ -326,7 +331,7 @@ def _checksum(x: jax.Array) -> jax.Array:
     return jnp.sum(words.astype(jnp.uint32) * (2 * place + 1), dtype=jnp.uint32)
 
 
-def _host_checksum(x: np.ndarray) -> np.ndarray:
+def _host_checksum(x: np.ndarray) -> np.uint32:
     """The same of an array on the host, without a device: one process may do this alone."""
     words = np.ascontiguousarray(x).reshape(-1).view(_WORDS[x.dtype.itemsize]).astype(np.uint32)
     return np.sum(words * (2 * np.arange(words.size, dtype=np.uint32) + 1), dtype=np.uint32)

@@ -65,12 +65,12 @@ class MetricWriter:
         self._lines: _Lines | None = None
         self._board: _Board | None = None
         self._wandb: Any = None
-        self._use_tensorboard = tensorboard
         self._due = 0.0  # when to flush again
         if active:
             with self._writing():
                 self._workdir.mkdir(parents=True, exist_ok=True)
-                self._open(resume_step)
+                self._lines = _lines(self._workdir / JSONL, resume_step)
+                self._board = _Board(self._workdir / "tensorboard", resume_step) if tensorboard else None
             if wandb_project:
                 self._wandb = _start_wandb(self._workdir, wandb_project, config_json, resume_step is not None)
 
@@ -107,13 +107,6 @@ class MetricWriter:
 
                 self._wandb.log({name: wandb.Image(np.asarray(picture))}, step=step)
 
-    def rewind(self, step: int) -> None:
-        """Takes back what was written after `step`, as resuming at `step` does."""
-        if self._lines is not None:
-            self.flush()
-            with self._writing():
-                self._open(step)
-
     def flush(self) -> None:
         """Everything written is on disk, or in the bucket, when this returns. Call it before saving a checkpoint."""
         start = time.monotonic()
@@ -130,11 +123,6 @@ class MetricWriter:
         if self._wandb:
             self._wandb.finish()
         self._lines = self._board = self._wandb = None
-
-    def _open(self, resume_step: int | None) -> None:
-        self._lines = _lines(self._workdir / JSONL, resume_step)
-        if self._use_tensorboard:
-            self._board = _Board(self._workdir / "tensorboard", resume_step)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:

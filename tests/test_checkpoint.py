@@ -230,8 +230,22 @@ def test_damage_below_does_not_matter_and_is_not_counted(saved, caplog):
 
 def test_restoring_damaged_data_is_an_error(saved):
     flip_a_bit(saved / "20")
-    with pytest.raises(UserError, match=str(saved / "20")):
+    with pytest.raises(UserError, match=rf"{saved}/20/.*; steps here: 10, 20$"):
         restore(saved, 20, like(make_items(), here()))
+
+
+def test_the_state_may_be_donated_once_save_returns(tmp_path):
+    advance = jax.jit(lambda tree: jax.tree.map(lambda x: x * 1.5 + 1, tree), donate_argnums=0)
+    tree = {f"x{i}": jax.random.normal(jax.random.key(i), (300_000,)) for i in range(8)}
+    with Checkpointer(tmp_path) as checkpointer:
+        for step in range(3):
+            expected = jax.tree.map(np.array, tree)
+            checkpointer.save(step, {"rest": tree}, CONFIG)
+            for _ in range(5):
+                tree = advance(tree)
+            jax.block_until_ready(tree)
+            checkpointer.wait()
+            assert same(restore(tmp_path, step, {"rest": abstract(tmp_path, step, "rest")})["rest"], expected)
 
 
 def test_nothing_there(tmp_path, caplog):

@@ -95,15 +95,6 @@ def test_resume_cuts_back_to_the_restored_step(tmp_path):
     assert len(lines(tmp_path)) == 1
 
 
-def test_rewind(tmp_path):
-    with MetricWriter(tmp_path) as writer:
-        for step in (1, 2, 3):
-            writer.write(step, {"loss": step})
-        writer.rewind(1)
-        writer.write(2, {"loss": 20})
-    assert [(record["step"], record["loss"]) for record in lines(tmp_path)] == [(1, 1), (2, 20)]
-
-
 def test_a_kill_while_cutting_loses_nothing(tmp_path, monkeypatch):
     with MetricWriter(tmp_path, tensorboard=False) as writer:
         for step in (1, 2, 3):
@@ -132,7 +123,7 @@ def test_only_the_active_process_writes(tmp_path):
     with MetricWriter(tmp_path / "run", active=False, wandb_project="p") as writer:
         writer.write(1, {"loss": 1.0})
         writer.images(1, {"x": np.zeros((2, 2, 3), np.uint8)})
-        writer.rewind(0)
+        writer.flush()
     assert not (tmp_path / "run").exists()
 
 

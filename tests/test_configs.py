@@ -1,0 +1,120 @@
+"""Every file in configs/ builds; keys, types and values that are wrong get one clear line."""
+
+from __future__ import annotations
+
+import pathlib
+
+import jax
+import pytest
+
+from dino_jax import config_io
+from dino_jax.config import default
+from dino_jax.errors import UserError
+from dino_jax.train_step import init_state, make_recipe
+
+FILES = sorted((pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_builds(path):
+    recipe = make_recipe(config_io.load(str(path)), steps_per_epoch=10)
+    state = jax.eval_shape(lambda: init_state(recipe, jax.random.key(0)))
+    assert state.center.shape == (recipe.config.head.out_dim,)
+
+
+# What the official main_dino.py does when called without arguments (RECIPE: defaults of the code, not of the paper).
+OFFICIAL = {
+    "model.name": "vit_small",
+    "model.patch_size": 16,
+    "head.out_dim": 65536,
+    "head.norm_last_layer": True,
+    "head.use_bn": False,
+    "teacher.momentum": 0.996,
+    "teacher.warmup_temp": 0.04,
+    "teacher.temp": 0.04,
+    "teacher.warmup_temp_epochs": 0,
+    "optim.name": "adamw",
+    "optim.lr": 0.0005,
+    "optim.min_lr": 1e-6,
+    "optim.weight_decay": 0.04,
+    "optim.weight_decay_end": 0.4,
+    "optim.clip_grad": 3.0,
+    "optim.freeze_last_layer": 1,
+    "optim.warmup_epochs": 10,
+    "model.drop_path": 0.1,
+    "crops.global_scale": (0.4, 1.0),
+    "crops.local_scale": (0.05, 0.4),
+    "crops.local_count": 8,
+    "epochs": 100,
+}
+
+
+def test_defaults_are_the_official_ones():
+    flat = config_io.flatten(default())
+    assert {key: flat[key] for key in OFFICIAL} == OFFICIAL
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--config.optim.rl=1", r"no key 'optim\.rl'; did you mean 'optim\.lr'"),
+        ("--config.momentum=0.9", r"no key 'momentum'; did you mean '\w+\.momentum'"),
+        ("--config.epochs=many", r"--config\.epochs=many: this key takes a value of type int"),
+        ("--config.optim=adamw", r"no key 'optim'"),
+        ("--config.optim.name=adam", r"optim\.name='adam': choose one of adamw, sgd, lars"),
+        ("--config.crops.blur_prob=0.5", r"crops\.blur_prob=\(0\.5,\): 3 values are needed"),
+        ("--config.crops.local_scale=(0.5,0.1)", r"crops\.local_scale=\(0\.5, 0\.1\)"),
+        ("--config.batch_size=0", r"batch_size=0: must be at least 1"),
+        ("--config.teacher.temp=0", r"teacher\.temp=0\.0: must be greater than 0"),
+        ("--config.model.in_chans=4", r"data\.mean=.*one value for each of the 4 channels"),
+        ("--config.run.mesh.fsdp=0", r"run\.mesh: an axis cannot have 0 devices"),
+        ("--config.lr", r"--config\.lr: overrides have the form --config\.KEY=VALUE"),
+    ],
+)
+def test_one_clear_line_for(argument, message):
+    with pytest.raises(UserError, match=message) as caught:
+        config_io.override(default(), [argument])
+    assert "\n" not in str(caught.value)
+
+
+def test_overrides_take_the_types_of_their_keys():
+    arguments = ["optim.lr=1e-3", "crops.global_size=96", "crops.local_size=(32,48)", "run.tensorboard=false"]
+    arguments += ["init_from=weights.pth", "run.checkpoint_every=2", "eval.knn_train=/data/a=b"]
+    config = config_io.override(default(), [f"--config.{argument}" for argument in arguments])
+    assert config.optim.lr == 1e-3
+    assert config.crops.global_size == (96, 96)
+    assert config.crops.local_size == (32, 48)
+    assert config.run.tensorboard is False
+    assert config.init_from == "weights.pth"
+    assert config.run.checkpoint_every == 2.0
+    assert config.eval.knn_train == "/data/a=b"
+
+
+def test_json_round_trip_and_comparison():
+    config = config_io.override(default(), ["--config.crops.local_count=6", "--config.run.workers=8"])
+    again = config_io.from_json(config_io.to_json(config))
+    assert again == config
+    assert config_io.differences(default(), again) == ["crops.local_count: 8 -> 6"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def get_config(): return 3", r"get_config\(\) must return a ConfigDict, not int"),
+        ("x = 1", r"KeyError: 'get_config'"),
+        ("import nothing_of_this_name", r"ModuleNotFoundError"),
+        ("def get_config(:", r"SyntaxError"),
+    ],
+)
+def test_broken_files_are_named(tmp_path, text, message):
+    path = tmp_path / "broken.py"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message) as caught:
+        config_io.load(str(path))
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"absent\.py: there is no such file"):
+        config_io.load(str(tmp_path / "absent.py"))

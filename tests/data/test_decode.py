@@ -54,6 +54,20 @@ def test_jpegs_are_decoded_to_the_bit_as_pil_does(picture):
     np.testing.assert_array_equal(decode(data), np.asarray(Image.open(io.BytesIO(data))))
 
 
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+def test_both_jpeg_decoders_agree_to_the_bit(subsampling, monkeypatch):
+    pytest.importorskip("simplejpeg")
+    rng = np.random.default_rng(0)
+    picture = Image.fromarray(rng.integers(0, 256, (7, 9, 3), dtype=np.uint8)).resize((131, 77))
+    data = [
+        encode(picture, "JPEG", quality=q, subsampling=subsampling, progressive=p) for q in (50, 90) for p in (0, 1)
+    ]
+    fast = [decode(one) for one in data]
+    monkeypatch.setattr("dino_jax.data.decode.simplejpeg", None)
+    for one, pixels in zip(data, fast, strict=True):
+        np.testing.assert_array_equal(decode(one), pixels)
+
+
 def test_gray_palette_cmyk_and_two_levels_become_rgb(picture, pixels):
     gray = np.asarray(picture.convert("L"))
     np.testing.assert_array_equal(decode(encode(picture.convert("L"), "PNG")), np.repeat(gray[..., None], 3, -1))

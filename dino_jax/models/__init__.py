@@ -2,11 +2,13 @@
 
 `BACKBONES` is the only registry. A backbone maps normalised images [B, h, w, c] to features [B, D]:
 `apply(variables, images, drop_path=None, train=False)`; it has the attributes `embed_dim`, `depth` (rows of its drop
-path masks) and `patch_size`, and the methods `tokens(images, n=1)` and `attention(images, block=-1)`.
+path masks), `patch_size`, and the methods `tokens(images, n=1)`, `attention(images, block=-1)` and `drop_rates(rate)`
+(stochastic depth of each branch, [depth, branches]).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from functools import partial
 from typing import Any
@@ -17,41 +19,65 @@ from ml_collections import ConfigDict
 
 from dino_jax.errors import UserError
 from dino_jax.models.head import Head
+from dino_jax.models.layers import patch_grid
 from dino_jax.models.network import Network
-from dino_jax.models.vit import ViT, patch_grid, resize_pos_embed
+from dino_jax.models.resnet import ResNet
+from dino_jax.models.vit import ViT, resize_pos_embed
+from dino_jax.models.xcit import XCiT
 
-__all__ = ["BACKBONES", "Head", "Network", "ViT", "build_backbone", "build_head", "build_network", "resize_pos_embed"]
+__all__ = [
+    "BACKBONES",
+    "Head",
+    "Network",
+    "ResNet",
+    "ViT",
+    "XCiT",
+    "build_backbone",
+    "build_head",
+    "build_network",
+    "resize_pos_embed",
+]
 
 BACKBONES = {
     "vit_tiny": partial(ViT, embed_dim=192, depth=12, heads=3),
     "vit_small": partial(ViT, embed_dim=384, depth=12, heads=6),
     "vit_base": partial(ViT, embed_dim=768, depth=12, heads=12),
     "vit_large": partial(ViT, embed_dim=1024, depth=24, heads=16),
+    "resnet18": partial(ResNet, stages=(2, 2, 2, 2), bottleneck=False),
+    "resnet50": partial(ResNet, stages=(3, 4, 6, 3), bottleneck=True),
+    "resnet101": partial(ResNet, stages=(3, 4, 23, 3), bottleneck=True),
+    "xcit_small_12": partial(XCiT, embed_dim=384, depth=12, heads=8, eta=1.0),
+    "xcit_medium_24": partial(XCiT, embed_dim=512, depth=24, heads=8, eta=1e-5),
 }
 
-_SHAPE_KEYS = ("embed_dim", "depth", "heads")  # null in the config: the named model's own
+_VARIATIONS = ("embed_dim", "depth", "heads", "small_stem")  # config keys that not every family has
 
 
 def build_backbone(model: ConfigDict, image_size: int | tuple[int, int], remat: str = "none") -> nn.Module:
     """The backbone that `config.model` describes, for inputs of `image_size` (height, width) and others.
 
-    `remat`: `none` or `blocks` (`config.run.remat`). Raises `UserError` for an unknown name or a size that does not
-    fit the patch.
+    `remat`: `none` or `blocks` (`config.run.remat`). Raises `UserError` for an unknown name, a key that the named
+    model lacks, or a size that does not fit the patch.
     """
     constructor = _choice("model.name", model.name, BACKBONES)
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    variations = {key: model[key] for key in _VARIATIONS if model[key] not in (None, False)}
     options = {
         "patch_size": model.patch_size,
         "image_size": (height, width),
         "in_chans": model.in_chans,
         "remat": _choice("run.remat", remat, {"none": False, "blocks": True}),
         **_numerics(model),
+        **variations,
     }
-    options |= {key: model[key] for key in _SHAPE_KEYS if model[key] is not None}
-    backbone = constructor(**options)
-    patch_grid(height, width, backbone.patch_size)
-    if backbone.embed_dim % backbone.heads:
-        raise UserError(f"model.embed_dim {backbone.embed_dim} is not divisible by model.heads {backbone.heads}")
+    fields = {field.name for field in dataclasses.fields(constructor.func)}
+    if foreign := [key for key in variations if key not in fields]:
+        raise UserError(f"model.{foreign[0]} does not apply to {model.name}: leave it out")
+    backbone = constructor(**{key: value for key, value in options.items() if key in fields})
+    if "patch_size" in fields:
+        patch_grid(height, width, backbone.patch_size)
+        if backbone.embed_dim % backbone.heads:
+            raise UserError(f"model.embed_dim {backbone.embed_dim} is not divisible by model.heads {backbone.heads}")
     return backbone
 
 

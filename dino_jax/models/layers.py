@@ -13,10 +13,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dino_jax.errors import UserError
+
 Array = jax.Array
 
 # The official `trunc_normal_(std=.02)` cuts at +-2 absolute, a hundred deviations away: a plain normal.
 normal_init = nn.initializers.normal(0.02)
+
+
+def patch_grid(height: int, width: int, patch_size: int) -> tuple[int, int]:
+    """Rows and columns of patches of an input of `height` x `width` pixels; `UserError` if they do not fit."""
+    if height % patch_size or width % patch_size:
+        raise UserError(
+            f"an input of {height} x {width} pixels is not divisible into patches of {patch_size}: "
+            "change model.patch_size, crops.global_size or crops.local_size"
+        )
+    return height // patch_size, width // patch_size
+
+
+def check_channels(images: Array, in_chans: int) -> None:
+    """Raises `UserError` unless `images` [B, h, w, c] have the model's channels."""
+    if images.shape[-1] != in_chans:
+        raise UserError(f"the images have {images.shape[-1]} channels: set model.in_chans={images.shape[-1]}")
 
 
 def torch_uniform(fan_in: int) -> Callable[..., Array]:
@@ -51,6 +69,19 @@ def dense(features: int, module: nn.Module, name: str | None = None, use_bias: b
     )
 
 
+def conv(features: int, size: int, module: nn.Module, stride: int = 1, **options: Any) -> nn.Conv:
+    """Convolution padded by size // 2 on every side as in torch, with the dtype and precision of `module`."""
+    return nn.Conv(
+        features,
+        (size, size),
+        strides=stride,
+        padding=size // 2,
+        dtype=module.dtype,
+        precision=module.precision,
+        **options,
+    )
+
+
 def layer_norm(module: nn.Module, name: str | None = None) -> nn.LayerNorm:
     """LayerNorm with the official eps 1e-6, statistics in at least float32, output in the dtype of `module`."""
     return nn.LayerNorm(epsilon=1e-6, use_fast_variance=False, dtype=module.dtype, name=name)
@@ -74,3 +105,44 @@ class Mlp(nn.Module):
     def __call__(self, x: Array) -> Array:
         hidden = gelu(dense(self.hidden, self, "fc1")(x))  # [B, N, hidden]
         return dense(x.shape[-1], self, "fc2")(hidden)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention [B, N, D] -> [B, N, D]; softmax in at least float32.
+
+    With `class_only` the first token alone asks (class attention of CaiT and XCiT): [B, N, D] -> [B, 1, D].
+    """
+
+    heads: int
+    width: int
+    dtype: Any = jnp.float32
+    precision: Any = None
+    class_only: bool = False
+
+    def setup(self) -> None:
+        self.qkv = dense(3 * self.width, self)
+        self.proj = dense(self.width, self)
+
+    def __call__(self, x: Array) -> Array:
+        weights, value = self._attend(x)
+        out = jnp.einsum("bhnm,bmhd->bnhd", weights.astype(self.dtype), value, precision=self.precision)
+        return self.proj(out.reshape(x.shape[0], -1, self.width))  # [B, N, H, D/H] -> [B, N, D]
+
+    def weights(self, x: Array) -> Array:
+        """The attention [B, H, N, N], or [B, H, 1, N] with `class_only`; rows sum to 1."""
+        return self._attend(x)[0]
+
+    def _attend(self, x: Array) -> tuple[Array, Array]:
+        batch, tokens, width = x.shape
+        qkv = self.qkv(x).reshape(batch, tokens, 3, self.heads, width // self.heads)  # [B, N, 3, H, D/H]
+        query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        if self.class_only:
+            query = query[:, :1]
+        logits = jnp.einsum(
+            "bnhd,bmhd->bhnm",
+            query,
+            key,
+            precision=self.precision,
+            preferred_element_type=statistics_dtype(self.dtype),
+        )
+        return jax.nn.softmax(logits * (width // self.heads) ** -0.5, axis=-1), value

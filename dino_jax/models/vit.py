@@ -16,24 +16,15 @@ import numpy as np
 from dino_jax.errors import UserError
 from dino_jax.models.layers import (
     Array,
+    Attention,
     Mlp,
     add_branch,
-    dense,
     layer_norm,
     normal_init,
+    patch_grid,
     statistics_dtype,
     torch_uniform,
 )
-
-
-def patch_grid(height: int, width: int, patch_size: int) -> tuple[int, int]:
-    """Rows and columns of patches of an input of `height` x `width` pixels; `UserError` if they do not fit."""
-    if height % patch_size or width % patch_size:
-        raise UserError(
-            f"an input of {height} x {width} pixels is not divisible into patches of {patch_size}: "
-            "change model.patch_size, crops.global_size or crops.local_size"
-        )
-    return height // patch_size, width // patch_size
 
 
 def _cubic(t: np.ndarray) -> np.ndarray:
@@ -96,41 +87,6 @@ class PatchEmbed(nn.Module):
         x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, p * p * channels)  # [B, N, p*p*c]
         kernel = kernel.astype(self.dtype).reshape(-1, self.embed_dim)
         return jnp.dot(x, kernel, precision=self.precision) + bias.astype(self.dtype)
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention [B, N, D] -> [B, N, D]; softmax in at least float32."""
-
-    heads: int
-    width: int
-    dtype: Any = jnp.float32
-    precision: Any = None
-
-    def setup(self) -> None:
-        self.qkv = dense(3 * self.width, self)
-        self.proj = dense(self.width, self)
-
-    def __call__(self, x: Array) -> Array:
-        weights, value = self._attend(x)
-        out = jnp.einsum("bhnm,bmhd->bnhd", weights.astype(self.dtype), value, precision=self.precision)
-        return self.proj(out.reshape(x.shape))  # [B, N, H, D/H] -> [B, N, D]
-
-    def weights(self, x: Array) -> Array:
-        """The attention [B, H, N, N]; rows sum to 1."""
-        return self._attend(x)[0]
-
-    def _attend(self, x: Array) -> tuple[Array, Array]:
-        batch, tokens, width = x.shape
-        qkv = self.qkv(x).reshape(batch, tokens, 3, self.heads, width // self.heads)  # [B, N, 3, H, D/H]
-        query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        logits = jnp.einsum(
-            "bnhd,bmhd->bhnm",
-            query,
-            key,
-            precision=self.precision,
-            preferred_element_type=statistics_dtype(self.dtype),
-        )
-        return jax.nn.softmax(logits * (width // self.heads) ** -0.5, axis=-1), value
 
 
 class Block(nn.Module):
@@ -203,6 +159,10 @@ class ViT(nn.Module):
             if i >= self.depth - n:
                 kept.append(self.norm(x))
         return jnp.stack(kept)
+
+    def drop_rates(self, rate: float) -> np.ndarray:
+        """Stochastic depth rates [depth, 2] of the attention and MLP branches: linear from 0 to `rate`."""
+        return np.linspace(0, rate, self.depth)[:, None].repeat(2, axis=1)
 
     def attention(self, images: Array, block: int = -1) -> Array:
         """Attention [B, H, N, N] of one block (negative: from the end); CLS is token 0, rows sum to 1."""

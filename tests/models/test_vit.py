@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dino_jax.config import default
 from dino_jax.errors import UserError
-from dino_jax.models import BACKBONES, ViT, build_backbone, resize_pos_embed
+from dino_jax.models import ViT, resize_pos_embed
 from tests.models.torch_names import section, to_variables, vit_of
 
 
@@ -191,43 +190,3 @@ def test_bad_sizes_are_one_clear_line(variables, images):
         tiny().apply(variables, images, 2, method="attention")
     with pytest.raises(UserError, match="last 3 blocks"):
         tiny().apply(variables, images, 3, method="tokens")
-
-
-def test_build_backbone_reads_the_configuration():
-    config = default().model
-    config.update({"name": "vit_tiny", "patch_size": 8, "in_chans": 1, "depth": 2, "dtype": "bfloat16"})
-    model = build_backbone(config, (32, 64), remat="blocks")
-    assert (model.embed_dim, model.depth, model.heads, model.remat) == (192, 2, 3, True)
-    variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 64, 1)))
-    assert variables["params"]["pos_embed"].shape == (1, 1 + 4 * 8, 192)
-    assert build_backbone(config, 32).image_size == (32, 32)
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
-        ("name", "vit_smal", "did you mean vit_small"),
-        ("dtype", "float16", "model.dtype"),
-        ("precision", "low", "model.precision"),
-        ("heads", 5, "not divisible by model.heads 5"),
-        ("patch_size", 15, "224 x 224 pixels .* patches of 15"),
-    ],
-)
-def test_build_backbone_names_what_is_wrong(key, value, message):
-    config = default().model
-    config[key] = value
-    with pytest.raises(UserError, match=message):
-        build_backbone(config, 224)
-
-
-# Hand formula: 12 D^2 + 13 D a block, 2 D the last norm, D CLS, (1 + 14 * 14) D positions, (3 * 16 * 16 + 1) D patches.
-PARAMETERS = {"vit_tiny": 5_524_416, "vit_small": 21_665_664, "vit_base": 85_798_656, "vit_large": 303_301_632}
-
-
-@pytest.mark.parametrize("name", PARAMETERS)
-def test_parameter_count(name):
-    model = BACKBONES[name]()
-    depth, width = model.depth, model.embed_dim
-    assert PARAMETERS[name] == depth * (12 * width**2 + 13 * width) + width * (2 + 1 + 197 + 769)
-    variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))
-    assert sum(leaf.size for leaf in jax.tree.leaves(variables)) == PARAMETERS[name]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 
 from dino_jax.models import Head, ViT
 
+_PATCHES = re.compile(r"^patch_embed\.proj(?=\.(weight|bias)$)")  # a ViT's; an XCiT's patch_embed.proj is a list
 _LEAVES = {"weight": "kernel", "weight_g": "g", "weight_v": "v", "running_mean": "mean", "running_var": "var"}
 
 
@@ -13,7 +16,7 @@ def to_variables(state: dict[str, np.ndarray]) -> dict:
     """`{"params": ..., "batch_stats": ...}` with the arrays in their own dtype, linear kernels transposed."""
     variables: dict = {"params": {}, "batch_stats": {}}
     for name, value in state.items():
-        *parts, leaf = name.replace("patch_embed.proj", "patch_embed").split(".")
+        *parts, leaf = _PATCHES.sub("patch_embed", name).split(".")
         if leaf == "num_batches_tracked":
             continue
         collection = "batch_stats" if leaf.startswith("running_") else "params"

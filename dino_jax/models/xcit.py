@@ -1,0 +1,263 @@
+"""XCiT: attention between channels instead of tokens (El-Nouby et al., arXiv 2106.09681), as DINO released it.
+
+The function is that of the official `xcit.py` with its convolutional patch embedding, and so are the names of the
+parameters, with `_` for `.` inside lists.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dino_jax.errors import UserError
+from dino_jax.models.layers import (
+    Array,
+    Attention,
+    Mlp,
+    add_branch,
+    check_channels,
+    conv,
+    dense,
+    gelu,
+    layer_norm,
+    normal_init,
+    patch_grid,
+    statistics_dtype,
+    torch_uniform,
+)
+from dino_jax.models.norm import BatchNorm
+
+
+def _fourier_features(rows: int, columns: int, half: int = 32) -> np.ndarray:
+    """Sines and cosines of each patch's row, then of its column, [1, rows, columns, 2 * half], float64.
+
+    A coordinate runs from 2 pi / n to 2 pi over the n patches, whatever n: nothing is resized for another input.
+    """
+    wavelength = 10000.0 ** (2 * (np.arange(half) // 2) / half)
+
+    def waves(count: int) -> np.ndarray:
+        place = 2 * np.pi * np.arange(1, count + 1) / (count + 1e-6)
+        angle = place[:, None] / wavelength  # [count, half]
+        return np.where(np.arange(half) % 2, np.cos(angle), np.sin(angle))
+
+    down = np.broadcast_to(waves(rows)[:, None], (rows, columns, half))
+    across = np.broadcast_to(waves(columns)[None], (rows, columns, half))
+    return np.concatenate([down, across], axis=-1)[None]
+
+
+class PositionEncoding(nn.Module):
+    """A learned projection of Fourier features: [1, rows * columns, D]."""
+
+    embed_dim: int
+    dtype: Any = jnp.float32
+    precision: Any = None
+
+    @nn.compact
+    def __call__(self, rows: int, columns: int) -> Array:
+        features = jnp.asarray(_fourier_features(rows, columns), self.dtype)
+        init = torch_uniform(features.shape[-1])
+        positions = conv(self.embed_dim, 1, self, kernel_init=init, bias_init=init, name="token_projection")(features)
+        return positions.reshape(1, rows * columns, self.embed_dim)
+
+
+class PatchStem(nn.Module):
+    """3 x 3 convolutions of stride 2, batch norm after each, GELU between: [B, h, w, c] -> [B, h/p, w/p, D]."""
+
+    embed_dim: int
+    patch_size: int
+    dtype: Any = jnp.float32
+    precision: Any = None
+
+    @nn.compact
+    def __call__(self, images: Array, train: bool) -> Array:
+        x, count = images.astype(self.dtype), {8: 3, 16: 4}[self.patch_size]
+        for i in range(count):
+            x = gelu(x) if i else x
+            features, init = self.embed_dim >> (count - 1 - i), torch_uniform(9 * x.shape[-1])
+            name = f"proj_{2 * i}"
+            x = conv(features, 3, self, stride=2, use_bias=False, kernel_init=init, name=f"{name}_0")(x)
+            x = BatchNorm(self.dtype, name=f"{name}_1")(x, train)
+        return x
+
+
+class ChannelAttention(nn.Module):
+    """Cross-covariance attention [B, N, D] -> [B, N, D]: in each head, channels attend to channels (section 3.2)."""
+
+    heads: int
+    dtype: Any = jnp.float32
+    precision: Any = None
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        batch, tokens, width = x.shape
+        exact = statistics_dtype(self.dtype)
+        qkv = dense(3 * width, self, "qkv")(x).reshape(batch, tokens, 3, self.heads, width // self.heads)
+        query, key = (self._unit(qkv[:, :, i].astype(exact)).astype(self.dtype) for i in (0, 1))  # [B, N, H, D/H]
+        temperature = self.param("temperature", nn.initializers.ones, (self.heads, 1, 1))
+        product = {"precision": self.precision}
+        logits = jnp.einsum("bnhc,bnhd->bhcd", query, key, preferred_element_type=exact, **product)
+        weights = jax.nn.softmax(logits * temperature, axis=-1).astype(self.dtype)  # [B, H, D/H, D/H]
+        out = jnp.einsum("bhcd,bnhd->bnhc", weights, qkv[:, :, 2], **product)
+        return dense(width, self, "proj")(out.reshape(x.shape))
+
+    @staticmethod
+    def _unit(x: Array) -> Array:
+        """Every channel of [B, N, H, D/H] at length 1 over the tokens."""
+        return x / jnp.sqrt(jnp.maximum(jnp.sum(x * x, axis=1, keepdims=True), 1e-24))
+
+
+class LocalInteraction(nn.Module):
+    """Two depthwise 3 x 3 convolutions, GELU and batch norm between: [B, N, D] -> [B, N, D]."""
+
+    dtype: Any = jnp.float32
+    precision: Any = None
+
+    @nn.compact
+    def __call__(self, x: Array, grid: tuple[int, int], train: bool) -> Array:
+        batch, tokens, width = x.shape
+        init = torch_uniform(9)
+        options: dict[str, Any] = {"feature_group_count": width, "kernel_init": init, "bias_init": init}
+        x = x.reshape(batch, *grid, width)  # [B, N, D] -> [B, rows, columns, D]
+        x = BatchNorm(self.dtype, name="bn")(gelu(conv(width, 3, self, name="conv1", **options)(x)), train)
+        return conv(width, 3, self, name="conv2", **options)(x).reshape(batch, tokens, width)
+
+
+class Block(nn.Module):
+    """Channel attention, local interaction, MLP [B, N, D] -> [B, N, D]; each branch scaled by a gamma from `eta`.
+
+    `keep` [3, B] scales, in the order of the gammas' numbers, the attention, the MLP and the local branch.
+    """
+
+    heads: int
+    eta: float
+    dtype: Any = jnp.float32
+    precision: Any = None
+
+    @nn.compact
+    def __call__(self, x: Array, grid: tuple[int, int], keep: Array | None, train: bool) -> Array:
+        width, numerics = x.shape[-1], {"dtype": self.dtype, "precision": self.precision}
+        gamma1, gamma2, gamma3 = (
+            self.param(f"gamma{i}", nn.initializers.constant(self.eta), (width,)).astype(self.dtype) for i in (1, 2, 3)
+        )
+        keep1, keep2, keep3 = (None, None, None) if keep is None else keep
+        branch = ChannelAttention(self.heads, **numerics, name="attn")(layer_norm(self, "norm1")(x))
+        x = add_branch(x, gamma1 * branch, keep1)
+        branch = LocalInteraction(**numerics, name="local_mp")(layer_norm(self, "norm3")(x), grid, train)
+        x = add_branch(x, gamma3 * branch, keep3)
+        branch = Mlp(4 * width, **numerics, name="mlp")(layer_norm(self, "norm2")(x))
+        return add_branch(x, gamma2 * branch, keep2)
+
+
+class ClassBlock(nn.Module):
+    """Class attention [B, 1 + N, D] -> the same: only CLS gathers, from all tokens (CaiT, arXiv 2103.17239).
+
+    Patch tokens pass through both norms on the way, as in the released models (`tokens_norm=True`).
+    """
+
+    heads: int
+    width: int
+    eta: float
+    dtype: Any = jnp.float32
+    precision: Any = None
+
+    def setup(self) -> None:
+        self.norm1 = layer_norm(self)
+        self.attn = Attention(self.heads, self.width, self.dtype, self.precision, class_only=True)
+        self.norm2 = layer_norm(self)
+        self.mlp = Mlp(4 * self.width, self.dtype, self.precision)
+        init = nn.initializers.constant(self.eta)
+        self.gamma1 = self.param("gamma1", init, (self.width,))
+        self.gamma2 = self.param("gamma2", init, (self.width,))
+
+    def __call__(self, x: Array) -> Array:
+        normed = self.norm1(x)
+        gathered = jnp.concatenate([self.attn(normed), normed[:, 1:]], axis=1)
+        x = self.norm2(x + self.gamma1.astype(self.dtype) * gathered)
+        cls = self.gamma2.astype(self.dtype) * self.mlp(x[:, :1])
+        return x + jnp.concatenate([cls, x[:, 1:]], axis=1)
+
+    def attention(self, x: Array) -> Array:
+        """The attention of CLS to all tokens, [B, H, 1, 1 + N]."""
+        return self.attn.weights(self.norm1(x))
+
+
+class XCiT(nn.Module):
+    """Cross-covariance image transformer: `depth` blocks on the patches, then two of class attention.
+
+    Patches are of 8 or 16 pixels; any input that they divide works. `eta` is the initial LayerScale.
+    """
+
+    embed_dim: int
+    depth: int
+    heads: int
+    eta: float
+    patch_size: int = 16
+    in_chans: int = 3
+    dtype: Any = jnp.float32
+    precision: Any = None
+    remat: bool = False
+
+    class_depth = 2
+
+    def setup(self) -> None:
+        if self.patch_size not in (8, 16):
+            raise UserError(f"model.patch_size={self.patch_size}: an XCiT has patches of 8 or 16")
+        numerics = (self.dtype, self.precision)
+        self.patch_embed = PatchStem(self.embed_dim, self.patch_size, *numerics)
+        self.pos_embeder = PositionEncoding(self.embed_dim, *numerics)
+        block = nn.remat(Block, static_argnums=(2, 4)) if self.remat else Block
+        self.blocks = [block(self.heads, self.eta, *numerics) for _ in range(self.depth)]
+        self.cls_token = self.param("cls_token", normal_init, (1, 1, self.embed_dim))
+        self.cls_attn_blocks = [
+            ClassBlock(self.heads, self.embed_dim, self.eta, *numerics) for _ in range(self.class_depth)
+        ]
+        self.norm = layer_norm(self)
+
+    def __call__(self, images: Array, drop_path: Array | None = None, train: bool = False) -> Array:
+        """CLS after the final norm, [B, D], for normalised `images` [B, h, w, c].
+
+        `drop_path` [depth, 3, B]: factors (0 or 1 / keep probability) of the attention, MLP and local branches of the
+        patches' blocks; None: off. In training batch norm uses the batch's statistics.
+        """
+        x = self._patches(images, drop_path, train)
+        for block in self.cls_attn_blocks:
+            x = block(x)
+        return self.norm(x[:, 0])
+
+    def drop_rates(self, rate: float) -> np.ndarray:
+        """Stochastic depth rates [depth, 3] of the attention, MLP and local branches: `rate` in every block."""
+        return np.full((self.depth, 3), rate)
+
+    def tokens(self, images: Array, n: int = 1) -> Array:
+        """Tokens [n, B, 1 + N, D] of the last `n` class attention blocks, each through the final norm, CLS first."""
+        if not 1 <= n <= self.class_depth:
+            raise UserError(f"tokens of the last {n} blocks: an XCiT has CLS in its last {self.class_depth} only")
+        x, kept = self._patches(images), []
+        for block in self.cls_attn_blocks:
+            x = block(x)
+            kept.append(self.norm(x))
+        return jnp.stack(kept[-n:])
+
+    def attention(self, images: Array, block: int = -1) -> Array:
+        """Attention of CLS to all tokens, [B, H, 1, 1 + N], in one of the class attention blocks; rows sum to 1."""
+        if not -self.class_depth <= block < self.class_depth:
+            raise UserError(f"attention of block {block}: an XCiT has {self.class_depth} class attention blocks")
+        x = self._patches(images)
+        for earlier in self.cls_attn_blocks[: block % self.class_depth]:
+            x = earlier(x)
+        return self.cls_attn_blocks[block].attention(x)
+
+    def _patches(self, images: Array, drop_path: Array | None = None, train: bool = False) -> Array:
+        """Patch tokens after all channel attention, CLS in front: [B, h, w, c] -> [B, 1 + N, D]."""
+        check_channels(images, self.in_chans)
+        grid = patch_grid(images.shape[1], images.shape[2], self.patch_size)
+        x = self.patch_embed(images, train).reshape(images.shape[0], -1, self.embed_dim)
+        x = x + self.pos_embeder(*grid)
+        for i, block in enumerate(self.blocks):
+            x = block(x, grid, None if drop_path is None else drop_path[i], train)
+        cls = jnp.broadcast_to(self.cls_token.astype(x.dtype), (x.shape[0], 1, self.embed_dim))
+        return jnp.concatenate([cls, x], axis=1)

@@ -1,8 +1,8 @@
 """From what a source stores to uint8 pixels, or a `BadImage` with the reason.
 
 PIL decodes. RGB JPEGs at full size are decoded by `simplejpeg` where it is installed: the same pixels to the bit (both
-are libjpeg-turbo) in about 0.6 of the time. The content decides the format, not the file's name. Conversions, chosen so that the pixels are what a
-viewer shows:
+are libjpeg-turbo) in about 0.6 of the time. The content decides the format, not the file's name. Conversions, chosen
+so that the pixels are what a viewer shows:
 - EXIF orientation is applied (torchvision's ImageFolder does not; ImageNet has next to no rotated pictures).
 - Transparent pictures are laid over white; CMYK, palette and gray become RGB; an animation gives its first frame.
 - 16 bits a channel become 8 by dropping the lower byte; floating-point pixels must lie in 0..1.

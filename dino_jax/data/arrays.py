@@ -16,7 +16,10 @@ class ArraySource:
     """Pictures in an array [N, H, W] or [N, H, W, C], with optional labels [N]."""
 
     def __init__(
-        self, images: np.ndarray, labels: Sequence[int] | None = None, class_names: Sequence[str] | None = None
+        self,
+        images: np.ndarray,
+        labels: Sequence[int] | np.ndarray | None = None,
+        class_names: Sequence[str] | None = None,
     ):
         _check("images", images, labels)
         self.images = images
@@ -93,7 +96,7 @@ def _map_member(path: str, member: str) -> np.ndarray | None:
         return np.memmap(path, dtype, "r", file.tell(), shape, "F" if fortran else "C")
 
 
-def _check(what: str, images: np.ndarray, labels: Sequence[int] | None) -> None:
+def _check(what: str, images: np.ndarray, labels: Sequence[int] | np.ndarray | None) -> None:
     if images.ndim not in (3, 4):
         raise UserError(f"{what} must be [N, H, W] or [N, H, W, C], not of shape {images.shape}")
     if labels is not None and len(labels) != len(images):

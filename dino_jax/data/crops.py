@@ -9,6 +9,7 @@ flipped.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -114,7 +115,7 @@ def render_crops(image: np.ndarray, params: CropParams, crops: Any) -> tuple[np.
         if image.shape[-1] == 3:
             out[:] = np.asarray(render_colour(rendered[0], CropParams(*(p[i] for p in params)), crops))
         else:
-            out[:] = np.stack(rendered, axis=-1)
+            out[:] = np.stack([np.asarray(plane) for plane in rendered], axis=-1)
     return large, small
 
 
@@ -141,7 +142,7 @@ def to_pil(image: np.ndarray) -> list[Image.Image]:
     return [Image.fromarray(np.ascontiguousarray(plane)) for plane in np.moveaxis(image, -1, 0)]
 
 
-def crop_resize(picture: Image.Image, box: np.ndarray, size: tuple[int, int]) -> Image.Image:
+def crop_resize(picture: Image.Image, box: Sequence[int] | np.ndarray, size: tuple[int, int]) -> Image.Image:
     """Cuts out the box (top, left, height, width), then resizes it to `size` (height, width), bicubic and antialiased.
 
     The cut comes first, as in torchvision: pixels beyond the box have no influence.

@@ -100,7 +100,7 @@ def _from_bytes(data: bytes, channels: int, limit: int | None) -> np.ndarray:
 def _turn(picture: Image.Image) -> Image.Transpose | None:
     """What puts the picture upright, by its EXIF orientation; unreadable EXIF data says nothing."""
     try:
-        return UPRIGHT.get(picture.getexif().get(ORIENTATION))
+        return UPRIGHT.get(picture.getexif().get(ORIENTATION, 1))
     except Exception:  # EXIF blocks of any kind of garbage exist in the wild
         return None
 

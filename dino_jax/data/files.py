@@ -114,7 +114,7 @@ def _entry(line: str) -> tuple[str, str]:
         name, label = line.rsplit("\t", 1)
         return name.strip(), label.strip()
     match = re.fullmatch(r"(.*[^\s,])\s*[,\s]\s*(-?\d+)", line)
-    return match.groups() if match else (line, "")
+    return (match[1], match[2]) if match else (line, "")
 
 
 def _numbered(path: str, labels: Sequence[str]) -> tuple[list[int], list[str] | None]:

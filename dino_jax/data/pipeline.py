@@ -112,7 +112,7 @@ def make_eval_dataset(
     """
     reader = Reader(source, channels, None, 0, 1.0, "the data set")
     reader.probe()
-    size = (crop, crop) if isinstance(crop, int) else tuple(crop)
+    size = (crop, crop) if isinstance(crop, int) else crop
     chosen = np.arange(batch_size)[rows]
     parts = math.ceil(len(chosen) / CHUNK)
     chunks = EvalChunks(reader, resize, size, batch_size, chosen, parts)
@@ -210,7 +210,8 @@ class TrainChunks:
 
     def _draw(self, epoch: int, index: int, pixels: np.ndarray) -> CropParams:
         rng = example_rng(self.config.seed, self.salt, epoch, index)
-        return draw_crops(rng, *pixels.shape[:2], self.config.crops, colour=pixels.shape[-1] == 3)
+        height, width, channels = pixels.shape
+        return draw_crops(rng, height, width, self.config.crops, colour=channels == 3)
 
 
 @dataclasses.dataclass

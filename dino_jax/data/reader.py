@@ -56,7 +56,7 @@ class Reader:
 
     def read_or_replace(self, index: int) -> tuple[np.ndarray, int, int, list[Bad]]:
         """Pixels, label, the index that was read, and the unreadable pictures met on the way."""
-        met = []
+        met: list[Bad] = []
         for candidate in itertools.chain([index], self._others(index)):
             if candidate not in self.bad:
                 try:

@@ -34,7 +34,9 @@ from dino_jax.errors import UserError
 class Source(Protocol):
     """A finite, random-access collection of pictures."""
 
-    class_names: tuple[str, ...] | None  # None: unlabelled, or labelled by numbers alone
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """None: unlabelled, or labelled by numbers alone."""
 
     def __len__(self) -> int: ...
 

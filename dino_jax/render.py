@@ -25,7 +25,6 @@ from dino_jax.data.crops import CropParams
 Crops = list[Array]  # [B, 2, H, W, c] and, if there are local crops, [B, n, h, w, c]
 
 CHUNK = 32  # images that a device renders at once: enough to fill it, few enough to bound the memory
-ARRAYS = {"host": ("globals", "locals"), "device": ("canvas", "params")}  # what is read of a batch
 
 
 def make_renderer(
@@ -34,26 +33,25 @@ def make_renderer(
     """The jitted `render(batch) -> [globals [B, 2, H, W, c], locals [B, n, h, w, c]]`, in `config.model.dtype`.
 
     `sharding` splits the batch axis, of the arrays and of the crops; each device renders its own images and nothing is
-    communicated. Other entries of the batch, such as labels, are ignored. The same parameters give the same crops as
+    communicated. Other arrays of the batch, such as labels, are ignored. The same parameters give the same crops as
     `data.crops.render_crops`, up to PIL's rounding (see `render_ops`).
     """
-    mode = config.data.render
-    render = functools.partial({"host": _normalize_batch, "device": _render_batch}[mode], config)
+    render = functools.partial({"host": _normalize_batch, "device": _render_batch}[config.data.render], config)
     if sharding is not None:
         render = jax.shard_map(render, mesh=sharding.mesh, in_specs=sharding.spec, out_specs=sharding.spec)
-    compiled = jax.jit(render)
-    return lambda batch: compiled({name: batch[name] for name in ARRAYS[mode] if name in batch})
+    return jax.jit(render)
 
 
-def _normalize_batch(config: ConfigDict, batch: Mapping[str, Array]) -> Crops:
+def _normalize_batch(config: ConfigDict, batch: Mapping[str, Any]) -> Crops:
     """Host mode: normalisation alone."""
-    names = ARRAYS["host"][: 2 if config.crops.local_count else 1]
-    return [_normalize(config, batch[name]) for name in names]
+    crops = [batch["globals"], batch["locals"]] if config.crops.local_count else [batch["globals"]]
+    return [_normalize(config, images) for images in crops]
 
 
 def _render_batch(config: ConfigDict, batch: Mapping[str, Any]) -> Crops:
     """Device mode: every crop of every image, `CHUNK` images at a time."""
-    return jax.lax.map(lambda image: _render_image(config, **image), batch, batch_size=CHUNK)
+    images = (batch["canvas"], batch["params"])
+    return jax.lax.map(lambda image: _render_image(config, *image), images, batch_size=CHUNK)
 
 
 def _render_image(config: ConfigDict, canvas: Array, params: CropParams) -> Crops:

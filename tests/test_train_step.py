@@ -71,9 +71,12 @@ def test_compiled_step_shares_the_work_and_gathers_nothing():
     share = four.cost_analysis()["flops"] / one.cost_analysis()["flops"]
     assert 0.25 <= share < 0.30  # the optimiser's work is not shared
     reduced = sum(map(_elements, re.findall(r"= (.*?) all-reduce(?:-start)?\(", text)))
-    parameters = sum(x.size for x in jax.tree.leaves(train_step.abstract_state(recipe, mesh_of(1)).student["params"]))
-    expected = parameters + config.head.out_dim  # gradients and centre; then a few scalars and the marginal [K]
-    assert expected <= reduced <= expected + 2 * config.head.out_dim + 64
+    params = train_step.abstract_state(recipe, mesh_of(1)).student["params"]
+    backbone, head = (sum(x.size for x in jax.tree.leaves(params[part])) for part in ("backbone", "head"))
+    center = metrics = config.head.out_dim  # the mean target's entropy is the only metric that is not a few scalars
+    # The CPU compiler reduces the backbone's gradient once a resolution; TPU's and GPU's add the two up first.
+    gradients = (backbone + head, 2 * backbone + head)
+    assert gradients[0] + center <= reduced <= gradients[1] + center + metrics + 64
 
 
 def _elements(shapes: str) -> int:
@@ -142,10 +145,11 @@ def test_drop_path_masks_belong_to_their_example_and_keep_the_mean(tiny):
     masks = np.asarray(train_step.draw_masks(recipe, jax.random.key(1), 500))
     assert masks.shape == (2, 2, 500, 4)
     np.testing.assert_array_equal(masks[0], 1)
-    assert set(np.unique(masks[1]).round(4)) == {0.0, round(1 / 0.6, 4)}
+    np.testing.assert_allclose(np.unique(masks[1]), [0, 1 / 0.6], rtol=1e-6)
     deviation = np.sqrt(0.4 * 0.6 / masks[1].size) / 0.6
     assert abs(masks[1].mean() - 1) < 5 * deviation
-    placed = jax.jit(lambda k: train_step.draw_masks(recipe, k, 500), out_shardings=None)(jax.random.key(1))
+    rows = jax.NamedSharding(mesh_of(4), jax.P(None, None, "data"))
+    placed = jax.jit(lambda key: train_step.draw_masks(recipe, key, 500), out_shardings=rows)(jax.random.key(1))
     np.testing.assert_array_equal(placed, masks)
 
 

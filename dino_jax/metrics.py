@@ -257,7 +257,7 @@ def _valid(value: Any) -> Any:
 class Progress:
     """One line on a terminal, redrawn: step, given fields, time left. Elsewhere a plain line now and then.
 
-        train [=====>    ] 1200/2500  epoch 4.8  loss 5.312  images/s 412  ETA 0:12:30
+        train [=========>          ] 1200/2500  ETA 0:12:30  epoch 4.8  loss 5.312  images/s 412
 
     Args:
         total: steps at the end; `initial`: steps done before.
@@ -296,6 +296,8 @@ class Progress:
     def update(self, step: int, **fields: float | str) -> None:
         """`step` steps are done. Cheap: most calls draw nothing."""
         now = self._clock()
+        if step < self._history[-1][1]:  # a rewind
+            self._history.clear()
         self._history.append((now, step))
         if self._active and (now - self._shown >= self._interval or step >= self.total):
             self._line, self._shown = self._format(step, fields), now
@@ -332,9 +334,9 @@ class Progress:
     def _format(self, step: int, fields: Mapping[str, float | str]) -> str:
         share = step / max(self.total, 1)
         bar = ("=" * int(20 * share) + ">").ljust(20)[:20]
-        shown = [f"{name} {value if isinstance(value, str) else f'{value:.4g}'}" for name, value in fields.items()]
         left = self.eta()
-        shown.append(f"ETA {datetime.timedelta(seconds=round(left))}" if math.isfinite(left) else "ETA -")
+        shown = [f"ETA {datetime.timedelta(seconds=round(left))}" if math.isfinite(left) else "ETA -"]
+        shown += [f"{name} {value if isinstance(value, str) else f'{value:.4g}'}" for name, value in fields.items()]
         return "  ".join([f"{self._description} [{bar}] {step}/{self.total}".strip(), *shown])
 
 

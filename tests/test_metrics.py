@@ -195,7 +195,7 @@ def test_progress_without_a_terminal_is_a_line_now_and_then():
     assert len(shown) == 4 and "\r" not in stream.getvalue()
     assert "261/1000" in shown[2 - 1]
     assert re.search(
-        r"^train \[=+> *\] 321/1000  epoch 3.21  loss 5.432  images_per_second 412  ETA 0:05:40$", shown[2]
+        r"^train \[=+> *\] 321/1000  ETA 0:05:40  epoch 3.21  loss 5.432  images_per_second 412$", shown[2]
     )
 
 
@@ -222,6 +222,11 @@ def test_progress_forgets_an_old_pace_and_can_be_silent():
         clock.now += seconds
         progress.update(progress._history[-1][1] + 1)
     assert progress.eta() == pytest.approx(10_000 - 301)
+    progress.update(100)  # a rewind
+    assert progress.eta() == math.inf
+    clock.now += 2
+    progress.update(101)
+    assert progress.eta() == pytest.approx(2 * (10_000 - 101))
     progress.note("unheard")
     progress.close()
     assert stream.getvalue() == ""

@@ -33,7 +33,7 @@ ensure() {
     base) pip_install --no-build-isolation -e "$root" ;;
     test) pip_install --no-build-isolation -e "${root}[test]" ;;
     all)
-      pip_install --no-build-isolation -e "${root}[test,export,hf,tiff,tpu]"
+      pip_install --no-build-isolation -e "${root}[test,export,hf,jpeg,tiff,tpu]"
       pip_install --no-deps jax2onnx # see pyproject.toml
       install_peers
       ;;

@@ -66,7 +66,7 @@ def fit(model: Frozen, train: MaskedPictures, classes: int, config: ConfigDict) 
     """The trained head: kernel [D, K], bias [K]."""
     mesh = data_mesh()
     size = rounded(config.batch_size, mesh)
-    steps = config.epochs * -(-train.count // size)
+    steps = config.epochs * -(-train.size // size)
     schedule = optax.cosine_decay_schedule(config.lr, steps)
     optimizer = optax.adamw(schedule, weight_decay=config.weight_decay)
     side = _side(model, config)
@@ -105,7 +105,8 @@ def _pixels(head: dict[str, jax.Array], tokens: jax.Array, side: int) -> jax.Arr
 
 
 def _tokens(net: Net, variables: Any, images: jax.Array) -> jax.Array:
-    return net.backbone.apply(variables, normalise(images, net.mean, net.std), method=Patches())
+    tokens: Any = net.backbone.apply(variables, normalise(images, net.mean, net.std), method=Patches())
+    return tokens
 
 
 def _side(model: Frozen, config: ConfigDict) -> int:
@@ -123,12 +124,12 @@ def _train_batches(
     def load(row: int | None) -> tuple[np.ndarray, np.ndarray]:
         pixels, _, classes = train.load(0 if row is None else row)
         rng = np.random.default_rng((config.seed, epoch, row or 0))
-        box, flip = draw_crop(*classes.shape, rng, tuple(config.scale))
+        box, flip = draw_crop(classes.shape[0], classes.shape[1], rng, tuple(config.scale))
         image = cut(pixels, box, flip, side, Image.Resampling.BILINEAR)
         labels = cut(classes[..., None], box, flip, side, Image.Resampling.NEAREST)[..., 0]
         return image, np.full_like(labels, IGNORE) if row is None else labels
 
-    order: list[int | None] = list(np.random.default_rng((config.seed, epoch)).permutation(train.count).tolist())
+    order: list[int | None] = list(np.random.default_rng((config.seed, epoch)).permutation(train.size).tolist())
     order += [None] * (-len(order) % size)
     rows = (row for start in range(0, len(order), size) for row in order[start : start + size][mine])
     for group in grouped(parallel(load, rows, config.threads), mine.stop - mine.start):
@@ -147,7 +148,7 @@ def confusion(
         pixels, _, labels = test.load(row)
         return resize(pixels, side, side, Image.Resampling.BILINEAR), labels
 
-    groups = grouped(parallel(load, range(test.count), config.threads), config.batch_size)
+    groups = grouped(parallel(load, range(test.size), config.threads), config.batch_size)
     batches = ({"image": np.stack([i for i, _ in group]), "labels": [x for _, x in group]} for group in groups)
     counts = np.zeros((classes, classes), np.int64)
     for tokens, batch in run(model, Patches(), batches):
@@ -169,4 +170,4 @@ def _largest(pictures: MaskedPictures, config: ConfigDict) -> int:
         labels = pictures.load(row).classes
         return int(labels[labels != IGNORE].max(initial=0))
 
-    return max(parallel(load, range(pictures.count), config.threads))
+    return max(parallel(load, range(pictures.size), config.threads))

@@ -135,7 +135,8 @@ def run(
     mesh = Mesh(np.array(jax.local_devices() if devices is None else devices), ("data",))
     forward = _forward(net_of(model), view, mesh)
     variables = jax.device_put(jax.tree.map(_local, model.variables), NamedSharding(mesh, P()))
-    waiting, largest = None, {}
+    waiting: tuple[Any, Batch] | None = None
+    largest: dict[tuple[int, ...], int] = {}
     for batch in batches:
         images = np.asarray(batch["image"])
         rows = max(-(-len(images) // mesh.size) * mesh.size, largest.get(images.shape[1:], 0))
@@ -165,8 +166,8 @@ def _fetch(outputs: Any, batch: Batch) -> tuple[Any, Batch]:
 
 
 @functools.lru_cache(maxsize=32)
-def _forward(net: Net, view: View, mesh: Mesh):
-    def forward(variables, images):
+def _forward(net: Net, view: View, mesh: Mesh) -> Callable[[Any, jax.Array], Any]:
+    def forward(variables: Any, images: jax.Array) -> Any:
         return net.backbone.apply(variables, normalise(images, net.mean, net.std), method=view)
 
     return jax.jit(forward, out_shardings=NamedSharding(mesh, P("data")))
@@ -204,7 +205,7 @@ def extract(
         features, labels, index = _gather(features, labels, index)
     if not len(index):
         raise UserError("none of the pictures can be read: check --data")
-    order = np.argsort(index, kind="stable")
+    order = np.unique(index, return_index=True)[1]  # a picture that several processes ran counts once
     return features[order], labels[order].astype(np.int64)
 
 

@@ -18,7 +18,7 @@ from dino_jax.errors import UserError
 
 MAX_BYTES = 64 << 20
 KEYS = ("imlist", "qimlist", "gnd")
-PythonUnpickler: Any = pickle._Unpickler  # type: ignore[attr-defined]  # the pure-Python machine
+PythonUnpickler: Any = pickle._Unpickler  # the pure-Python machine
 
 
 def read_gnd(path: epath.PathLike) -> dict[str, Any]:

@@ -12,7 +12,7 @@ Legend: Q queries, M training images in a chunk, D width, K largest k.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -135,15 +135,15 @@ def nearest(
     chunk = -(-min(chunk, max(len(bank), k)) // BLOCK) * BLOCK
     put = functools.partial(_put, mesh=mesh, dtype=dtype)
 
-    queries = put(queries, rows, P("data"))
+    held = put(queries, rows, P("data"))
     best = put(np.full((rows, k), -np.inf), rows, P("data"))
-    index = put(np.zeros((rows, k), np.int32), rows, P("data"), dtype=np.int32)
+    index = put(np.zeros((rows, k), np.int32), rows, P("data"), dtype=np.dtype(np.int32))
     step = _search(mesh, block)
     for start in range(0, len(bank), chunk):
         part = put(bank[start : start + chunk], chunk, P())
         valid = min(chunk, len(bank) - start)
         jax.block_until_ready(best)  # no more than two chunks wait on the devices
-        best, index = step(queries, part, np.int32(start), np.int32(valid), best, index)
+        best, index = step(held, part, np.int32(start), np.int32(valid), best, index)
     gather = jax.jit(lambda *x: x, out_shardings=NamedSharding(mesh, P()))
     best, index = gather(best, index)
     return np.asarray(best)[:count], np.asarray(index)[:count]
@@ -157,7 +157,7 @@ def _put(array: np.ndarray, rows: int, spec: P, *, mesh: Mesh, dtype: np.dtype) 
 
 
 @functools.lru_cache(maxsize=8)
-def _search(mesh: Mesh, block: int):
+def _search(mesh: Mesh, block: int) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """The jitted pass of one chunk: running best k of every query against `part` [M, D]."""
 
     def local(queries, part, start, valid, best, index):
@@ -202,7 +202,13 @@ def _normalise(x: jax.Array) -> jax.Array:
     return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
-def _check(train_features, train_labels, test_features, test_labels, ks) -> None:
+def _check(
+    train_features: np.ndarray,
+    train_labels: np.ndarray,
+    test_features: np.ndarray,
+    test_labels: np.ndarray,
+    ks: Sequence[int],
+) -> None:
     for name, features, labels in (("train", train_features, train_labels), ("test", test_features, test_labels)):
         if len(features) != len(labels) or not len(features):
             raise UserError(f"knn: {len(features)} {name} features for {len(labels)} labels: give one label a feature")

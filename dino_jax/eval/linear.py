@@ -33,7 +33,7 @@ from dino_jax.eval.training import Subset, crop_and_flip, data_mesh, test_batche
 from dino_jax.sharding import replicated
 from dino_jax.weights.pth import read_pth
 
-Heads = dict[str, dict[str, jax.Array]]  # choice of features -> kernel [L, F, K], bias [L, K]
+Heads = dict[str, dict[str, Any]]  # choice of features -> kernel [L, F, K], bias [L, K]
 
 
 def default_config() -> ConfigDict:
@@ -163,7 +163,9 @@ def score(model: Frozen, source: Source, heads: Heads, config: ConfigDict) -> np
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
-def _train_step(net: Net, variables, heads: Heads, momentum: Heads, batch, rates):
+def _train_step(
+    net: Net, variables: Any, heads: Heads, momentum: Heads, batch: dict[str, jax.Array], rates: jax.Array
+) -> tuple[Heads, Heads]:
     inputs = _inputs(net, tuple(heads), variables, batch["image"])
     weight = batch["valid"] / jnp.maximum(jnp.sum(batch["valid"]), 1)  # [B]
 
@@ -179,7 +181,7 @@ def _train_step(net: Net, variables, heads: Heads, momentum: Heads, batch, rates
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _test_step(net: Net, variables, heads: Heads, batch):
+def _test_step(net: Net, variables: Any, heads: Heads, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
     logits = logits_of(heads, _inputs(net, tuple(heads), variables, batch["image"]))  # [heads, B, K]
     return hits(logits, batch["label"], batch["valid"]), jnp.sum(batch["valid"])
 
@@ -188,7 +190,7 @@ def _inputs(net: Net, choices: tuple[str, ...], variables: Any, images: jax.Arra
     """The input [B, F] of the heads of every choice, from one forward pass over uint8 [B, h, w, C]."""
     wanted = {choice: parse_choice(choice) for choice in choices}
     view = Pooled(max(n for n, _ in wanted.values()))
-    pooled = net.backbone.apply(variables, normalise(images, net.mean, net.std), method=view)
+    pooled: Any = net.backbone.apply(variables, normalise(images, net.mean, net.std), method=view)
     return {choice: linear_input(pooled, n, avgpool) for choice, (n, avgpool) in wanted.items()}
 
 

@@ -61,7 +61,7 @@ def fit_logistic(
     return Fit(np.asarray(weights), float(loss), float(gap), int(count))
 
 
-def objective(logits: jax.Array, weights: jax.Array, labels: jax.Array, penalty: jax.Array) -> jax.Array:
+def objective(logits: jax.Array, weights: jax.Array, labels: jax.Array, penalty: float) -> jax.Array:
     """Mean cross-entropy over the rows whose label is not -1, plus penalty / 2 times the weights' squared norm."""
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
     counted = labels >= 0
@@ -69,7 +69,14 @@ def objective(logits: jax.Array, weights: jax.Array, labels: jax.Array, penalty:
 
 
 @functools.partial(jax.jit, static_argnames="max_iterations")
-def _solve(weights, features, labels, penalty, tolerance, max_iterations: int):
+def _solve(
+    weights: jax.Array,
+    features: jax.Array,
+    labels: jax.Array,
+    penalty: float,
+    tolerance: float,
+    max_iterations: int,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Newton steps, each direction by conjugate gradients, each length by halving along the cached logits."""
     dot = functools.partial(jnp.matmul, precision="highest")
     share = (labels >= 0)[:, None] / jnp.sum(labels >= 0)  # [n, 1]
@@ -103,6 +110,6 @@ def _solve(weights, features, labels, penalty, tolerance, max_iterations: int):
         return (count < max_iterations) & (jnp.sum(grad**2) > 2 * penalty * tolerance) & moved
 
     logits = dot(features, weights)
-    start = weights, logits, gradient(weights, logits), jnp.bool_(True), 0
+    start = weights, logits, gradient(weights, logits), jnp.bool_(True), jnp.int32(0)
     weights, logits, grad, _, count = jax.lax.while_loop(more, step, start)
     return weights, objective(logits, weights, labels, penalty), jnp.sum(grad**2) / (2 * penalty), count

@@ -32,7 +32,7 @@ class Masked(NamedTuple):
 class MaskedPictures(NamedTuple):
     """Their number, `load(i) -> Masked`, and the number of classes with the background (None: not known)."""
 
-    count: int
+    size: int
     load: Callable[[int], Masked]
     num_classes: int | None
 

@@ -11,7 +11,7 @@ Legend: n context frames, h x w patches, D width, L labels, t tile side, s = t +
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ def propagate(
     context_features: jax.Array,
     target_features: jax.Array,
     context_labels: jax.Array,
-    valid: jax.Array | None = None,
+    valid: np.ndarray | None = None,
     *,
     radius: int = 12,
     topk: int = 5,
@@ -56,7 +56,9 @@ def propagate(
 
 
 @functools.lru_cache(maxsize=16)
-def _compiled(mesh: Mesh, height: int, width: int, reach: int, topk: int, temperature: float):
+def _compiled(
+    mesh: Mesh, height: int, width: int, reach: int, topk: int, temperature: float
+) -> Callable[..., jax.Array]:
     rows, columns = -(-height // TILE), -(-width // TILE)
     count = -(-rows * columns // mesh.size) * mesh.size  # surplus tiles repeat the last one
     corners = np.array([(TILE * i, TILE * j) for i in range(rows) for j in range(columns)], np.int32)
@@ -83,7 +85,16 @@ def _compiled(mesh: Mesh, height: int, width: int, reach: int, topk: int, temper
     return jax.jit(step)
 
 
-def _tile(sources, target, labels, inside, reach: int, topk: int, temperature: float, corner: jax.Array) -> jax.Array:
+def _tile(
+    sources: jax.Array,
+    target: jax.Array,
+    labels: jax.Array,
+    inside: jax.Array,
+    reach: int,
+    topk: int,
+    temperature: float,
+    corner: jax.Array,
+) -> jax.Array:
     """The labels [t, t, L] of one tile, from padded arrays: the tile's window in them starts at its corner."""
     side = TILE + 2 * reach
     window = lambda x: jax.lax.dynamic_slice(  # noqa: E731  [n, s, s, .] -> [n * s * s, .]

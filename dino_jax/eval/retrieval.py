@@ -70,7 +70,7 @@ def multiscale_features(
     def load(path: epath.Path) -> np.ndarray:
         return shrink_to_fit(read_picture(path, len(model.mean)), config.size)
 
-    total: np.ndarray | float = 0.0
+    total = np.zeros(1)
     for scale in scales:
         pictures = (scaled(pixels, scale, patch) for pixels in parallel(load, paths, config.threads))
         rows = [(out, b["index"]) for out, b in run(model, Cls(), batches_by_size(pictures, config.batch_size))]

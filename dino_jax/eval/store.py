@@ -16,7 +16,7 @@ from dino_jax.errors import UserError
 def save_arrays(path: epath.PathLike, **arrays: np.ndarray) -> None:
     """Writes a `.npz`; any path that etils knows, gs:// too."""
     buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
+    np.savez(buffer, allow_pickle=False, **arrays)
     _replace(epath.Path(path), buffer.getvalue())
 
 

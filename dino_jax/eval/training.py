@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -30,18 +30,16 @@ _log = logging.getLogger(__name__)
 Augment = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
 
-class Subset(NamedTuple):
+class Subset:
     """Some rows of a source, as a source."""
 
-    source: Source
-    rows: np.ndarray
-
-    class_names = None
+    def __init__(self, source: Source, rows: np.ndarray):
+        self.source, self.rows, self.class_names = source, rows, source.class_names
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> Example:  # type: ignore[override]
+    def __getitem__(self, index: int) -> Example:
         return self.source[int(self.rows[index])]
 
 
@@ -74,8 +72,8 @@ def train_batches(
     """
     size = rounded(batch_size, mesh)
     mine = process_rows(size, mesh)
-    order = np.repeat(np.random.default_rng((seed, epoch)).permutation(len(source)), repeats)[: len(source)]
-    order = list(enumerate(order.tolist()))
+    shuffled = np.random.default_rng((seed, epoch)).permutation(len(source))
+    order = list(enumerate(np.repeat(shuffled, repeats)[: len(source)].tolist()))
     bad: list[int] = []
 
     def load(item: tuple[int, int] | None) -> tuple[np.ndarray | None, int]:
@@ -136,7 +134,7 @@ def crop_and_flip(
     how: Image.Resampling = Image.Resampling.BILINEAR,
 ) -> np.ndarray:
     """torchvision's RandomResizedCrop to a square and RandomHorizontalFlip of uint8 [H, W, C]."""
-    box, flip = draw_crop(*pixels.shape[:2], rng, scale)
+    box, flip = draw_crop(pixels.shape[0], pixels.shape[1], rng, scale)
     return cut(pixels, box, flip, size, how)
 
 

@@ -62,7 +62,7 @@ def evaluate(model: Frozen, data: str, config: ConfigDict, workdir: str | None =
 def _score(model: Frozen, pictures: MaskedPictures, config: ConfigDict, path: epath.Path | None) -> dict[str, float]:
     side = config.size // model.backbone.patch_size * model.backbone.patch_size
     scores: dict[float, list[float]] = {mass: [] for mass in config.masses}
-    shown = []
+    shown: list[np.ndarray] = []
     for attention, batch in run(model, ClsAttention(config.block), _batches(pictures, side, config)):
         for masked, heads in zip(batch["masked"], attention, strict=True):  # heads [H, h, w]
             for mass in config.masses:
@@ -85,7 +85,7 @@ def _batches(pictures: MaskedPictures, side: int, config: ConfigDict) -> Iterato
         masked = pictures.load(index)
         return resize(masked.pixels, side, side, Image.Resampling.BILINEAR), masked
 
-    for group in grouped(parallel(load, range(pictures.count), config.threads), config.batch_size):
+    for group in grouped(parallel(load, range(pictures.size), config.threads), config.batch_size):
         yield {"image": np.stack([image for image, _ in group]), "masked": [masked for _, masked in group]}
 
 

@@ -94,7 +94,7 @@ def _settings(config: ConfigDict) -> str:
 def segment(model: Frozen, video: Video, first: np.ndarray, config: ConfigDict) -> np.ndarray:
     """Label maps uint8 [T, H, W] of all frames, from the annotation uint8 [H, W] of the first, which stays as it is."""
     patch = model.backbone.patch_size
-    height, width = frame_size(*first.shape, config.size, config.multiple)
+    height, width = frame_size(first.shape[0], first.shape[1], config.size, config.multiple)
     if height % patch or width % patch:
         raise UserError(
             f"--config.size={config.size}: frames of {height} x {width} do not divide into patches of {patch}"

@@ -42,7 +42,7 @@ def voc_folder(tmp_path):
 
 def test_voc_layout(voc_folder):
     train, val = train_test_masks(str(voc_folder))
-    assert (train.count, val.count, train.num_classes) == (3, 2, 21)
+    assert (train.size, val.size, train.num_classes) == (3, 2, 21)
     masked = val.load(1)
     assert set(np.unique(masked.objects)) == {0, 1, 2, 255} and set(np.unique(masked.classes)) == {0, 7, 15, 255}
     assert masked.pixels.shape == (24, 32, 3)
@@ -51,7 +51,7 @@ def test_voc_layout(voc_folder):
 def test_scenes_and_folders(tmp_path):
     scenes = open_masks("scenes:val?size=4&image_size=32", "val")
     masked = scenes.load(2)
-    assert scenes.count == 4 and scenes.num_classes == 13
+    assert scenes.size == 4 and scenes.num_classes == 13
     assert set(np.unique(masked.objects)) == {0, 1} and masked.classes.max() >= 1
     (tmp_path / "images").mkdir()
     Image.fromarray(masked.pixels).save(tmp_path / "images" / "a.png")

@@ -1,0 +1,14 @@
+"""iNaturalist 2018 and 2019 (issue 171 of the official repository).
+
+dino-jax eval finetune --config=configs/finetune/inaturalist.py --checkpoint=dino_vits16 --data=DIR
+"""
+
+from dino_jax.eval.finetune import default_config
+
+
+def get_config():
+    config = default_config()
+    config.epochs = 300
+    config.batch_size = 1024
+    config.lr = 5e-5
+    return config

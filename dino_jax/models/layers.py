@@ -110,6 +110,7 @@ class Mlp(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention [B, N, D] -> [B, N, D]; softmax in at least float32.
 
+    `valid` bool [B, N]: the tokens that may be attended; None: all.
     With `class_only` the first token alone asks (class attention of CaiT and XCiT): [B, N, D] -> [B, 1, D].
     """
 
@@ -123,8 +124,8 @@ class Attention(nn.Module):
         self.qkv = dense(3 * self.width, self)
         self.proj = dense(self.width, self)
 
-    def __call__(self, x: Array) -> Array:
-        weights, value = self._attend(x)
+    def __call__(self, x: Array, valid: Array | None = None) -> Array:
+        weights, value = self._attend(x, valid)
         out = jnp.einsum("bhnm,bmhd->bnhd", weights.astype(self.dtype), value, precision=self.precision)
         return self.proj(out.reshape(x.shape[0], -1, self.width))  # [B, N, H, D/H] -> [B, N, D]
 
@@ -132,7 +133,7 @@ class Attention(nn.Module):
         """The attention [B, H, N, N], or [B, H, 1, N] with `class_only`; rows sum to 1."""
         return self._attend(x)[0]
 
-    def _attend(self, x: Array) -> tuple[Array, Array]:
+    def _attend(self, x: Array, valid: Array | None = None) -> tuple[Array, Array]:
         batch, tokens, width = x.shape
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.heads, width // self.heads)  # [B, N, 3, H, D/H]
         query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
@@ -145,4 +146,6 @@ class Attention(nn.Module):
             precision=self.precision,
             preferred_element_type=statistics_dtype(self.dtype),
         )
+        if valid is not None:
+            logits = jnp.where(valid[:, None, None, :], logits, -jnp.inf)
         return jax.nn.softmax(logits * (width // self.heads) ** -0.5, axis=-1), value

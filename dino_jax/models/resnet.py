@@ -71,7 +71,8 @@ class ResNet(nn.Module):
         x = conv(64, size, self, stride, use_bias=False, kernel_init=_kaiming, name="conv1")(images.astype(self.dtype))
         x = nn.relu(BatchNorm(self.dtype, name="bn1")(x, train))
         if not self.small_stem:
-            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+            # After a ReLU a border of 0 is as good as -inf; with explicit padding the ONNX converter fails.
+            x = nn.max_pool(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), window_shape=(3, 3), strides=(2, 2))
         block = nn.remat(Block, static_argnums=2) if self.remat else Block
         for stage, count in enumerate(self.stages):
             for i in range(count):

@@ -35,7 +35,7 @@ def _cubic(t: np.ndarray) -> np.ndarray:
     return np.where(t <= 1, near, np.where(t < 2, far, 0.0))
 
 
-def _resize_matrix(source: int, target: int) -> np.ndarray:
+def resize_matrix(source: int, target: int) -> np.ndarray:
     """Weights [target, source], float64: half-pixel centres, no antialias, scale (target + 0.1) / source."""
     centre = (np.arange(target) + 0.5) * source / (target + 0.1) - 0.5
     first = np.floor(centre).astype(int)
@@ -60,7 +60,7 @@ def resize_pos_embed(pos_embed: Array, grid: tuple[int, int], table_grid: tuple[
     if tuple(grid) == tuple(table_grid):
         return pos_embed
     dtype = statistics_dtype(pos_embed.dtype)
-    rows, columns = (jnp.asarray(_resize_matrix(s, t), dtype) for s, t in zip(table_grid, grid, strict=True))
+    rows, columns = (jnp.asarray(resize_matrix(s, t), dtype) for s, t in zip(table_grid, grid, strict=True))
     cls, patches = pos_embed[:, :1].astype(dtype), pos_embed[:, 1:].astype(dtype)
     patches = patches.reshape(1, *table_grid, -1)  # [1, N, D] -> [1, rows, columns, D]
     patches = jnp.einsum("ir,jc,brcd->bijd", rows, columns, patches, precision=jax.lax.Precision.HIGHEST)
@@ -90,7 +90,10 @@ class PatchEmbed(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block [B, N, D] -> [B, N, D]; `keep` [2, B] scales its two residual branches."""
+    """Pre-norm transformer block [B, N, D] -> [B, N, D]; `keep` [2, B] scales its two residual branches.
+
+    `valid` bool [B, N]: the tokens that are there; the others are attended by none. None: all.
+    """
 
     heads: int
     width: int
@@ -103,8 +106,8 @@ class Block(nn.Module):
         self.norm2 = layer_norm(self)
         self.mlp = Mlp(4 * self.width, self.dtype, self.precision)
 
-    def __call__(self, x: Array, keep: Array | None = None) -> Array:
-        x = add_branch(x, self.attn(self.norm1(x)), None if keep is None else keep[0])
+    def __call__(self, x: Array, keep: Array | None = None, valid: Array | None = None) -> Array:
+        x = add_branch(x, self.attn(self.norm1(x), valid), None if keep is None else keep[0])
         return add_branch(x, self.mlp(self.norm2(x)), None if keep is None else keep[1])
 
     def attention(self, x: Array) -> Array:

@@ -28,12 +28,11 @@ ensure() {
   make_venv
   : >"$venv/install.log"
   say "installing dino-jax into $venv (log: $venv/install.log)"
-  pip_install hatchling editables
   case "$set" in
-    base) pip_install --no-build-isolation -e "$root" ;;
-    test) pip_install --no-build-isolation -e "${root}[test]" ;;
+    base) pip_install -e "$root" ;;
+    test) pip_install -e "${root}[test]" ;;
     all)
-      pip_install --no-build-isolation -e "${root}[test,export,hf,jpeg,tiff,tpu]"
+      pip_install -e "${root}[test,export,hf,jpeg,tiff,tpu]"
       pip_install --no-deps jax2onnx # see pyproject.toml
       install_peers
       ;;
@@ -116,8 +115,11 @@ new_enough() {
 
 pip_install() { pip_try "$@" || die "$(diagnose "$venv/install.log")"; }
 
+# The pins hold for building as well; which of the two variables says so depends on pip's age.
 pip_try() {
-  "$venv_python" -m pip install --disable-pip-version-check --progress-bar off -c "$root/constraints.txt" "$@" 2>&1 |
+  local pins="$root/constraints.txt"
+  PIP_CONSTRAINT="$pins" PIP_BUILD_CONSTRAINT="$pins" \
+    "$venv_python" -m pip install --disable-pip-version-check --progress-bar off --no-compile "$@" 2>&1 |
     tee -a "$venv/install.log" | narrate
 }
 
@@ -128,7 +130,7 @@ install_peers() {
   torch="$(sed -n 's/^torch==\([0-9.]*\).*/\1/p' "$root/constraints.txt" | head -n 1)"
   [[ "$(uname)" == Linux ]] && torch="$torch+cpu"
   if pip_try --no-deps "torch==$torch"; then
-    pip_install --no-build-isolation -e "${root}[peers]"
+    pip_install -e "${root}[peers]"
   else
     say "no torch $torch for this Python where pip looks (PIP_FIND_LINKS, PIP_EXTRA_INDEX_URL): tests with torch will skip"
   fi
@@ -173,4 +175,7 @@ diagnose() {
   fi
 }
 
-last_line() { { grep -E '^ *(ERROR|error):' "$1" || grep -v '^ *$' "$1" || echo "no message"; } | tail -n 1; }
+# The last error in a log, or its last line: a traceback's own message.
+last_line() {
+  { grep -E '^ *(ERROR|error):' "$1" | grep -v 'ERROR: Exception:' || grep -v '^ *$' "$1" || echo "no message"; } | tail -n 1
+}

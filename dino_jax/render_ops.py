@@ -1,7 +1,15 @@
 """Image operations of the crop renderer in JAX, each on one image; `render.py` maps them over crops and images.
 
-An image is planar, float32 [C, H, W] with values in 0..255: every product and stencil then has a spatial axis last.
-Values are clamped to 0..255 after each operation, as PIL's 8 bits do, but never rounded.
+An image is planar, float32 [C, H, W] with values in 0..255: every product then has a spatial axis last. Values are
+clamped to 0..255 after each operation, as PIL's 8 bits do, but never rounded. Mean absolute difference from the same
+operation of Pillow 13, in levels of 255, over the random pictures (smooth, textured, white noise) and parameters of
+`tests/test_render.py`; most of it is PIL's rounding to 8 bits, which alone makes 0.25 to 0.3:
+
+    resample    0.30, at most 0.56 (white noise)      gray      0.25
+    brightness  0.23                                  blur      0.42, at most 0.91; 1.04 for white noise, radius 0.1
+    contrast    0.24                                  solarise  0
+    saturation  0.24                                  flip      0
+    hue         0.17                                  a whole crop  0.53, at most 1.3
 """
 
 from __future__ import annotations

@@ -303,3 +303,40 @@ def test_each_device_renders_its_own_images():
     (crops,), (expected,) = spread(placed), alone(batch)
     assert crops.sharding.is_equivalent_to(sharding, crops.ndim)
     np.testing.assert_allclose(crops, expected, atol=1e-4)
+
+
+def renderer_flops(images: int) -> float:
+    """Of the default recipe (2 x 224 and 8 x 96 from a canvas of 512), by the compiler's count."""
+    config = default()
+    config.data.render = "device"
+    drawn = pil.draw_crops(np.random.default_rng(0), 375, 500, config.crops)
+    batch = {
+        "canvas": jax.ShapeDtypeStruct((images, config.data.canvas, config.data.canvas, 3), np.uint8),
+        "params": jax.tree.map(lambda x: jax.ShapeDtypeStruct((images, *x.shape), x.dtype), drawn),
+    }
+    return make_renderer(config).lower(batch).compile().cost_analysis()["flops"]
+
+
+def test_rendering_costs_few_flops():
+    """Beside the matrix products of a ViT-S/16 step: student forward and backward, teacher forward."""
+
+    def forward(side: int) -> float:
+        tokens, width = (side // 16) ** 2 + 1, 384
+        blocks = 12 * (24 * tokens * width**2 + 4 * tokens**2 * width)
+        head = 2 * (384 * 2048 + 2048 * 2048 + 2048 * 256 + 256 * 65536)
+        return blocks + 2 * (tokens - 1) * 3 * 16**2 * width + head
+
+    step = 3 * (2 * forward(224) + 8 * forward(96)) + 2 * forward(224)
+    assert 0.01 < renderer_flops(2) / 2 / step < 0.03
+
+
+@pytest.mark.extra
+def test_rendering_costs_few_flops_of_the_compiled_step():
+    from dino_jax import train_step
+
+    config = default()
+    recipe = train_step.make_recipe(config, 100)
+    state = jax.eval_shape(lambda: train_step.init_state(recipe, jax.random.key(0)))
+    crops = [jax.ShapeDtypeStruct((2, n, s, s, 3), jnp.float32) for n, s in ((2, 224), (8, 96))]
+    step = jax.jit(lambda state, crops: train_step.train_step(recipe, state, crops)).lower(state, crops).compile()
+    assert renderer_flops(2) < 0.03 * step.cost_analysis()["flops"]

@@ -1,0 +1,61 @@
+"""Crops a second of the accelerator's renderer, and of PIL on one core, with the same parameters.
+
+    python benchmarks/render.py [--batch=64] [--steps=20] [--config.KEY=VALUE ...]
+
+Prints one JSON object: images/s and temporary memory of the renderer, images/s of PIL. On a CPU the
+renderer is no faster than PIL; it is meant for the matrix units of an accelerator.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+
+import jax
+import numpy as np
+
+from dino_jax import config_io
+from dino_jax.config import default
+from dino_jax.data.crops import CropParams, draw_crops, render_crops
+from dino_jax.render import make_renderer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch", type=int, default=64, help="images")
+    parser.add_argument("--steps", type=int, default=20)
+    args, overrides = parser.parse_known_args()
+    config = config_io.override(default(), ["--config.data.render=device", *overrides])
+    rng = np.random.default_rng(0)
+    side, height, width = config.data.canvas, *np.array([375, 500]) * config.data.canvas // 512
+    canvas = np.zeros((args.batch, side, side, 3), np.uint8)
+    canvas[:, :height, :width] = rng.integers(0, 256, (args.batch, height, width, 3), np.uint8)
+    drawn = [draw_crops(rng, height, width, config.crops) for _ in range(args.batch)]
+    batch = jax.device_put({"canvas": canvas, "params": CropParams(*map(np.stack, zip(*drawn, strict=True)))})
+
+    compiled = make_renderer(config).lower(batch).compile()
+    jax.block_until_ready(compiled(batch))
+    start = time.perf_counter()
+    for _ in range(args.steps):
+        crops = compiled(batch)
+    jax.block_until_ready(crops)
+    rate = args.batch * args.steps / (time.perf_counter() - start)
+
+    count = min(args.batch, 16)
+    start = time.perf_counter()
+    for i in range(count):
+        render_crops(canvas[i, :height, :width], drawn[i], config.crops)
+    pil_rate = count / (time.perf_counter() - start)
+    result = {
+        "device": jax.devices()[0].device_kind,
+        "batch": args.batch,
+        "images_per_s": round(rate, 1),
+        "temporary_mb": round(compiled.memory_analysis().temp_size_in_bytes / 1e6, 1),
+        "pil_images_per_s": round(pil_rate, 1),
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""A run that begins from other weights: a backbone, or student, teacher, head and centre."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from flax import traverse_util
+from ml_collections import ConfigDict
+
+from dino_jax.errors import UserError
+from dino_jax.models.vit import resize_pos_embed
+from dino_jax.train_step import TrainState
+from dino_jax.weights.importer import Weights
+from dino_jax.weights.store import open_weights
+
+STEMS = ("patch_embed/kernel", "patch_embed/proj_0_0/kernel", "conv1/kernel")  # what sees the picture's channels
+
+
+def start_from(state: TrainState, config: ConfigDict, *, heads: int | None = None) -> tuple[TrainState, list[str]]:
+    """`state` with the weights of `config.init_from` (any CKPT) for its random ones, and in words what was done.
+
+    The backbone always comes from there: a position table of another grid by the official resize, other channels
+    with the same response to a gray picture. Head and centre come along where the head is the one `config.head` asks
+    for, else they are fresh. Without a student in the CKPT, the student too starts as its teacher.
+
+    Raises:
+      UserError: the backbone is another one; the message lists the shapes that differ.
+    """
+    weights = open_weights(config.init_from, heads=heads, everything=True)
+    notes = [f"starting from {config.init_from}"]
+    head, why = _same_head(weights, state)
+    if why:
+        notes.append(f"the head is fresh: {why}")
+    teacher = _fitted(weights.teacher, state.teacher, weights, config, head, notes)
+    source = weights.student if weights.student is not None and head else weights.teacher
+    student = _fitted(source, state.student, weights, config, head, [])
+    center = state.center
+    if head and weights.center is not None:
+        center = _placed(weights.center, center)
+    elif head:
+        notes.append("the centre starts at 0: there is none in this file")
+    if source is weights.teacher:
+        notes.append("student and teacher start equal")
+    state = state.replace(
+        student=student,
+        ema=state.ema._replace(teacher=teacher["params"]),
+        teacher_stats=teacher["batch_stats"],
+        center=center,
+    )
+    return state, notes
+
+
+def _same_head(weights: Weights, state: TrainState) -> tuple[bool, str]:
+    """Whether the CKPT's head fits, and if not why."""
+    theirs = weights.teacher["params"].get("head")
+    if theirs is None:
+        return False, "there is none in this file"
+    mine = _flat(state.teacher["params"]["head"])
+    differ = [
+        f"{key} is {_shape(_flat(theirs).get(key))}, not {_shape(mine.get(key))}"
+        for key in sorted(_flat(theirs).keys() | mine.keys())
+        if _shape(_flat(theirs).get(key)) != _shape(mine.get(key))
+    ]
+    return not differ, f"config.head asks for another ({'; '.join(differ[:3])})"[: None if differ else 0]
+
+
+def _fitted(
+    source: Any, target: Any, weights: Weights, config: ConfigDict, head: bool, notes: list[str]
+) -> dict[str, Any]:
+    """`source`'s arrays in the shapes, dtypes and places of `target`; its head only with `head`."""
+    have, want = _flat(source), _flat(target)
+    fitted, misfits = {}, []
+    for key, like in want.items():
+        in_head = key.split("/")[1] == "head"
+        if in_head and not head:
+            fitted[key] = like
+            continue
+        value = have.get(key)
+        if value is not None and value.shape != like.shape:
+            value = _adapted(key, value, like.shape, weights.config, config, notes)
+        if value is None or value.shape != like.shape:
+            misfits.append(f"{key} is {_shape(have.get(key))}, not {_shape(like)}")
+        else:
+            fitted[key] = _placed(value, like)
+    misfits += [f"{key} is unknown here" for key in have if key not in want and key.split("/")[1] != "head"]
+    if misfits:
+        more = f" and {len(misfits) - 5} more" if len(misfits) > 5 else ""
+        raise UserError(
+            f"init_from={config.init_from}: another backbone than config.model's: {', '.join(misfits[:5])}{more}; "
+            f"set model.name={weights.config.model.name} and model.patch_size={weights.config.model.patch_size}"
+        )
+    return {"params": {}, "batch_stats": {}} | traverse_util.unflatten_dict(fitted, sep="/")
+
+
+def _adapted(
+    key: str, value: np.ndarray, shape: tuple[int, ...], theirs: ConfigDict, mine: ConfigDict, notes: list[str]
+) -> np.ndarray:
+    """The position table for another grid, the first convolution for other channels; anything else as it is."""
+    if key.endswith("/pos_embed"):
+        grids = [[size // c.model.patch_size for size in c.crops.global_size] for c in (theirs, mine)]
+        if value.shape[-1] == shape[-1] and math.prod(grids[1]) + 1 == shape[1]:
+            notes.append(f"the position table of {grids[0]} patches is resized to {grids[1]}")
+            return np.asarray(resize_pos_embed(value, tuple(grids[1]), tuple(grids[0])))
+    if key.endswith(STEMS) and value.shape[:2] == shape[:2] and value.shape[3] == shape[3]:
+        before, after = value.shape[2], shape[2]
+        notes.append(f"the first convolution's {before} channels become {after}: their mean, scaled")
+        return np.repeat(value.mean(axis=2, keepdims=True) * (before / after), after, axis=2)
+    return value
+
+
+def _flat(tree: Any) -> dict[str, Any]:
+    return traverse_util.flatten_dict(tree, sep="/")
+
+
+def _shape(leaf: Any) -> Any:
+    return "absent" if leaf is None else list(leaf.shape)
+
+
+def _placed(value: Any, like: jax.Array) -> jax.Array:
+    """`value` with the dtype and on the devices of `like`."""
+    return jax.device_put(np.array(value, like.dtype), like.sharding)

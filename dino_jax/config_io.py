@@ -41,19 +41,20 @@ def override(config: ConfigDict, overrides: Iterable[str]) -> ConfigDict:
 
     A bare number is accepted for a pair of numbers: `--config.crops.global_size=96` is `(96, 96)`.
     """
-    known = flatten(config)
-    argv = ["dino-jax"]
+    known, given = flatten(config), {}
     for argument in overrides:
         key, equals, value = argument.removeprefix("--config.").partition("=")
         if not argument.startswith("--config.") or not equals:
             raise UserError(f"{argument}: overrides have the form --config.KEY=VALUE")
         if key not in known:
             raise UserError(f"{argument}: there is no key {key!r}{suggest(key, known)}")
-        argv.append(f"--config.{key}={_as_pair(value, known[key])}")
+        given[key] = _as_pair(value, known[key])  # the last one counts
+    argv = ["dino-jax", *(f"--config.{key}={value}" for key, value in given.items())]
     values = flags.FlagValues()
     config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
-    for argument in argv[1:]:  # one by one, to name the one that is wrong
-        key, _, value = argument.removeprefix("--config.").partition("=")
+    for argument, (key, value) in zip(
+        argv[1:], given.items(), strict=True
+    ):  # one by one, to name the one that is wrong
         try:
             values([argv[0], argument])
         except (flags.Error, TypeError, ValueError) as error:

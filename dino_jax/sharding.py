@@ -40,12 +40,16 @@ AXES = LogicalAxes()
 def make_mesh(sizes: Any, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh with axes `data`, `fsdp`, `model`; `sizes` gives each, with -1 for what remains (`config.run.mesh`).
 
+    Without a -1 a single process may use fewer devices than it has: the first ones.
+
     Raises:
       UserError: the sizes do not fit the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
     shape = [int(sizes[axis]) for axis in MESH_AXES]
     given = math.prod(n for n in shape if n != -1)
+    if -1 not in shape and jax.process_count() == 1:
+        devices = devices[:given]
     if shape.count(-1) > 1 or given < 1 or len(devices) % given or (-1 not in shape and given != len(devices)):
         raise UserError(
             f"run.mesh={dict(zip(MESH_AXES, shape, strict=True))} does not fit {len(devices)} device(s): "

@@ -222,7 +222,7 @@ def test_settings_that_do_not_fit_get_one_clear_line(bad_input):
     assert "patches of 7" in bad_input(["model.patch_size=7"])
     assert "batch_size=12" in bad_input(["batch_size=12", "run.mesh.data=8"])
     assert "run.accum_steps=3" in bad_input(["run.accum_steps=3"])
-    assert "8 device(s)" in bad_input(["run.mesh.data=3"])
+    assert "8 device(s)" in bad_input(["run.mesh.data=16"])
     assert "vit_tiny" in bad_input(["model.name=vit_tinny"])
     assert "batch_size" in bad_input(["batch_size=128"])
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from dino_jax import __version__
 from dino_jax.errors import UserError
@@ -42,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _verb(verbs, name: str, run, description: str) -> argparse.ArgumentParser:
+def _verb(verbs: Any, name: str, run: Callable[..., None], description: str) -> argparse.ArgumentParser:
     epilog = "Any key of the configuration can be set with --config.KEY=VALUE."
     parser = verbs.add_parser(name, help=description, description=description, epilog=epilog, allow_abbrev=False)
     parser.set_defaults(run=run)

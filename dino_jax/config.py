@@ -17,10 +17,8 @@ Sources: the paper (arXiv 2104.14294) and the command-line defaults of the offic
 
 from __future__ import annotations
 
-import ml_collections
+from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
-
-ConfigDict = ml_collections.ConfigDict
 
 
 def default() -> ConfigDict:

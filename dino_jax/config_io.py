@@ -114,7 +114,7 @@ def from_json(text: str, where: str = "the saved configuration") -> ConfigDict:
         if key not in known:
             raise UserError(f"{where}: there is no key {key!r} in this version{suggest(key, known)}")
         *groups, name = key.split(".")
-        owner = config
+        owner: Any = config
         for group in groups:
             owner = owner[group]
         owner[name] = tuple(value) if isinstance(value, list | tuple) else value
@@ -136,7 +136,14 @@ def check(config: ConfigDict) -> ConfigDict:
     for key in PER_CHANNEL:
         if len(flat[key]) != config.model.in_chans:
             raise UserError(f"{key}={flat[key]}: one value for each of the {config.model.in_chans} channels is needed")
-    at_least_one = ("epochs", "batch_size", "model.patch_size", "model.in_chans", "head.out_dim", "head.hidden_dim")
+    at_least_one: tuple[str, ...] = (
+        "epochs",
+        "batch_size",
+        "model.patch_size",
+        "model.in_chans",
+        "head.out_dim",
+        "head.hidden_dim",
+    )
     at_least_one += ("head.bottleneck_dim", "head.layers", "run.accum_steps", "run.log_every", "run.keep")
     for key in at_least_one:
         if flat[key] < 1:

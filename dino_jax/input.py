@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any, NamedTuple
 
 import jax
@@ -44,7 +44,9 @@ class BadFiles:
             self._path.write_text(before + "".join(f"{name}\t{reason}\n" for name, reason in new.items()))
 
 
-def device_batches(config: ConfigDict, source: Source, mesh: Mesh, *, position: int, salt: int) -> Iterator[Ready]:
+def device_batches(
+    config: ConfigDict, source: Source, mesh: Mesh, *, position: int, salt: int
+) -> Generator[Ready, None, None]:
     """The endless stream of training batches from `position` (examples consumed by the run) on.
 
     Each process reads its own rows; uint8 goes over the wire, crops are normalised (and rendered, with
@@ -53,7 +55,7 @@ def device_batches(config: ConfigDict, source: Source, mesh: Mesh, *, position: 
     rows = sharding.process_rows(config.batch_size, mesh)
     render = make_renderer(config, sharding.batch_sharding(mesh))
 
-    def produce() -> Iterator[Ready]:
+    def produce() -> Generator[Ready, None, None]:
         batches = make_dataset(source, config, position=position, salt=salt, batch_slice=rows)
         try:
             for batch in batches:
@@ -70,15 +72,15 @@ def _arrays(batch: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in batch.items() if not isinstance(value, np.ndarray) or value.dtype != np.int64}
 
 
-def in_thread(produce: Callable[[], Iterator[Any]], ahead: int) -> Iterator[Any]:
-    """What `produce()` yields, made in another thread, with at most `ahead` items waiting; its exception is raised here.
+def in_thread(produce: Callable[[], Generator[Any, None, None]], ahead: int) -> Generator[Any, None, None]:
+    """What `produce()` yields, made in another thread, at most `ahead` items waiting; its exception is raised here.
 
     Closing the generator ends the thread.
     """
     ready: queue.Queue = queue.Queue(maxsize=max(ahead, 1))
     closed = threading.Event()
 
-    def put(item) -> bool:
+    def put(item: Any) -> bool:
         while not closed.is_set():
             try:
                 ready.put(item, timeout=0.1)

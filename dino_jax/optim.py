@@ -94,7 +94,9 @@ def scale_by_learning_rate(lr: Schedule) -> optax.GradientTransformationExtraArg
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
-def make_optimizer(config: ConfigDict, schedules: Schedules, steps_per_epoch: int):
+def make_optimizer(
+    config: ConfigDict, schedules: Schedules, steps_per_epoch: int
+) -> optax.GradientTransformationExtraArgs:
     """The transform of `config.optim`; call `update(grads, state, params, step=global_step)`.
 
     adamw: decoupled decay, as `torch.optim.AdamW`. sgd: decay joins the gradient, then momentum. lars: decay, trust

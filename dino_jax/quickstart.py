@@ -2,8 +2,8 @@
 
     python -m dino_jax.quickstart [--workdir=runs/quickstart] [--config.KEY=VALUE ...]
 
-Its last line is one JSON object: `knn_pixels knn_untrained knn_trained jaccard_untrained jaccard_trained` in percent and
-`seconds`. No label is used in training; k-NN and the Jaccard index read labels and masks afterwards.
+Its last line is one JSON object: `knn_pixels knn_untrained knn_trained jaccard_untrained jaccard_trained` in percent
+and `seconds`. No label is used in training; k-NN and the Jaccard index read labels and masks afterwards.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from PIL import Image
 
 from dino_jax import attention as pictures
 from dino_jax import config_io, online, sharding
+from dino_jax.data.arrays import ArraySource
 from dino_jax.data.pipeline import make_eval_dataset, steps_per_epoch
 from dino_jax.data.scenes import Scenes
-from dino_jax.data.sources import open_source
+from dino_jax.data.sources import Source, open_source
 from dino_jax.errors import UserError
 from dino_jax.eval import voc
 from dino_jax.eval.features import Frozen, extract, run
@@ -34,7 +35,7 @@ from dino_jax.train_step import jit_init_state, make_recipe
 
 CONFIG = pathlib.Path(__file__).parent.parent / "configs" / "quickstart.py"
 BANK, QUERIES, MASKED = 2400, 1200, 240  # pictures: k-NN neighbours, k-NN queries, pictures with masks
-ATTENTION_SIZE = 96  # pixels: attention is looked at on a finer grid than the training crops
+SIZE, ATTENTION_SIZE = 64, 96  # pixels: of the pictures, and of those whose attention is looked at, on a finer grid
 SHOWN = 8  # pictures in attention.png
 
 
@@ -57,11 +58,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def quickstart(config: ConfigDict, workdir: pathlib.Path) -> dict[str, float]:
     """Trains in `workdir/run`, writes `workdir/attention.png`, prints the table, returns the figures."""
     start = time.monotonic()
-    state = train(config, workdir / "run")
-    recipe = make_recipe(config, steps_per_epoch(len(open_source(config.data.train)), config.batch_size))
+    print(f"quickstart: drawing the pictures of {config.data.train}", file=sys.stderr)
+    source = in_memory(open_source(config.data.train))
+    state = train(config, workdir / "run", source=source)
+    recipe = make_recipe(config, steps_per_epoch(len(source), config.batch_size))
     fresh = jit_init_state(recipe, sharding.make_mesh(config.run.mesh))
     trained, untrained = (online.frozen_teacher(config, recipe, s) for s in (state, fresh))
-    sets = [Scenes("train", BANK, image_size=64), Scenes("test", QUERIES, image_size=64)]
+    print("quickstart: k-NN and attention, before and after", file=sys.stderr)
+    sets = [in_memory(Scenes(split, size, image_size=SIZE)) for split, size in (("train", BANK), ("test", QUERIES))]
     masked = Scenes("test", MASKED, image_size=ATTENTION_SIZE)
     figures = {
         "knn_pixels": knn_pixels(config, sets),
@@ -80,7 +84,7 @@ def quickstart(config: ConfigDict, workdir: pathlib.Path) -> dict[str, float]:
 
 def report(figures: dict[str, float], workdir: pathlib.Path) -> str:
     """The table, as text."""
-    rows = [("raw pixels", figures["knn_pixels"], None)]
+    rows: list[tuple[str, float, float | None]] = [("raw pixels", figures["knn_pixels"], None)]
     rows += [(f"{k} network", figures[f"knn_{k}"], figures[f"jaccard_{k}"]) for k in ("untrained", "trained")]
     lines = [f"{'':20}{'k-NN top-1':>12}{'attention Jaccard':>20}"]
     for name, accuracy, overlap in rows:
@@ -88,20 +92,26 @@ def report(figures: dict[str, float], workdir: pathlib.Path) -> str:
     return "\n".join([*lines, f"{figures['seconds']:.0f} seconds; pictures: {workdir / 'attention.png'}"])
 
 
-def knn_pixels(config: ConfigDict, sets: Sequence[Scenes]) -> float:
+def in_memory(source: Source) -> ArraySource:
+    """A source whose pictures are drawn once."""
+    images, labels, _ = zip(*(source[i] for i in range(len(source))), strict=True)
+    return ArraySource(np.stack(images), labels)
+
+
+def knn_pixels(config: ConfigDict, sets: Sequence[ArraySource]) -> float:
     """20-NN top-1 in percent on raw pixels, centred on the training mean."""
-    labels = [np.array([scenes.label(i) for i in range(len(scenes))]) for scenes in sets]
-    pixels = [np.stack([scenes[i].image for i in range(len(scenes))]).astype(np.float32) for scenes in sets]
-    flat = [p.reshape(len(p), -1) - pixels[0].reshape(len(pixels[0]), -1).mean(0) for p in pixels]
-    k = config.eval.knn_k
-    return knn_classify(flat[0], labels[0], flat[1], labels[1], ks=(k,), temperature=config.eval.knn_temperature)[k][0]
+    pixels = [s.images.reshape(len(s), -1).astype(np.float32) for s in sets]
+    return _knn(config, *((p - pixels[0].mean(0), s.labels) for p, s in zip(pixels, sets, strict=True)))
 
 
-def knn(config: ConfigDict, model: Frozen, sets: Sequence[Scenes]) -> float:
+def knn(config: ConfigDict, model: Frozen, sets: Sequence[ArraySource]) -> float:
     """20-NN top-1 in percent on the CLS feature."""
-    found = [extract(model, make_eval_dataset(s, resize=0, crop=s.height, batch_size=200)) for s in sets]
+    return _knn(config, *(extract(model, make_eval_dataset(s, resize=0, crop=SIZE, batch_size=200)) for s in sets))
+
+
+def _knn(config: ConfigDict, bank: tuple, queries: tuple) -> float:
     k = config.eval.knn_k
-    return knn_classify(*found[0], *found[1], ks=(k,), temperature=config.eval.knn_temperature)[k][0]
+    return knn_classify(*bank, *queries, ks=(k,), temperature=config.eval.knn_temperature)[k][0]
 
 
 def cls_attention(model: Frozen, scenes: Scenes) -> np.ndarray:
@@ -131,12 +141,12 @@ def attention_picture(model: Frozen, scenes: Scenes) -> np.ndarray:
     masks = head_masks(attention, shown.height)
     rows = []
     for i in range(SHOWN):
-        image, truth = shown[i].image, shown.mask(i)
+        image, truth = np.asarray(shown[i].image), shown.mask(i)
         best = masks[i][voc.jaccard(masks[i], truth).argmax()]
-        heads = [pictures.heat(head) for head in attention[i]]
-        rows.append([image, *heads, pictures.outline(image, best), pictures.outline(image, truth)])
-    heads = [f"head {h}" for h in range(attention.shape[1])]
-    return pictures.table(rows, ["picture", *heads, "best head, 60%", "true mask"])
+        maps = [pictures.heat(head) for head in attention[i]]
+        rows.append([image, *maps, pictures.outline(image, best), pictures.outline(image, truth)])
+    titles = [f"head {h}" for h in range(attention.shape[1])]
+    return pictures.table(rows, ["picture", *titles, "best head, 60%", "true mask"])
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Devices: the mesh, logical axes on mesh axes, and the way of arrays from the host. Knows nothing of DINO.
 
-A model names the *logical* axes of its arrays (`batch`, `prototypes`, ...); `LogicalAxes` says on which *mesh* axes they
-lie. Data parallelism is the default and the only thing most runs need.
+A model names the *logical* axes of its arrays (`batch`, `prototypes`, ...); `LogicalAxes` says on which *mesh* axes
+they lie. Data parallelism is the default and the only thing most runs need.
 """
 
 from __future__ import annotations
@@ -119,8 +119,10 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 
 def process_rows(batch_size: int, mesh: Mesh) -> slice:
     """The rows of a global batch that this process must load, from the sharding's own index map."""
-    index_map = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
-    rows = sorted({(s.start or 0, batch_size if s.stop is None else s.stop) for (s,) in index_map.values()})
+    indices = [
+        index[0] for index in batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values() if index
+    ]
+    rows = sorted({(s.start or 0, batch_size if s.stop is None else s.stop) for s in indices})
     start, stop = rows[0][0], rows[-1][1]
     covered = sum(b - a for a, b in rows)
     if covered != stop - start:

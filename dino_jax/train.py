@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import logging
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import jax
 import jax.numpy as jnp
@@ -62,12 +62,12 @@ def claim(workdir: epath.Path, config: ConfigDict) -> None:
     """Writes `workdir/config.json`, or compares with it: a workdir belongs to one configuration, `run.*` apart."""
     path = workdir / "config.json"
     try:
-        if path.exists():
-            if differences := config_io.differences(config_io.from_json(path.read_text(), str(path)), config):
-                raise UserError(
-                    f"{path}: this workdir belongs to a run of another configuration ({'; '.join(differences)}): "
-                    "give another --workdir, or the same values to resume"
-                )
+        saved = config_io.from_json(path.read_text(), str(path)) if path.exists() else config
+        if differences := config_io.differences(saved, config):
+            raise UserError(
+                f"{path}: this workdir belongs to a run of another configuration ({'; '.join(differences)}): "
+                "give another --workdir, or the same values to resume"
+            )
         if jax.process_index() == 0:
             workdir.mkdir(parents=True, exist_ok=True)
             fresh = workdir / "config.json.new"
@@ -127,7 +127,7 @@ class _Session:
                 self.step += 1
                 pending.append((self.step, metrics))
                 due = self.due() or self.step == last
-                if not all([self.see(*pending.popleft()) for _ in range(len(pending) - (0 if due else IN_FLIGHT))]):
+                if not all(self.see(*pending.popleft()) for _ in range(len(pending) - (0 if due else IN_FLIGHT))):
                     batches.close()
                     pending.clear()
                     self.rewind()
@@ -161,11 +161,11 @@ class _Session:
             config_json=config_io.to_json(self.config),
         )
 
-    def batches(self) -> Iterator[Ready]:
+    def batches(self) -> Generator[Ready, None, None]:
         position, salt = self.step * self.config.batch_size, int(self.state.salt)
         return device_batches(self.config, self.source, self.mesh, position=position, salt=salt)
 
-    def next_crops(self, batches: Iterator[Ready]) -> list[jax.Array]:
+    def next_crops(self, batches: Generator[Ready, None, None]) -> list[jax.Array]:
         with self.throughput.waiting():
             batch = next(batches)
         self.bad_files.note(batch.bad)
@@ -246,7 +246,9 @@ class _Session:
         count = sum(x.size for x in jax.tree.leaves(students))
         beginning = f"resuming at step {self.step}" if restored else "starting"
         if config.run.accum_steps > 1 and jax.tree.leaves(self.state.student["batch_stats"]):
-            log.warning("batch norm sees one of the %d microbatches at a time: not the big batch", config.run.accum_steps)
+            log.warning(
+                "batch norm sees one of the %d microbatches at a time: not the big batch", config.run.accum_steps
+            )
         return (
             f"{beginning} of {self.total} ({config.epochs} epochs of {self.epoch_steps}): {config.model.name}, "
             f"{count / 1e6:.1f}M parameters with the head, {len(self.source)} pictures, batch {config.batch_size} on "

@@ -31,8 +31,7 @@ REST = ("step", "center", "opt_state", "salt", "bad_steps")  # of the state, bes
 LOGICAL_AXES = ((r"last_layer/(v|g)$", ("prototypes",)), (r"(^|/)center$", ("prototypes",)))
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
     """Everything that a step changes; a run is a function of this and the configuration."""
 
     step: jax.Array  # int32, the global step about to be done
@@ -133,7 +132,9 @@ def _forward(network, variables, crops, masks=None):
     return sharding.constrain(logits, "batch", None, "prototypes"), new.get("batch_stats", {})
 
 
-def _microbatch(recipe: Recipe, state: TrainState, stats, crops: Crops, masks):
+def _microbatch(
+    recipe: Recipe, state: TrainState, stats: tuple[Any, Any], crops: Crops, masks: jax.Array | None
+) -> tuple[Any, Any]:
     """Gradients and measurements of one microbatch; `stats` are (student's, teacher's) batch statistics before it."""
     student_stats, teacher_stats = stats
     loss_config, network = recipe.config.loss, recipe.network
@@ -150,7 +151,7 @@ def _microbatch(recipe: Recipe, state: TrainState, stats, crops: Crops, masks):
     return (student_stats, teacher_stats), (grads, terms, batch_center)
 
 
-def _accumulate(recipe: Recipe, state: TrainState, crops: Crops, masks):
+def _accumulate(recipe: Recipe, state: TrainState, crops: Crops, masks: jax.Array | None) -> tuple[Any, Any]:
     """`_microbatch` over `run.accum_steps` microbatches, averaged.
 
     Rows are dealt out as [B] -> [B / A, A] and axis 1 is scanned: every device keeps its own rows.
@@ -245,7 +246,11 @@ def jit_train_step(recipe: Recipe, mesh: Mesh) -> Callable[[TrainState, Crops], 
     Under `jit` a mean over the batch is the mean over all devices: the only collectives are those of gradients, centre,
     metrics and batch statistics. This is the successor of `pmap`.
     """
-    state_shardings, rows, everywhere = shardings(recipe, mesh), sharding.batch_sharding(mesh), sharding.replicated(mesh)
+    state_shardings, rows, everywhere = (
+        shardings(recipe, mesh),
+        sharding.batch_sharding(mesh),
+        sharding.replicated(mesh),
+    )
 
     def step(state, crops):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):

@@ -78,7 +78,13 @@ def test_one_clear_line_for(argument, message):
 
 
 def test_overrides_take_the_types_of_their_keys():
-    arguments = ["optim.lr=1e-3", "crops.global_size=96", "crops.local_size=64", "crops.local_size=(32,48)", "run.tensorboard=false"]
+    arguments = [
+        "optim.lr=1e-3",
+        "crops.global_size=96",
+        "crops.local_size=64",
+        "crops.local_size=(32,48)",
+        "run.tensorboard=false",
+    ]
     arguments += ["init_from=weights.pth", "run.checkpoint_every=2", "eval.knn_train=/data/a=b"]
     config = config_io.override(default(), [f"--config.{argument}" for argument in arguments])
     assert config.optim.lr == 1e-3

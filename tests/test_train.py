@@ -1,4 +1,4 @@
-"""The loop as a user meets it: it runs, resumes to the last bit, stops when asked, and says what is wrong in one line."""
+"""The loop as a user meets it: runs, resumes to the last bit, stops when asked, says what is wrong in one line."""
 
 from __future__ import annotations
 
@@ -168,7 +168,9 @@ def test_kill_9_at_any_moment_loses_nothing(config_file, tmp_path):
     def finish(workdir):
         subprocess.run(command(config_file, workdir, *overrides), env=environment(), check=True, capture_output=True)
         return json.dumps(untimed(workdir)), {
-            path.name: path.read_text() for path in (workdir / "checkpoints" / "24" / "checksums").rglob("*") if path.is_file()
+            path.name: path.read_text()
+            for path in (workdir / "checkpoints" / "24" / "checksums").rglob("*")
+            if path.is_file()
         }
 
     killed = tmp_path / "killed"

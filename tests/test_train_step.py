@@ -95,7 +95,7 @@ def tiny():
 
 
 def test_student_and_teacher_start_equal_and_apart(tiny):
-    recipe, state, _ = tiny
+    _, state, _ = tiny
     jax.tree.map(np.testing.assert_array_equal, state.student["params"], state.ema.teacher)
     ours, theirs = (jax.tree.leaves(x) for x in (state.student["params"], state.ema.teacher))
     assert all(a is not b for a, b in zip(ours, theirs, strict=True))
@@ -139,7 +139,7 @@ def test_metrics_agree_with_each_other(tiny):
 
 
 def test_drop_path_masks_belong_to_their_example_and_keep_the_mean(tiny):
-    """One draw per sample, crop and branch: the first block never drops, the last at the full rate; values 0 or 1/keep."""
+    """One draw per sample, crop and branch: the first block never drops, the last at the full rate."""
     config = tiny_config(drop_path=0.4)
     recipe = train_step.make_recipe(config, 4)
     masks = np.asarray(train_step.draw_masks(recipe, jax.random.key(1), 500))

@@ -37,7 +37,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import grain
@@ -66,7 +66,7 @@ def steps_per_epoch(examples: int, batch_size: int) -> int:
 
 def make_dataset(
     source: Source, config: Any, *, position: int = 0, salt: int = 0, batch_slice: slice | Sequence[int] = slice(None)
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """The endless stream of training batches (see the module) from `position` on.
 
     Args:
@@ -104,7 +104,7 @@ def make_eval_dataset(
     channels: int = 3,
     workers: int = 0,
     threads: int = 2,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Every picture once, in order, in ceil(N / batch_size) batches; the last is padded (valid False, index -1).
 
     The shorter side becomes `resize` pixels (bicubic, antialiased; 0: left as it is), then the centre `crop` is taken,
@@ -121,7 +121,7 @@ def make_eval_dataset(
 
 def _iterate(
     chunks: TrainChunks | EvalChunks, parts: int, workers: int, threads: int, reader: Reader
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Runs the chunks through grain: threads, or processes with threads, keeping about two batches ready."""
     share = math.ceil(parts / max(workers, 1))  # chunks of a batch that fall to each process
     ahead = share if workers else 2 * share
@@ -147,7 +147,7 @@ def _require_shared_memory(chunks: TrainChunks | EvalChunks, count: int) -> None
         )
 
 
-def _checked(batches: Any, reader: Reader) -> Iterator[Batch]:
+def _checked(batches: Any, reader: Reader) -> Generator[Batch, None, None]:
     """Counts the unreadable pictures over all workers."""
     try:
         for batch in batches:

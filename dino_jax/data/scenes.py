@@ -1,12 +1,13 @@
 """`scenes`: embedded, procedurally rendered, labelled pictures with exact object masks, and short clips.
 
-A picture shows one object of twelve classes, lit against a darker, cluttered and textured background. A class is a shape
-with a texture; colours, position, area, tilt, aspect, shear, frequency and phase are drawn alike for every class, and the
-clutter wears the same textures. Everything is a function of (seed, split, index): nothing is on disk.
+A picture shows one object of twelve classes, lit against a darker, cluttered and textured background. A class is a
+shape with a texture; colours, position, area, tilt, aspect, shear, frequency and phase are drawn alike for every class,
+and the clutter wears the same textures. Everything is a function of (seed, split, index): nothing is on disk.
 
 How hard it is was settled by two measures, neither of them of a self-supervised run: nearest neighbours on raw pixels
-should fail on most pictures, and a small ViT should begin to learn from some ten thousand labelled ones. Objects turned freely
-and as dark as their surroundings taught it nothing; large ones near the centre gave themselves away by their outline.
+should fail on most pictures, and a small ViT should begin to learn from some ten thousand labelled ones. Objects turned
+freely and as dark as their surroundings taught it nothing; large ones near the centre gave themselves away by their
+outline.
 """
 
 from __future__ import annotations

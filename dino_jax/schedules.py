@@ -60,7 +60,5 @@ def make_schedules(config: ConfigDict, steps_per_epoch: int) -> Schedules:
         ),
         weight_decay=cosine(optim.weight_decay, optim.weight_decay_end, steps),
         momentum=cosine(teacher.momentum, teacher.momentum_end, steps),
-        teacher_temp=linear_per_epoch(
-            teacher.warmup_temp, teacher.temp, teacher.warmup_temp_epochs, steps_per_epoch
-        ),
+        teacher_temp=linear_per_epoch(teacher.warmup_temp, teacher.temp, teacher.warmup_temp_epochs, steps_per_epoch),
     )

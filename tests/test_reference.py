@@ -75,9 +75,7 @@ def trajectory_config(said: dict, dtype: str):
     config.optim.update({"name": said["optimizer"], "clip_grad": said["clip"], "min_lr": said["min_lr"]})
     config.optim.update({"weight_decay": said["wd"], "weight_decay_end": said["wd_end"]})
     config.optim.lr = said["lr"] * 256 / said["batch"]  # the files give the scaled learning rate
-    config.optim.update(
-        {"warmup_epochs": said["warmup_epochs"], "freeze_last_layer": said["freeze_last_layer_epochs"]}
-    )
+    config.optim.update({"warmup_epochs": said["warmup_epochs"], "freeze_last_layer": said["freeze_last_layer_epochs"]})
     config.teacher.update({"momentum": said["momentum"], "temp": said["teacher_temp"]})
     config.teacher.update(
         {"warmup_temp": said["warmup_teacher_temp"], "warmup_temp_epochs": said["warmup_teacher_temp_epochs"]}

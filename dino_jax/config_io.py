@@ -33,7 +33,7 @@ def load(path: str, overrides: Iterable[str] = ()) -> ConfigDict:
         raise UserError(f"--config={path}: {type(error).__name__}: {error}") from error
     if not isinstance(config, ConfigDict):
         raise UserError(f"--config={path}: get_config() must return a ConfigDict, not {type(config).__name__}")
-    return override(config, overrides)
+    return check(override(config, overrides))
 
 
 def override(config: ConfigDict, overrides: Iterable[str]) -> ConfigDict:
@@ -60,7 +60,7 @@ def override(config: ConfigDict, overrides: Iterable[str]) -> ConfigDict:
         except (flags.Error, TypeError, ValueError) as error:
             kind = type(known[key]).__name__ if known[key] is not None else config.get_type(key).__name__
             raise UserError(f"--config.{key}={value}: this key takes a value of type {kind}") from error
-    return check(config)
+    return config
 
 
 def suggest(word: str, known: Iterable[str]) -> str:

@@ -67,7 +67,7 @@ def _render_image(config: ConfigDict, canvas: Array, params: CropParams) -> Crop
 
 
 def _render_crop(
-    canvas: Float[Array, "c S S"], size: tuple[int, int], threshold: int, crop: CropParams
+    canvas: Float[Array, "c S S"], size: tuple[int, int], threshold: int, crop: Any
 ) -> Float[Array, "c h w"]:
     """One crop, values 0..255. Pictures that are not RGB are only resampled and mirrored."""
     image = ops.resample(canvas, crop.box, crop.flip, size)

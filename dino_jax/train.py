@@ -31,7 +31,8 @@ from dino_jax.train_step import (
     make_recipe,
     to_items,
 )
-from dino_jax.watch import Watch, input_bound
+from dino_jax.watch import Watch
+from dino_jax.weights.start import start_from
 
 log = logging.getLogger(__name__)
 
@@ -147,7 +148,11 @@ class _Session:
         """The latest good checkpoint's state, or a fresh one; and whether it was restored."""
         step = self.checkpoints.latest_step()
         if step is None:
-            return jit_init_state(self.recipe, self.mesh), False
+            state = jit_init_state(self.recipe, self.mesh)
+            if self.config.init_from is not None:
+                state, notes = start_from(state, self.config)
+                log.info("; ".join(notes))
+            return state, False
         wanted = to_items(abstract_state(self.recipe, self.mesh))
         return from_items(self.checkpoints.restore(step, wanted)), True
 
@@ -188,7 +193,7 @@ class _Session:
             step, epoch=values["epoch"], loss=values["loss"], **{"images/s": values["images_per_second"]}
         )
         verdict = self.watch.update(step, values)
-        for line in verdict.lines + input_bound(step, values["input_wait"], self.config):
+        for line in verdict.lines:
             self.say(line)
         if verdict.action == "stop":
             raise UserError(verdict.lines[-1])

@@ -73,7 +73,7 @@ def test_defaults_are_the_official_ones():
 )
 def test_one_clear_line_for(argument, message):
     with pytest.raises(UserError, match=message) as caught:
-        config_io.override(default(), [argument])
+        config_io.check(config_io.override(default(), [argument]))
     assert "\n" not in str(caught.value)
 
 

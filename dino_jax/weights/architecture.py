@@ -22,6 +22,13 @@ from dino_jax.weights import keys
 Tensors = Mapping[str, np.ndarray]
 
 
+class Hints(NamedTuple):
+    """What shapes cannot tell, from the user or from what lies beside the tensors."""
+
+    heads: int | None = None
+    image_size: tuple[int, int] | None = None  # height, width of the position table
+
+
 class Format(NamedTuple):
     """A naming of a family's backbone tensors, known by a key that only it has."""
 
@@ -64,41 +71,41 @@ def recognise(backbone: Tensors, source: object) -> Format:
     )
 
 
-def fill_model(config: ConfigDict, fmt: Format, backbone: Tensors, heads: int | None, source: object) -> None:
+def fill_model(config: ConfigDict, fmt: Format, backbone: Tensors, hints: Hints, source: object) -> None:
     """Sets `config.model` and the image size from the shapes of a backbone's tensors.
 
     Raises:
-      UserError: the number of attention heads cannot be known (`heads` is needed), or the shapes make no sense.
+      UserError: the number of attention heads cannot be known (a hint is needed), or the shapes make no sense.
     """
     try:
         fill = {"vit": _fill_vit, "xcit": _fill_xcit, "resnet": _fill_resnet}[fmt.family]
-        fill(config, fmt, backbone, heads, source)
+        fill(config, fmt, backbone, hints, source)
     except UserError:
         raise
     except (KeyError, ValueError, IndexError) as error:
         raise UserError(f"{source}: incomplete: it lacks or misshapes {error}, from which the model is known") from None
 
 
-def _fill_vit(config: ConfigDict, fmt: Format, backbone: Tensors, heads: int | None, source: object) -> None:
-    width, chans, patch, _ = backbone[keys.renamed("patch_embed.weight", fmt.rules)].shape
+def _fill_vit(config: ConfigDict, fmt: Format, backbone: Tensors, hints: Hints, source: object) -> None:
+    embed_dim, chans, patch, _ = backbone[keys.renamed("patch_embed.weight", fmt.rules)].shape
     count = backbone[keys.renamed("pos_embed", fmt.rules)].shape[1] - 1
-    side = math.isqrt(count)
-    if side * side != count:
+    height, width = hints.image_size or (math.isqrt(count) * patch,) * 2
+    if (height // patch) * (width // patch) != count:
         raise UserError(f"{source}: a position table of {count} patches is not square; its grid cannot be known")
     depth = _count(backbone, lambda i: keys.renamed(f"blocks.{i}.norm1.weight", fmt.rules))
-    _fill_shape(config, "vit_", {"embed_dim": width, "depth": depth}, heads, source)
-    _fill_input(config, chans, patch, side * patch)
+    _fill_shape(config, "vit_", {"embed_dim": embed_dim, "depth": depth}, hints.heads, source)
+    _fill_input(config, chans, patch, (height, width))
 
 
-def _fill_xcit(config: ConfigDict, fmt: Format, backbone: Tensors, heads: int | None, source: object) -> None:
+def _fill_xcit(config: ConfigDict, fmt: Format, backbone: Tensors, hints: Hints, source: object) -> None:
     width, depth = backbone["cls_token"].shape[-1], _count(backbone, lambda i: f"blocks.{i}.norm1.weight")
     heads = backbone["blocks.0.attn.temperature"].shape[0]
     patch = 2 ** _count(backbone, lambda i: f"patch_embed.proj.{2 * i}.0.weight")
     _fill_shape(config, "xcit_", {"embed_dim": width, "depth": depth}, heads, source)
-    _fill_input(config, backbone["patch_embed.proj.0.0.weight"].shape[1], patch)
+    _fill_input(config, backbone["patch_embed.proj.0.0.weight"].shape[1], patch, hints.image_size or (224, 224))
 
 
-def _fill_resnet(config: ConfigDict, fmt: Format, backbone: Tensors, heads: int | None, source: object) -> None:
+def _fill_resnet(config: ConfigDict, fmt: Format, backbone: Tensors, hints: Hints, source: object) -> None:
     stages = tuple(_count(backbone, lambda i, n=n: f"layer{n}.{i}.conv1.weight") for n in (1, 2, 3, 4))
     bottleneck = "layer1.0.conv3.weight" in backbone
     for name, make in BACKBONES.items():
@@ -109,7 +116,8 @@ def _fill_resnet(config: ConfigDict, fmt: Format, backbone: Tensors, heads: int 
         raise UserError(f"{source}: a ResNet with {stages} blocks is none of the registered models")
     _, chans, side, _ = backbone["conv1.weight"].shape
     config.model.small_stem = side == 3
-    _fill_input(config, chans, config.model.patch_size, 32 if side == 3 else 224)
+    size = (32, 32) if side == 3 else (224, 224)
+    _fill_input(config, chans, config.model.patch_size, hints.image_size or size)
 
 
 def _count(backbone: Tensors, name: Callable[[int], str]) -> int:
@@ -137,11 +145,10 @@ def _fill_shape(config: ConfigDict, family: str, shape: dict[str, int], heads: i
             config.model[key] = value
 
 
-def _fill_input(config: ConfigDict, chans: int, patch: int, size: int = 224) -> None:
+def _fill_input(config: ConfigDict, chans: int, patch: int, size: tuple[int, int]) -> None:
     config.model.patch_size, config.model.in_chans = patch, chans
-    config.crops.global_size = (size, size)
-    local = max(1, round(size * 96 / 224 / patch)) * patch
-    config.crops.local_size = (local, local)
+    config.crops.global_size = size
+    config.crops.local_size = tuple(max(1, round(length * 96 / 224 / patch)) * patch for length in size)
     if chans != len(config.data.mean):
         config.data.mean, config.data.std = (0.5,) * chans, (0.5,) * chans
 

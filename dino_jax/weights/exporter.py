@@ -103,9 +103,10 @@ def _arguments(weights: Weights) -> dict[str, Any]:
     for word, key in ARGS.items():
         group, _, name = key.rpartition(".")
         args[word] = (config[group] if group else config)[name]
+    args["image_size"] = list(config.crops.global_size)  # this and the next are ours, for the way back
     backbone = build_backbone(config.model, config.crops.global_size)
     if backbone.patch_size:
-        args |= {"num_heads": backbone.heads, "image_size": list(config.crops.global_size)}  # ours, for the way back
+        args["num_heads"] = backbone.heads
     args |= {"arch": config.model.name, "patch_size": config.model.patch_size, "out_dim": config.head.out_dim}
     return args | {"norm_last_layer": config.head.norm_last_layer, "use_bn_in_head": config.head.use_bn}
 

@@ -100,7 +100,8 @@ def read(file_or_name: epath.PathLike, *, heads: int | None = None, from_file: e
 def _from_backbone(tensors: keys.Tensors, heads: int | None, source: epath.Path) -> Weights:
     """A backbone alone, or a network's state dict without anything around it."""
     network = _regular(tensors)
-    return _weights(default(), network, heads or _neighbour_heads(source), source)
+    hints = _neighbour(source) if any("embeddings." in key for key in network) else architecture.Hints()
+    return _weights(default(), network, hints._replace(heads=heads or hints.heads), source)
 
 
 def _from_checkpoint(content: Mapping[str, Any], heads: int | None, source: epath.Path) -> Weights:
@@ -114,7 +115,8 @@ def _from_checkpoint(content: Mapping[str, Any], heads: int | None, source: epat
     network = _regular(content["teacher"])
     student = _regular(student) if student else None
     train_gain = args.get("norm_last_layer") is False or _gain_has_moments(student, optimizer)
-    weights = _weights(config, network, heads or args.get("num_heads"), source, student, train_gain)
+    hints = _hints(heads or args.get("num_heads"), args.get("image_size"))  # which our own exports have
+    weights = _weights(config, network, hints, source, student, train_gain)
     center = content["dino_loss"].get("center") if isinstance(content.get("dino_loss"), Mapping) else None
     if center is not None:
         center = np.asarray(center, np.float32).reshape(-1)
@@ -143,7 +145,7 @@ def _regular(tensors: keys.Tensors) -> dict[str, np.ndarray]:
 def _weights(
     config: ConfigDict,
     network: dict[str, np.ndarray],
-    heads: int | None,
+    hints: architecture.Hints,
     source: epath.Path,
     student: dict[str, np.ndarray] | None = None,
     train_gain: bool = False,
@@ -151,7 +153,7 @@ def _weights(
     """Fills the configuration from the shapes and maps teacher and student through its table."""
     backbone, head = section(network, "backbone."), section(network, "head.")
     fmt = architecture.recognise(backbone, source)
-    architecture.fill_model(config, fmt, backbone, heads, source)
+    architecture.fill_model(config, fmt, backbone, hints, source)
     both = [state for state in (network, student) if state is not None]
     if head:
         train_gain |= any(np.any(state.get(GAIN, 1) != 1) for state in both)
@@ -231,10 +233,19 @@ def _moments(config: ConfigDict, student: dict[str, np.ndarray], optimizer: Any,
     return Moments(tree("exp_avg"), tree("exp_avg_sq"), count)
 
 
-def _neighbour_heads(source: epath.Path) -> int | None:
-    """The number of heads that a transformers `config.json` beside the weights gives."""
+def _neighbour(source: epath.Path) -> architecture.Hints:
+    """What a transformers `config.json` beside the weights tells."""
     path = (source if source.is_dir() else source.parent) / "config.json"
     try:
-        return json.loads(path.read_text()).get("num_attention_heads")
+        described = json.loads(path.read_text())
+        return _hints(described.get("num_attention_heads"), described.get("image_size"))
     except (OSError, ValueError, AttributeError):
-        return None
+        return architecture.Hints()
+
+
+def _hints(heads: Any, size: Any) -> architecture.Hints:
+    """Hints from a file's words, which may be anything."""
+    size = (size, size) if isinstance(size, int) else size
+    is_size = isinstance(size, list | tuple) and len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size)
+    is_heads = isinstance(heads, int) and heads > 0
+    return architecture.Hints(heads if is_heads else None, tuple(size) if is_size else None)

@@ -22,12 +22,12 @@ from tests.weights.test_importer import same
 TINY = {"vit": {"embed_dim": 24, "depth": 2, "heads": 3}, "xcit": {"embed_dim": 32, "depth": 2, "heads": 4}}
 
 
-def random_weights(name: str, head: bool = False, **head_options) -> Weights:
+def random_weights(name: str, head: bool = False, size=(32, 32), **head_options) -> Weights:
     """A network of the registry, ViT and XCiT made tiny, with random numbers in every variable."""
     config, rng = default(), np.random.default_rng(0)
     config.model.name, config.model.patch_size = name, 8
     config.model.update(TINY.get(name.partition("_")[0], {}))
-    config.crops.global_size, config.crops.local_size = (32, 32), (16, 16)
+    config.crops.global_size, config.crops.local_size = size, (16, 16)
     config.head.update({"out_dim": 16, "hidden_dim": 20, "bottleneck_dim": 12, **head_options})
 
     def number(path, leaf):
@@ -92,10 +92,11 @@ def test_backbones_come_back_bit_identical(tmp_path, name, format):
     [("vit_tiny", {"norm_last_layer": False}), ("vit_tiny", {"use_bn": True}), ("resnet18", {"layers": 2})],
 )
 def test_whole_networks_come_back_bit_identical(tmp_path, name, options):
-    weights = random_weights(name, head=True, **options)
+    weights = random_weights(name, head=True, size=(24, 40), **options)
     write_pth(tmp_path / "full.pth", official(weights))
     again = importer.read(tmp_path / "full.pth")
     assert same((again.teacher, again.student, again.center), (weights.teacher, weights.student, weights.center))
+    assert again.config.crops.global_size == weights.config.crops.global_size
     for key in ("out_dim", "hidden_dim", "bottleneck_dim", "layers", "use_bn", "norm_last_layer"):
         assert again.config.head[key] == weights.config.head[key]
     content = official(weights)
@@ -200,7 +201,7 @@ def test_registered_models_are_known_from_their_shapes(name):
     table = keys.key_table(architecture.backbone_shapes(config), architecture.rules(config, "official"))
     tensors = {key: np.empty(entry.shape, np.float16) for entry in table for key in entry.keys}
     fmt, found = architecture.recognise(tensors, name), default()
-    architecture.fill_model(found, fmt, tensors, None, name)
+    architecture.fill_model(found, fmt, tensors, architecture.Hints(), name)
     assert found.model == config.model
     assert found.crops.global_size == (224, 224)
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 from ml_collections import ConfigDict
 
 from dino_jax import render_ops as ops
@@ -61,24 +61,26 @@ def _render_image(config: ConfigDict, canvas: Array, params: CropParams) -> Crop
     crops = []
     for crop_range, size in groups[: 2 if config.crops.local_count else 1]:
         render = functools.partial(_render_crop, planar, tuple(size), config.crops.solarize_threshold)
-        images = jax.vmap(render)(jax.tree.map(lambda x, crop_range=crop_range: x[crop_range], params))  # [C, c, h, w]
-        crops.append(_normalize(config, jnp.moveaxis(images, 1, -1)))  # [C, h, w, c]
+        images = jax.vmap(render)(jax.tree.map(lambda x, crop_range=crop_range: x[crop_range], params))  # [C, h, w, c]
+        crops.append(_normalize(config, images))
     return crops
 
 
 def _render_crop(
-    canvas: Float[Array, "c S S"], size: tuple[int, int], threshold: int, crop: Any
-) -> Float[Array, "c h w"]:
+    canvas: Float[Array, "c S S"], size: tuple[int, int], threshold: int, crop: CropParams
+) -> Float[Array, "h w c"]:
     """One crop, values 0..255. Pictures that are not RGB are only resampled and mirrored."""
-    image = ops.resample(canvas, crop.box, crop.flip, size)
-    if image.shape[0] != 3:
-        return image
-    planes = list(image)
-    jittered = ops.jitter(planes, crop.order, crop.factors)
-    planes = [jnp.where(crop.jitter, new, old) for old, new in zip(planes, jittered, strict=True)]
-    planes = [jnp.where(crop.gray, new, old) for old, new in zip(planes, ops.gray(planes), strict=True)]
-    image = ops.blur(jnp.stack(planes), crop.blur)
-    return jnp.where(crop.solarize, ops.solarize(image, threshold), image)
+    planes = list(ops.resample(canvas, crop.box, crop.flip, size))
+    if len(planes) == 3:
+        planes = _select(crop.jitter, ops.jitter(planes, crop.order, crop.factors), planes)
+        planes = _select(crop.gray, ops.gray(planes), planes)
+        planes = ops.blur(planes, crop.blur)
+        planes = _select(crop.solarize, [ops.solarize(plane, threshold) for plane in planes], planes)
+    return jnp.stack(planes, axis=-1)
+
+
+def _select(chosen: Bool[Array, ""], changed: ops.RGB, planes: ops.RGB) -> ops.RGB:
+    return [jnp.where(chosen, new, old) for new, old in zip(changed, planes, strict=True)]
 
 
 def _normalize(config: ConfigDict, images: Array) -> Array:

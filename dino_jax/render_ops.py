@@ -1,9 +1,12 @@
 """Image operations of the crop renderer in JAX, each on one image; `render.py` maps them over crops and images.
 
-An image is planar, float32 [C, H, W] with values in 0..255: every product then has a spatial axis last. Values are
-clamped to 0..255 after each operation, as PIL's 8 bits do, but never rounded. Mean absolute difference from the same
-operation of Pillow 13, in levels of 255, over the random pictures (smooth, textured, white noise) and parameters of
-`tests/test_render.py`; most of it is PIL's rounding to 8 bits, which alone makes 0.25 to 0.3:
+A picture is a list of planes, float32 [H, W] with values in 0..255. They stay apart to the end: stacked next to the
+colour operations, XLA:CPU computes the whole chain for each plane anew (200 times slower), and an axis of length 3 is
+laid out badly on a TPU. Values are clamped to 0..255 after each operation, as PIL's 8 bits do, but never rounded.
+
+Mean absolute difference from the same operation of Pillow 13, in levels of 255, over the random pictures (smooth,
+textured, white noise) and parameters of `tests/test_render.py`; most of it is PIL's rounding to 8 bits, which alone
+makes 0.25 to 0.3:
 
     resample    0.30, at most 0.56 (white noise)      gray      0.25
     brightness  0.23                                  blur      0.42, at most 0.91; 1.04 for white noise, radius 0.1
@@ -18,17 +21,16 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-Image = Float[Array, "C H W"]
 Plane = Float[Array, "H W"]
-RGB = list[Plane]  # separate planes: no axis of length 3 for the compiler to lay out badly
+RGB = list[Plane]
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # numbering of CropParams.order and CropParams.factors
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601-2, PIL's "L"
 
 
-def clamp(image: Image) -> Image:
+def clamp(plane: Array) -> Array:
     """Values into 0..255."""
-    return jnp.clip(image, 0.0, 255.0)
+    return jnp.clip(plane, 0.0, 255.0)
 
 
 def cubic(x: Array) -> Array:
@@ -178,18 +180,18 @@ def blur_matrix(radius: Float[Array, ""], size: int) -> Float[Array, "size size"
     return thrice / thrice.sum(axis=1, keepdims=True)
 
 
-def blur(image: Image, radius: Float[Array, ""]) -> Image:
+def blur(planes: RGB, radius: Float[Array, ""]) -> RGB:
     """PIL's GaussianBlur; radius 0 changes nothing."""
-    _, height, width = image.shape
+    height, width = planes[0].shape
     columns = blur_matrix(radius, width)
     rows = columns if height == width else blur_matrix(radius, height)
-    image = jnp.einsum("chw,vw->chv", image, columns, precision=lax.Precision.HIGH)
-    return jnp.einsum("chv,uh->cuv", image, rows, precision=lax.Precision.HIGH)
+    wide = [jnp.matmul(plane, columns.T, precision=lax.Precision.HIGH) for plane in planes]
+    return [jnp.matmul(rows, plane, precision=lax.Precision.HIGH) for plane in wide]
 
 
-def solarize(image: Image, threshold: int) -> Image:
+def solarize(plane: Plane, threshold: int) -> Plane:
     """Inverts the values that PIL's 8 bits would round to `threshold` or more."""
-    return jnp.where(image >= threshold - 0.5, 255.0 - image, image)
+    return jnp.where(plane >= threshold - 0.5, 255.0 - plane, plane)
 
 
 def normalize(images: Array, mean: tuple[float, ...], std: tuple[float, ...], dtype: jnp.dtype) -> Array:

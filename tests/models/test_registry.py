@@ -41,9 +41,9 @@ def test_parameter_count(name, variant):
     changes = {"small_stem": variant == "small"} if isinstance(variant, str) else {"patch_size": variant}
     model = build_backbone(model_config(name=name, **changes), 224)
     images = jnp.zeros((2, 224, 224, 3))
-    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    feature, variables = jax.eval_shape(model.init_with_output, jax.random.key(0), images)
     assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == PARAMETERS[name, variant]
-    assert jax.eval_shape(model.apply, variables, images).shape == (2, model.embed_dim)
+    assert feature.shape == (2, model.embed_dim)
 
 
 def test_every_model_is_counted():

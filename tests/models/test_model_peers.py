@@ -1,0 +1,181 @@
+"""The same function as timm's, transformers' and torchvision's models, side by side with random weights."""
+
+from __future__ import annotations
+
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from dino_jax.models import BACKBONES, resize_pos_embed
+from tests.models.torch_names import to_variables
+from tests.peers import peer
+
+pytestmark = pytest.mark.extra
+
+_HUGGING_FACE = (
+    (r"^embeddings\.cls_token", "cls_token"),
+    (r"^embeddings\.position_embeddings", "pos_embed"),
+    (r"^embeddings\.patch_embeddings\.projection", "patch_embed.proj"),
+    (r"^layers\.", "blocks."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"\.attention\.o_proj\.", ".attn.proj."),
+    (r"\.attention\.([qkv])_proj\.", r".attn.\1."),
+    (r"^layernorm\.", "norm."),
+)
+
+
+def shake(model) -> None:
+    """Random values for what initialisation leaves alike, so that a swapped or forgotten tensor shows."""
+    torch = peer("torch")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            noise = torch.randn(tensor.shape, generator=generator)
+            if name.endswith("running_var"):
+                tensor.mul_(1 + 0.3 * noise.clamp(-2, 2))
+            elif tensor.is_floating_point():
+                tensor.add_(0.02 * noise)
+
+
+def arrays_of(model) -> dict[str, np.ndarray]:
+    """A copy of the state dict; separate queries, keys and values are joined as the official layout has them."""
+    state = {name: np.array(tensor) for name, tensor in model.state_dict().items()}
+    for name in [name for name in state if re.search(r"\.attn\.q\.", name)]:
+        parts = [state.pop(name.replace(".q.", f".{part}.")) for part in "qkv"]
+        state[name.replace(".q.", ".qkv.")] = np.concatenate(parts)
+    return state
+
+
+def pictures(height: int, width: int, count: int = 1) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((count, height, width, 3), np.float32)
+
+
+def as_torch(images: np.ndarray):
+    return peer("torch").from_numpy(images.transpose(0, 3, 1, 2).copy())
+
+
+def official_size(state: dict[str, np.ndarray], grid: tuple[int, int]) -> np.ndarray:
+    return np.array(resize_pos_embed(state["pos_embed"], grid))
+
+
+def assert_close(ours, theirs) -> None:
+    np.testing.assert_allclose(np.asarray(ours), theirs.detach().numpy(), rtol=0, atol=1e-4)
+
+
+def timm_last_attention(model, images):
+    """timm's fused attention keeps no weights: they are recomputed from the last block's queries and keys."""
+    caught = []
+    last = model.blocks[-1].attn
+    handle = last.qkv.register_forward_hook(lambda module, inputs, output: caught.append(output))
+    out = model(images)
+    handle.remove()
+    batch, tokens, width = caught[0].shape
+    query, key, _ = caught[0].reshape(batch, tokens, 3, last.num_heads, -1).permute(2, 0, 3, 1, 4)
+    return out, (query @ key.transpose(-2, -1) * (width // 3 // last.num_heads) ** -0.5).softmax(-1)
+
+
+@pytest.mark.parametrize(
+    ("name", "patch", "sizes"),
+    [
+        ("vit_small", 16, [(224, 224), (480, 480), (224, 320)]),
+        ("vit_small", 8, [(224, 224), (96, 160)]),
+        ("vit_base", 16, [(224, 224)]),
+    ],
+)
+def test_vit_equals_timm(name, patch, sizes):
+    create, torch = peer("timm").create_model, peer("torch")
+    official = f"{name}_patch{patch}_224.dino"
+    model = create(official, pretrained=False, num_classes=0).eval()
+    shake(model)
+    state = arrays_of(model)
+    ours, variables = BACKBONES[name](patch_size=patch), {"params": to_variables(state)["params"]}
+    for height, width in sizes:
+        images, grid = pictures(height, width), (height // patch, width // patch)
+        resized = create(official, pretrained=False, num_classes=0, img_size=(height, width)).eval()
+        resized.load_state_dict(model.state_dict() | {"pos_embed": torch.from_numpy(official_size(state, grid))})
+        with torch.no_grad():
+            feature, attention = timm_last_attention(resized, as_torch(images))
+        assert_close(ours.apply(variables, images), feature)
+        assert_close(ours.apply(variables, images, method="attention"), attention)
+
+
+@pytest.mark.parametrize(("height", "width"), [(224, 224), (480, 480), (320, 224)])
+def test_vit_equals_transformers(height, width):
+    transformers, torch = peer("transformers"), peer("torch")
+    options = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536, "layer_norm_eps": 1e-6}
+
+    def create(size):
+        config = transformers.ViTConfig(image_size=size, attn_implementation="eager", **options)
+        return transformers.ViTModel(config, add_pooling_layer=False).eval()
+
+    model = create((224, 224))
+    shake(model)
+    state = arrays_of(model)
+    for pattern, replacement in _HUGGING_FACE:
+        state = {re.sub(pattern, replacement, key): value for key, value in state.items()}
+    for name in [name for name in state if ".attn.q." in name]:
+        parts = [state.pop(name.replace(".q.", f".{part}.")) for part in "qkv"]
+        state[name.replace(".q.", ".qkv.")] = np.concatenate(parts)
+    ours, variables = BACKBONES["vit_small"](), {"params": to_variables(state)["params"]}
+
+    resized, images = create((height, width)), pictures(height, width)
+    table = torch.from_numpy(official_size(state, (height // 16, width // 16)))
+    resized.load_state_dict(model.state_dict() | {"embeddings.position_embeddings": table})
+    with torch.no_grad():
+        theirs = resized(as_torch(images), output_attentions=True)
+    assert_close(ours.apply(variables, images, method="tokens")[0], theirs.last_hidden_state)
+    assert_close(ours.apply(variables, images, method="attention"), theirs.attentions[-1])
+
+
+def settle(model, images) -> None:
+    """Running statistics that fit the weights, so that features in evaluation mode are of order 1."""
+    norms = [module for module in model.modules() if hasattr(module, "running_mean")]
+    for norm in norms:
+        norm.momentum = 1.0
+    model.train()(as_torch(images))
+    for norm in norms:
+        norm.momentum = 0.1
+
+
+def check_batch_norm_model(name: str, ours, model, official: dict[str, str], count: int = 2) -> None:
+    """Features in evaluation and in training mode, and the statistics that training moves."""
+    torch = peer("torch")
+
+    def variables_of():
+        state = arrays_of(model)
+        for pattern, replacement in official.items():
+            state = {re.sub(pattern, replacement, key): value for key, value in state.items()}
+        return to_variables(state)
+
+    images = pictures(224, 224, count)
+    with torch.no_grad():
+        settle(model, images)
+    variables = variables_of()
+    expected = jax.eval_shape(ours.init, jax.random.key(0), images)
+    assert jax.tree.map(np.shape, variables) == jax.tree.map(lambda leaf: leaf.shape, dict(expected)), name
+    with torch.no_grad():
+        evaluated, trained = model.eval()(as_torch(images)), model.train()(as_torch(images))
+    assert_close(ours.apply(variables, images), evaluated)
+    out, moved = ours.apply(variables, images, train=True, mutable=["batch_stats"])
+    assert_close(out, trained)
+    compare = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)  # noqa: E731
+    jax.tree.map(compare, moved["batch_stats"], variables_of()["batch_stats"])
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_resnet_equals_torchvision(name):
+    model = getattr(peer("torchvision.models"), name)()
+    model.fc = peer("torch").nn.Identity()
+    shake(model)
+    check_batch_norm_model(name, BACKBONES[name](), model, {})
+
+
+@pytest.mark.parametrize(("name", "patch"), [("xcit_small_12", 16), ("xcit_small_12", 8), ("xcit_medium_24", 16)])
+def test_xcit_equals_timm(name, patch):
+    model = peer("timm").create_model(f"{name}_p{patch}_224", pretrained=False, num_classes=0)
+    shake(model)
+    ours = BACKBONES[name](patch_size=patch)
+    check_batch_norm_model(name, ours, model, {r"^pos_embed\.": "pos_embeder."})

@@ -98,7 +98,7 @@ class Watch:
         return [f"{found}. {advice(finding, self._config)}"]
 
     def _judge_input(self, step: int, metrics: Mapping[str, float]) -> list[str]:
-        lines = input_bound(step, metrics["input_wait"], self._config)
+        lines = _input_bound(step, metrics["input_wait"], self._config)
         return lines if self._input.ripe("input" if lines else None, step, MIN_PATIENCE) else []
 
     def _diagnose(self, metrics: Mapping[str, float]) -> str | None:
@@ -155,7 +155,7 @@ def advice(finding: str, config: ConfigDict) -> str:
     return "Try " + "; ".join([text for wanted, text in remedies[finding] if wanted][:4])
 
 
-def input_bound(step: int, share: float, config: ConfigDict) -> list[str]:
+def _input_bound(step: int, share: float, config: ConfigDict) -> list[str]:
     """A line where the devices wait for input for more than `INPUT_BOUND` of the time: what is slow, what to change."""
     if share <= INPUT_BOUND:
         return []

@@ -12,6 +12,7 @@ Legend: Q queries, M training images in a chunk, D width, K largest k.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -25,8 +26,8 @@ from dino_jax.errors import UserError
 from dino_jax.eval.features import Frozen, dataset_features
 from dino_jax.eval.splits import check_labels, train_test
 
-BLOCK = 32  # columns whose maximum stands for all of them when the best k are selected
-QUERY_BLOCK = 256  # queries compared at once on one device
+ROUND = 128  # training images in a chunk are a multiple of this
+QUERY_BLOCK = 512  # queries compared at once on one device
 
 
 def default_config() -> ConfigDict:
@@ -63,7 +64,7 @@ def knn_classify(
     ks: Sequence[int] = (10, 20, 100, 200),
     temperature: float = 0.07,
     num_classes: int | None = None,
-    chunk: int = 16384,
+    chunk: int = 65536,
     devices: Sequence[jax.Device] | None = None,
 ) -> dict[int, tuple[float, float]]:
     """Top-1 and top-5 accuracy in percent for each k.
@@ -118,7 +119,7 @@ def nearest(
     bank: np.ndarray,
     k: int,
     *,
-    chunk: int = 16384,
+    chunk: int = 65536,
     devices: Sequence[jax.Device] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k rows of `bank` [N, D] with the largest cosine similarity to each of `queries` [Q, D], best first.
@@ -128,25 +129,28 @@ def nearest(
     """
     devices = list(jax.devices() if devices is None else devices)
     mesh = Mesh(np.array(devices), ("data",))
-    count = len(queries)
-    block = min(QUERY_BLOCK, -(-count // len(devices)))
-    rows = -(-count // (block * len(devices))) * block * len(devices)
     dtype = jax.dtypes.canonicalize_dtype(np.promote_types(queries.dtype, np.float32))
-    chunk = -(-min(chunk, max(len(bank), k)) // BLOCK) * BLOCK
     put = functools.partial(_put, mesh=mesh, dtype=dtype)
-
-    held = put(queries, rows, P("data"))
-    best = put(np.full((rows, k), -np.inf), rows, P("data"))
-    index = put(np.zeros((rows, k), np.int32), rows, P("data"), dtype=np.dtype(np.int32))
-    step = _search(mesh, block)
+    rows = min(QUERY_BLOCK, -(-len(queries) // len(devices))) * len(devices)  # in a block, over all devices
+    blocks = [_normalise(put(queries[i : i + rows], rows, P("data"))) for i in range(0, len(queries), rows)]
+    empty = put(np.full((rows, k), -np.inf), rows, P("data")), put(np.zeros((rows, k)), rows, P("data"), dtype=np.int32)
+    best = [empty] * len(blocks)
+    chunk = -(-min(chunk, max(len(bank), k)) // ROUND) * ROUND
+    search = _search(mesh)
     for start in range(0, len(bank), chunk):
-        part = put(bank[start : start + chunk], chunk, P())
-        valid = min(chunk, len(bank) - start)
+        part = _normalise(put(bank[start : start + chunk], chunk, P()))
+        valid = np.int32(min(chunk, len(bank) - start))
         jax.block_until_ready(best)  # no more than two chunks wait on the devices
-        best, index = step(held, part, np.int32(start), np.int32(valid), best, index)
-    gather = jax.jit(lambda *x: x, out_shardings=NamedSharding(mesh, P()))
-    best, index = gather(best, index)
-    return np.asarray(best)[:count], np.asarray(index)[:count]
+        best = [search(block, part, np.int32(start), valid, *found) for block, found in zip(blocks, best, strict=True)]
+    best = [_gather(mesh)(*found) for found in best]
+    similarities, indices = (np.concatenate(column)[: len(queries)] for column in zip(*best, strict=True))
+    return similarities, indices
+
+
+@functools.lru_cache(maxsize=8)
+def _gather(mesh: Mesh) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """Copies a block's results to every device, for every process to read."""
+    return jax.jit(lambda *x: x, out_shardings=NamedSharding(mesh, P()))
 
 
 def _put(array: np.ndarray, rows: int, spec: P, *, mesh: Mesh, dtype: np.dtype) -> jax.Array:
@@ -157,46 +161,44 @@ def _put(array: np.ndarray, rows: int, spec: P, *, mesh: Mesh, dtype: np.dtype) 
 
 
 @functools.lru_cache(maxsize=8)
-def _search(mesh: Mesh, block: int) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """The jitted pass of one chunk: running best k of every query against `part` [M, D]."""
+def _search(mesh: Mesh) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """The jitted step: the best k of a block of queries, so far and among the rows `part` [M, D] of the bank."""
 
-    def local(queries, part, start, valid, best, index):
-        part = _normalise(part)
-
-        def one(args):
-            query, best, index = args  # [block, D], [block, K], [block, K]
-            sim = jnp.matmul(_normalise(query), part.T, precision="highest")  # [block, M]
-            sim = jnp.where(jnp.arange(sim.shape[1]) < valid, sim, -jnp.inf)
-            value, column = top_k(sim, min(best.shape[1], sim.shape[1]))
-            value = jnp.concatenate([best, value], 1)
-            column = jnp.concatenate([index, column.astype(jnp.int32) + start], 1)
-            value, order = jax.lax.top_k(value, best.shape[1])
-            return value, jnp.take_along_axis(column, order, 1)
-
-        fold = lambda x: x.reshape(-1, block, x.shape[-1])  # noqa: E731  [q, .] -> [q / block, block, .]
-        best, index = jax.lax.map(one, (fold(queries), fold(best), fold(index)))
-        return best.reshape(-1, best.shape[-1]), index.reshape(-1, index.shape[-1])
+    def local(
+        queries: jax.Array, part: jax.Array, start: jax.Array, valid: jax.Array, best: jax.Array, index: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        similarity = jnp.matmul(queries, part.T, precision="highest")  # [Q, M]
+        value, column = candidates(similarity, min(best.shape[1], part.shape[0]), valid)
+        value = jnp.concatenate([best, value], 1)
+        column = jnp.concatenate([index, column + start], 1)
+        value, order = jax.lax.top_k(value, best.shape[1])  # [Q, K]
+        return value, jnp.take_along_axis(column, order, 1)
 
     specs = (P("data"), P(), P(), P(), P("data"), P("data"))
     return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(P("data"), P("data"))))
 
 
-def top_k(values: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """The k largest of each row of [B, M] and their columns; exact, and cheaper than a plain selection for large M.
+def candidates(values: jax.Array, k: int, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Entries of each row of [B, M] that hold the k largest of its first `valid`, and their columns (int32).
 
-    The k largest entries lie in the k blocks with the largest maxima, so only those blocks' entries are ranked.
+    The k largest lie in the k blocks of columns with the largest maxima. Blocks are of about sqrt(M / k) columns, so
+    that there are as many maxima to rank now as entries later. Other entries are -inf; `values` is never masked as a
+    whole, which would cost as much as the ranking.
     """
-    count = values.shape[1] // BLOCK
-    if values.shape[1] % BLOCK or count <= 2 * k:
-        return jax.lax.top_k(values, k)
-    blocks = values.reshape(-1, count, BLOCK)  # [B, M / BLOCK, BLOCK]
-    _, chosen = jax.lax.top_k(blocks.max(-1), k)  # [B, k]
-    held = jnp.take_along_axis(blocks, chosen[:, :, None], 1)  # [B, k, BLOCK]
-    value, place = jax.lax.top_k(held.reshape(-1, k * BLOCK), k)
-    block = jnp.take_along_axis(chosen, place // BLOCK, 1)
-    return value, block * BLOCK + place % BLOCK
+    width = values.shape[1]
+    block = min(2 ** round(math.log2(width / k) / 2), ROUND)
+    mask = lambda x, columns: jnp.where(columns < valid, x, -jnp.inf)  # noqa: E731
+    columns = jnp.arange(width, dtype=jnp.int32)
+    if block == 1 or width % block:
+        return mask(values, columns), jnp.broadcast_to(columns, values.shape)
+    maxima = mask(values, columns).reshape(len(values), -1, block).max(-1)  # [B, M / block]
+    _, chosen = jax.lax.top_k(maxima, k)  # [B, k]
+    held = jnp.take_along_axis(values.reshape(len(values), -1, block), chosen[:, :, None], 1)  # [B, k, block]
+    columns = (chosen[:, :, None] * block + jnp.arange(block)).astype(jnp.int32)
+    return mask(held, columns).reshape(len(values), -1), columns.reshape(len(values), -1)
 
 
+@jax.jit
 def _normalise(x: jax.Array) -> jax.Array:
     """Rows divided by their L2 norm, which is floored at 1e-12 as torch's `normalize` does."""
     return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)

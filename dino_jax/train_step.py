@@ -117,13 +117,13 @@ def state_from_student(recipe: Recipe, variables: Variables) -> TrainState:
 
 
 def draw_masks(recipe: Recipe, key: jax.Array, batch: int) -> jax.Array | None:
-    """Drop-path multipliers [depth, 2, B, C], 0 or 1 / keep: one draw a crop and residual branch; None at rate 0."""
-    depth, rate = recipe.network.backbone.depth, recipe.config.model.drop_path
-    if not (depth and rate):
+    """Drop-path factors [depth, branches, B, C], 0 or 1 / keep: one draw a crop and residual branch; None at rate 0."""
+    rates = recipe.network.backbone.drop_rates(recipe.config.model.drop_path)  # [depth, branches]
+    if not rates.any():
         return None
-    keep = 1.0 - jnp.linspace(0.0, rate, depth)[:, None, None, None]
+    keep = 1.0 - jnp.asarray(rates)[..., None, None]
     crops = 2 + recipe.config.crops.local_count
-    return jax.random.bernoulli(key, keep, (depth, 2, batch, crops)) / keep
+    return jax.random.bernoulli(key, keep, (*rates.shape, batch, crops)) / keep
 
 
 def _forward(network, variables, crops, masks=None):

@@ -6,8 +6,7 @@
     cls = model.features(pictures)                            # [n, D]
     cls, patches = model.features(pictures, patches=True)     # and a list of [rows, columns, D]
 
-A ViT sees pictures of different sizes in one batch: their patches are lined up, filled up to one of a few lengths and
-masked, so a new size compiles nothing and no picture is resized. The result is that of the picture alone, to rounding.
+Pictures of different sizes share batches (`dino_jax.anysize`): no picture is resized, and a new size compiles nothing.
 """
 
 from __future__ import annotations
@@ -15,11 +14,9 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh, NamedSharding
@@ -27,13 +24,13 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from dino_jax.anysize import Filled, any_size
 from dino_jax.data.decode import BadImage, decode
 from dino_jax.data.pipeline import centre_crop, resize_shorter
 from dino_jax.data.sources import open_source
 from dino_jax.errors import UserError
-from dino_jax.models import ViT, build_backbone
+from dino_jax.models import build_backbone
 from dino_jax.models.layers import Array
-from dino_jax.models.vit import resize_matrix
 from dino_jax.weights.store import open_weights
 
 Picture = str | os.PathLike | bytes | np.ndarray
@@ -53,14 +50,6 @@ def load(name_or_path: epath.PathLike, *, heads: int | None = None) -> Model:
     )
 
 
-class Group(NamedTuple):
-    """Pictures that run together: their places in the input, and what the forward pass takes of each."""
-
-    places: list[int]
-    inputs: list[tuple[np.ndarray, ...]]
-    grids: list[tuple[int, int]]
-
-
 class Model:
     """A backbone with its weights, spread over this process's devices.
 
@@ -74,15 +63,9 @@ class Model:
         self.backbone = build_backbone(config.model, config.crops.global_size)
         self.mesh = Mesh(np.array(jax.local_devices() if devices is None else devices), ("data",))
         self.variables = jax.device_put(variables, NamedSharding(self.mesh, P()))
-        rows = NamedSharding(self.mesh, P("data"))
-        method = _padded_tokens if isinstance(self.backbone, ViT) else _plain
-
-        def forward(variables: Any, patches: bool, *inputs: Array) -> Array:
-            return self.backbone.apply(variables, *inputs, patches=patches, method=method)
-
-        self._forward = jax.jit(forward, static_argnums=1, out_shardings=rows)
-        self._rows = rows
-        self._positions: dict[tuple[int, int], np.ndarray] = {}
+        self._any_size = any_size(self.backbone, variables)
+        self._rows = NamedSharding(self.mesh, P("data"))
+        self._forward = jax.jit(self._any_size.forward, static_argnums=2, out_shardings=self._rows)
 
     @property
     def embed_dim(self) -> int:
@@ -119,112 +102,63 @@ class Model:
           patches: also the last block's patch tokens after the final norm, a list of [rows, columns, D].
           progress: a bar on stderr.
         """
-        done: dict[int, tuple[np.ndarray, tuple[int, int]]] = {}
-        waiting: dict[Any, Group] = {}
-        flying: list[tuple[Array, Group]] = []
+        done: dict[int, tuple[np.ndarray, Filled]] = {}
+        waiting: dict[Any, list[tuple[int, Filled]]] = {}
+        flying: list[tuple[Array, list[tuple[int, Filled]]]] = []
 
         def land(most: int) -> None:
             while len(flying) > most:
                 output, group = flying.pop(0)
                 rows = np.asarray(output, np.float32)
-                done.update({place: (rows[i], group.grids[i]) for i, place in enumerate(group.places)})
+                done.update({place: (rows[i], filled._replace(inputs=())) for i, (place, filled) in enumerate(group)})
 
         def launch(key: Any) -> None:
             group = waiting.pop(key)
-            flying.append((self._run(group.inputs, patches), group))
+            flying.append((self._run([filled.inputs for _, filled in group], patches), group))
             land(2)
 
         for place, image in enumerate(tqdm(images, disable=not progress, unit="picture")):
-            key, inputs, grid = self._prepare(image)
-            group = waiting.setdefault(key, Group([], [], []))
-            for kept, new in zip(group, (place, inputs, grid), strict=True):
-                kept.append(new)
-            if len(group.places) == self._batch_size(key):
-                launch(key)
+            filled = self._any_size.fill(self._checked(image))
+            group = waiting.setdefault(filled.key, [])
+            group.append((place, filled))
+            if len(group) >= self._batch_size(filled.tokens):
+                launch(filled.key)
         for key in list(waiting):
             launch(key)
         land(0)
         if not done:
             raise UserError("features: no pictures were given")
-        cls = np.stack([done[place][0][0] for place in range(len(done))])
-        if not patches:
-            return cls
-        grids = [done[place] for place in range(len(done))]
-        return cls, [tokens[1 : 1 + grid[0] * grid[1]].reshape(*grid, -1) for tokens, grid in grids]
+        outputs = [done[place] for place in range(len(done))]
+        cls = np.stack([tokens[0] for tokens, _ in outputs])
+        return (cls, [_patch_grid(tokens, filled) for tokens, filled in outputs]) if patches else cls
 
-    def _prepare(self, image: Picture) -> tuple[Any, tuple[np.ndarray, ...], tuple[int, int]]:
-        """Which pictures this one can share a batch with, what the forward pass takes of it, and its grid."""
+    def _checked(self, image: Picture) -> np.ndarray:
+        """The normalised picture, without what exceeds a multiple of the patch."""
         if not (isinstance(image, np.ndarray | jax.Array) and np.issubdtype(image.dtype, np.floating)):
             image = self.preprocess(image)
         image = np.asarray(image, np.float32)
         channels, patch = self.config.model.in_chans, self.backbone.patch_size or 1
         if image.ndim != 3 or image.shape[-1] != channels or min(image.shape[:2]) < patch:
-            raise UserError(
-                f"features: a picture of shape {image.shape}; expected [h, w, {channels}] with h, w >= {patch}"
-            )
-        rows, columns = image.shape[0] // patch, image.shape[1] // patch
-        image = image[: rows * patch, : columns * patch]
-        if not isinstance(self.backbone, ViT):
-            return image.shape[:2], (image,), (rows, columns)
-        count = rows * columns
-        length = self._length(count)
-        strip = image.reshape(rows, patch, columns, patch, channels).transpose(1, 0, 2, 3, 4)
-        strip = np.pad(strip.reshape(patch, count * patch, channels), ((0, 0), (0, (length - count) * patch), (0, 0)))
-        positions = np.pad(self._position_table(rows, columns), ((0, length - count), (0, 0)))
-        return length, (strip, positions, np.arange(1 + length) <= count), (rows, columns)
+            expected = f"[h, w, {channels}] with h, w >= {patch}"
+            raise UserError(f"features: a picture of shape {image.shape}; expected {expected}")
+        return image[: image.shape[0] // patch * patch, : image.shape[1] // patch * patch]
 
-    def _length(self, count: int) -> int:
-        """Patches after filling up: the model's own number, or a quarter of a power of two further than the last."""
-        own = self.config.crops.global_size
-        if count == own[0] * own[1] // self.backbone.patch_size**2:
-            return count
-        step = max(4, 1 << max(0, count.bit_length() - 3))
-        return -(-count // step) * step
-
-    def _batch_size(self, key: Any) -> int:
+    def _batch_size(self, tokens: float) -> int:
         """Pictures in a full batch: a power of two on each device."""
-        tokens = key if isinstance(key, int) else key[0] * key[1] / 256
         return self.mesh.size << (max(1, int(BATCH_TOKENS / tokens)).bit_length() - 1)
 
-    def _position_table(self, rows: int, columns: int) -> np.ndarray:
-        """The position table for a grid, CLS first: [1 + rows * columns, D] float32, by the official resize."""
-        if (rows, columns) not in self._positions:
-            table = np.asarray(self.variables["params"]["pos_embed"], np.float64)[0]
-            own = [size // self.backbone.patch_size for size in self.config.crops.global_size]
-            patches = table[1:]
-            if [rows, columns] != own:
-                down, across = resize_matrix(own[0], rows), resize_matrix(own[1], columns)
-                patches = np.einsum("ir,jc,rcd->ijd", down, across, patches.reshape(*own, -1), optimize=True)
-            flat = np.concatenate([table[:1], patches.reshape(rows * columns, -1)])
-            self._positions[rows, columns] = flat.astype(np.float32)
-        return self._positions[rows, columns]
-
     def _run(self, inputs: list[tuple[np.ndarray, ...]], patches: bool) -> Array:
-        """The forward pass over pictures of one group, filled up to a power of two on each device."""
+        """The forward pass over pictures that share a batch, filled up to a power of two on each device."""
         each = -(-len(inputs) // self.mesh.size)
-        filled = self.mesh.size << (each - 1).bit_length()
-        stacked = [np.stack(values) for values in zip(*inputs, strict=True)]
-        stacked = [np.concatenate([values, values[:1].repeat(filled - len(values), 0)]) for values in stacked]
-        return self._forward(self.variables, patches, *jax.device_put(stacked, self._rows))
+        missing = (self.mesh.size << (each - 1).bit_length()) - len(inputs)
+        stacked = tuple(np.stack([*values, *values[:1] * missing]) for values in zip(*inputs, strict=True))
+        return self._forward(self.variables, jax.device_put(stacked, self._rows), patches)
 
 
-def _padded_tokens(backbone: ViT, strips: Array, positions: Array, valid: Array, patches: bool) -> Array:
-    """Tokens after the final norm, [B, 1 + N, D], CLS first; without `patches` CLS alone, [B, 1, D].
-
-    `strips` [B, p, N * p, c]: each picture's patches side by side, filled up; `positions` [B, 1 + N, D];
-    `valid` bool [B, 1 + N]: CLS and the patches that are there.
-    """
-    x = backbone.patch_embed(strips)  # [B, N, D]
-    cls = jnp.broadcast_to(backbone.cls_token.astype(x.dtype), (x.shape[0], 1, x.shape[2]))
-    x = jnp.concatenate([cls, x], axis=1) + positions.astype(x.dtype)
-    for block in backbone.blocks:
-        x = block(x, valid=valid)
-    return backbone.norm(x if patches else x[:, :1])
-
-
-def _plain(backbone: nn.Module, images: Array, patches: bool) -> Array:
-    """The same of a backbone that takes one size at a time: [B, 1 + N, D], or [B, 1, D]."""
-    return backbone.tokens(images)[0] if patches else backbone(images)[:, None]
+def _patch_grid(tokens: np.ndarray, filled: Filled) -> np.ndarray:
+    """A picture's own patch tokens [rows, columns, D] among its row [1 + N, D] of a batch."""
+    (rows, columns), layout = filled.grid, filled.layout
+    return tokens[1 : 1 + layout[0] * layout[1]].reshape(*layout, -1)[:rows, :columns]
 
 
 def write_features(
@@ -242,20 +176,18 @@ def write_features(
 
     The file holds `features` [n, D] float32, `labels` [n] (-1: unknown) and `names` [n]; with `patches` also the patch
     tokens of all pictures one after another, `patches` [sum of rows * columns, D], and `grids` [n, 2]. `resize` and
-    `crop`: as for `Model.preprocess`; None: `config.eval`'s. A picture that cannot be read is left out and named.
+    `crop`: as for `Model.preprocess`. A picture that cannot be read is left out and named.
 
     Returns the number of `pictures` and of those left out (`unreadable`).
     """
     model, source = load(ckpt, heads=heads), open_source(images)
-    resize = model.config.eval.resize if resize is None else resize
-    crop = model.config.eval.crop if crop is None else crop
     names, labels, bad = [], [], []
 
     def pictures() -> Iterable[np.ndarray]:
         for index in tqdm(range(len(source)), disable=not progress, unit="picture"):
             try:
                 example = source[index]
-                pixels = model.preprocess(example.image, resize=resize, crop=crop)
+                pixels = model.preprocess(example.image, resize=resize or 0, crop=crop or 0)
             except (BadImage, UserError) as error:
                 bad.append(f"{images}[{index}]: {error}")
                 continue

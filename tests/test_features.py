@@ -11,28 +11,32 @@ import pytest
 from PIL import Image
 
 from dino_jax import features
+from dino_jax.anysize import round_up
 from dino_jax.config import default
 from dino_jax.errors import UserError
 from dino_jax.features import Model, load, write_features
-from dino_jax.models import build_backbone
+from dino_jax.weights import architecture
 from dino_jax.weights.pth import write_pth
 
 SIZES = [(32, 32), (16, 40), (32, 32), (40, 16), (8, 8), (37, 45)]
 
 
 def model_of(name: str = "vit_tiny", devices=None) -> Model:
-    config = default()
+    config, rng = default(), np.random.default_rng(0)
     config.model.name, config.model.patch_size = name, 8
     if name.startswith("vit"):
         config.model.update({"embed_dim": 24, "depth": 1, "heads": 3})
     if name.startswith("xcit"):
         config.model.update({"embed_dim": 32, "depth": 1, "heads": 4})
+    if name == "small_stem":
+        config.model.update({"name": "resnet18", "small_stem": True})
     config.crops.global_size = (32, 32)
-    backbone = build_backbone(config.model, (32, 32))
-    variables = jax.jit(backbone.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
-    if name.startswith("vit"):  # so that positions matter
-        table = variables["params"]["pos_embed"]
-        variables["params"]["pos_embed"] = jax.random.normal(jax.random.key(1), table.shape)
+
+    def number(path, leaf):  # batch norm's statistics and positions matter
+        values = rng.normal(0, 0.5 / max(1, leaf.ndim - 1), leaf.shape).astype(np.float32)
+        return np.abs(values) + 1 if path[-1].key == "var" else values / np.sqrt(np.prod(leaf.shape[:-1]))
+
+    variables = jax.tree_util.tree_map_with_path(number, architecture.backbone_shapes(config))
     return Model(config, variables, devices or jax.devices()[:1])
 
 
@@ -72,18 +76,15 @@ def test_any_sizes_equal_each_picture_alone(devices):
 def test_new_sizes_compile_next_to_nothing(vit):
     vit.features(pictures())
     before = vit._forward._cache_size()
-    sizes = [(8 * r, 8 * c) for r in range(1, 6) for c in range(1, 6)]
+    sizes = [(8 * rows, 8 * columns) for rows in range(1, 6) for columns in range(1, 6)]
     vit.features(pictures(sizes))
-    lengths = {vit._length(rows * columns) for rows in range(1, 6) for columns in range(1, 6)}
-    assert len(lengths) == 6
-    assert vit._forward._cache_size() - before <= len(lengths)  # for 25 sizes
+    assert vit._forward._cache_size() - before <= 6  # for 25 sizes
 
 
-def test_lengths_waste_at_most_a_quarter(vit):
-    lengths = [vit._length(count) for count in range(1, 5000)]
-    assert all(count <= length <= max(count * 1.25, count + 3) for count, length in enumerate(lengths, 1))
-    assert lengths[15] == 16  # the model's own grid is not filled up
-    assert len(set(lengths)) < 45
+def test_filling_up_wastes_at_most_a_quarter():
+    filled = [round_up(count) for count in range(1, 5000)]
+    assert all(count <= length <= 1.25 * count for count, length in enumerate(filled, 1))
+    assert len(set(filled)) < 50
 
 
 def test_order_is_kept_over_many_batches(vit, monkeypatch):
@@ -100,16 +101,28 @@ def test_a_stack_is_a_sequence(vit):
 
 
 @pytest.mark.extra
-@pytest.mark.parametrize("name", ["resnet18", "xcit_small_12"])
-def test_other_backbones(name):
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("resnet18", [(32, 32), (64, 97), (33, 45), (150, 140)]),
+        ("small_stem", [(32, 32), (64, 40), (9, 31)]),
+        ("xcit_small_12", [(32, 32), (72, 40), (16, 24), (72, 72)]),
+    ],
+)
+def test_other_backbones(name, sizes):
     model = model_of(name, jax.devices()[:2])
-    images = pictures([(32, 32), (32, 48), (32, 32)])
+    images = pictures(sizes)
     cls = model.features(images)
-    assert cls.shape == (3, model.embed_dim)
+    variables = jax.device_get(model.variables)
     for i, image in enumerate(images):
-        expected = jax.jit(model.backbone.apply)(jax.device_get(model.variables), image[None])
+        expected = jax.jit(model.backbone.apply)(variables, image[None])
         np.testing.assert_allclose(cls[i], expected[0], atol=1e-5)
-    if name == "resnet18":
+    if name.startswith("xcit"):
+        _, patches = model.features(images, patches=True)
+        for image, tokens in zip(images, patches, strict=True):
+            assert tokens.shape == (image.shape[0] // 8, image.shape[1] // 8, 32)
+            np.testing.assert_allclose(tokens.reshape(-1, 32), alone(model, image)[1:], atol=1e-5)
+    else:
         with pytest.raises(UserError, match="no tokens"):
             model.features(images, patches=True)
 
@@ -168,7 +181,7 @@ def test_the_verb_writes_a_file(load_reference, tmp_path):
             (folder / label / f"{i}.png").write_bytes(png(rng.integers(0, 256, (*size, 3), np.uint8)))
     (folder / "dog" / "broken.png").write_bytes(b"no picture")
     options = {"heads": 3, "patches": True, "progress": False}
-    count = write_features(tmp_path / "w.pth", str(folder), tmp_path / "out" / "f.npz", resize=0, crop=0, **options)
+    count = write_features(tmp_path / "w.pth", str(folder), tmp_path / "out" / "f.npz", **options)
     assert count == {"pictures": 4, "unreadable": 1}
     model = load(tmp_path / "w.pth", heads=3)
     with np.load(tmp_path / "out" / "f.npz") as file:
@@ -178,4 +191,6 @@ def test_the_verb_writes_a_file(load_reference, tmp_path):
         paths = [folder / label / f"{i}.png" for label in ("cat", "dog") for i in range(2)]
         np.testing.assert_allclose(file["features"], model.features([str(path) for path in paths]), atol=1e-5)
         assert all(name.endswith(path.name) for name, path in zip(file["names"], paths, strict=True))
-    assert write_features(tmp_path / "w.pth", str(folder), tmp_path / "g.npz", **options)["pictures"] == 4
+    write_features(tmp_path / "w.pth", str(folder), tmp_path / "g.npz", resize=40, crop=24, **options)
+    with np.load(tmp_path / "g.npz") as file:
+        assert file["grids"].tolist() == [[3, 3]] * 4

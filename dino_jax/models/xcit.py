@@ -32,7 +32,7 @@ from dino_jax.models.layers import (
 from dino_jax.models.norm import BatchNorm
 
 
-def _fourier_features(rows: int, columns: int, half: int = 32) -> np.ndarray:
+def fourier_features(rows: int, columns: int, half: int = 32) -> np.ndarray:
     """Sines and cosines of each patch's row, then of its column, [1, rows, columns, 2 * half], float64.
 
     A coordinate runs from 2 pi / n to 2 pi over the n patches, whatever n: nothing is resized for another input.
@@ -58,10 +58,10 @@ class PositionEncoding(nn.Module):
 
     @nn.compact
     def __call__(self, rows: int, columns: int) -> Array:
-        features = jnp.asarray(_fourier_features(rows, columns), self.dtype)
+        features = jnp.asarray(fourier_features(rows, columns), self.dtype)
         init = torch_uniform(features.shape[-1])
         positions = conv(self.embed_dim, 1, self, kernel_init=init, bias_init=init, name="token_projection")(features)
-        return positions.reshape(1, rows * columns, self.embed_dim)
+        return positions.reshape(-1, rows * columns, self.embed_dim)
 
 
 class PatchStem(nn.Module):

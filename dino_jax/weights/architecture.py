@@ -22,6 +22,9 @@ from dino_jax.weights import keys
 Tensors = Mapping[str, np.ndarray]
 
 
+MEMBERS: dict[str, dict[str, Any]] = {name: getattr(make, "keywords", {}) for name, make in BACKBONES.items()}
+
+
 class Hints(NamedTuple):
     """What shapes cannot tell, from the user or from what lies beside the tensors."""
 
@@ -98,7 +101,7 @@ def _fill_vit(config: ConfigDict, fmt: Format, backbone: Tensors, hints: Hints, 
 
 
 def _fill_xcit(config: ConfigDict, fmt: Format, backbone: Tensors, hints: Hints, source: object) -> None:
-    width, depth = backbone["cls_token"].shape[-1], _count(backbone, lambda i: f"blocks.{i}.norm1.weight")
+    width, depth = backbone["cls_token"].shape[-1], _count(backbone, "blocks.{}.norm1.weight".format)
     heads = backbone["blocks.0.attn.temperature"].shape[0]
     patch = 2 ** _count(backbone, lambda i: f"patch_embed.proj.{2 * i}.0.weight")
     _fill_shape(config, "xcit_", {"embed_dim": width, "depth": depth}, heads, source)
@@ -106,10 +109,10 @@ def _fill_xcit(config: ConfigDict, fmt: Format, backbone: Tensors, hints: Hints,
 
 
 def _fill_resnet(config: ConfigDict, fmt: Format, backbone: Tensors, hints: Hints, source: object) -> None:
-    stages = tuple(_count(backbone, lambda i, n=n: f"layer{n}.{i}.conv1.weight") for n in (1, 2, 3, 4))
+    stages = tuple(_count(backbone, f"layer{stage}.{{}}.conv1.weight".format) for stage in (1, 2, 3, 4))
     bottleneck = "layer1.0.conv3.weight" in backbone
-    for name, make in BACKBONES.items():
-        if make.keywords.get("stages") == stages and make.keywords["bottleneck"] == bottleneck:
+    for name, make in MEMBERS.items():
+        if make.get("stages") == stages and make["bottleneck"] == bottleneck:
             config.model.name = name
             break
     else:
@@ -127,7 +130,7 @@ def _count(backbone: Tensors, name: Callable[[int], str]) -> int:
 
 def _fill_shape(config: ConfigDict, family: str, shape: dict[str, int], heads: int | None, source: object) -> None:
     """`config.model.name` of the family's member nearest to the shape, and the keys in which it differs."""
-    members = {name: make.keywords for name, make in BACKBONES.items() if name.startswith(family)}
+    members = {name: member for name, member in MEMBERS.items() if name.startswith(family)}
     alike = [name for name, member in members.items() if member["embed_dim"] == shape["embed_dim"]]
     if not alike and heads is None:
         widths = ", ".join(str(member["embed_dim"]) for member in members.values())

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from ml_collections import ConfigDict
@@ -103,7 +104,7 @@ def _adapted(
         grids = [[size // c.model.patch_size for size in c.crops.global_size] for c in (theirs, mine)]
         if value.shape[-1] == shape[-1] and math.prod(grids[1]) + 1 == shape[1]:
             notes.append(f"the position table of {grids[0]} patches is resized to {grids[1]}")
-            return np.asarray(resize_pos_embed(value, tuple(grids[1]), tuple(grids[0])))
+            return np.asarray(resize_pos_embed(jnp.asarray(value), tuple(grids[1]), tuple(grids[0])))
     if key.endswith(STEMS) and value.shape[:2] == shape[:2] and value.shape[3] == shape[3]:
         before, after = value.shape[2], shape[2]
         notes.append(f"the first convolution's {before} channels become {after}: their mean, scaled")

@@ -56,7 +56,7 @@ def _render_batch(config: ConfigDict, batch: Mapping[str, Any]) -> Crops:
 
 def _render_image(config: ConfigDict, canvas: Array, params: CropParams) -> Crops:
     """All crops of one image: canvas uint8 [S, S, c] and parameters [C, ...] -> [2, H, W, c] and [n, h, w, c]."""
-    planar = jnp.moveaxis(canvas, -1, 0).astype(jnp.float32)  # [S, S, c] -> [c, S, S]
+    planar = jnp.moveaxis(canvas, -1, 0).astype(config.model.dtype)  # [S, S, c] -> [c, S, S]
     groups = [(slice(0, 2), config.crops.global_size), (slice(2, None), config.crops.local_size)]
     crops = []
     for crop_range, size in groups[: 2 if config.crops.local_count else 1]:
@@ -67,7 +67,7 @@ def _render_image(config: ConfigDict, canvas: Array, params: CropParams) -> Crop
 
 
 def _render_crop(
-    canvas: Float[Array, "c S S"], size: tuple[int, int], threshold: int, crop: CropParams
+    canvas: Float[Array, "c S S"], size: tuple[int, int], threshold: int, crop: Any
 ) -> Float[Array, "h w c"]:
     """One crop, values 0..255. Pictures that are not RGB are only resampled and mirrored."""
     planes = list(ops.resample(canvas, crop.box, crop.flip, size))

@@ -133,7 +133,8 @@ def nearest(
     put = functools.partial(_put, mesh=mesh, dtype=dtype)
     rows = min(QUERY_BLOCK, -(-len(queries) // len(devices))) * len(devices)  # in a block, over all devices
     blocks = [_normalise(put(queries[i : i + rows], rows, P("data"))) for i in range(0, len(queries), rows)]
-    empty = put(np.full((rows, k), -np.inf), rows, P("data")), put(np.zeros((rows, k)), rows, P("data"), dtype=np.dtype(np.int32))
+    nowhere = put(np.zeros((rows, k)), rows, P("data"), dtype=np.dtype(np.int32))
+    empty = put(np.full((rows, k), -np.inf), rows, P("data")), nowhere
     best = [empty] * len(blocks)
     chunk = -(-min(chunk, max(len(bank), k)) // ROUND) * ROUND
     search = _search(mesh)

@@ -6,6 +6,7 @@ All sizes are read from the files; a file that is absent there is skipped.
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +14,12 @@ import numpy as np
 import pytest
 
 from dino_jax.config import default
+from dino_jax.eval import knn, propagation, ranking, voc
 from dino_jax.losses import dino_loss, update_center
+from dino_jax.models import resize_pos_embed
 from dino_jax.schedules import cosine
 from dino_jax.train_step import make_recipe, state_from_student, train_step
-from tests.models.torch_names import section, to_variables
+from tests.models.torch_names import head_of, section, to_variables, vit_of
 
 OPTIMISERS = ("adamw", "sgd", "lars")
 
@@ -119,3 +122,168 @@ def check_trajectory(data: dict[str, np.ndarray], dtype: str, tolerance: float) 
     for found, prefix in ((state.student["params"], "student/"), (state.ema.teacher, "teacher/")):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=tolerance), found, params(prefix))
     np.testing.assert_allclose(state.center, data["center"].ravel(), rtol=0, atol=tolerance)
+
+
+def check_vit(data: dict[str, np.ndarray], dtype, tolerance: float) -> None:
+    state = section(data, "param/", dtype)
+    sizes = [key.removeprefix("in/") for key in data if key.startswith("in/")]
+    model = vit_of(state, data[f"attn/{sizes[0]}"].shape[1], dtype)
+    variables = {"params": to_variables(state)["params"]}
+
+    @jax.jit
+    def run(images):
+        return (
+            model.apply(variables, images),
+            model.apply(variables, images, model.depth, method="tokens"),
+            model.apply(variables, images, method="attention"),
+        )
+
+    for size in sizes:
+        images = data[f"in/{size}"].transpose(0, 2, 3, 1).astype(dtype)
+        cls, tokens, attention = run(images)
+        assert cls.dtype == tokens.dtype == attention.dtype == dtype
+        np.testing.assert_allclose(cls, data[f"cls/{size}"], rtol=0, atol=tolerance)
+        np.testing.assert_allclose(attention, data[f"attn/{size}"], rtol=0, atol=tolerance)
+        for layer in range(model.depth):
+            np.testing.assert_allclose(tokens[layer], data[f"layer{layer}/{size}"], rtol=0, atol=tolerance)
+
+
+def test_vit_float32(load_reference):
+    check_vit(load_reference("vit.npz"), np.float32, 1e-5)
+
+
+def exactness(data: dict[str, np.ndarray]) -> float:
+    """What float64 can reach: the network was run in float64, and its weights may be kept rounded to float32."""
+    return 1e-8 if data["param/cls_token"].dtype == np.float64 else 1e-6
+
+
+def test_vit_float64(load_reference, x64):
+    data = load_reference("vit.npz")
+    check_vit(data, np.float64, exactness(data))
+
+
+def check_pos_embed(data: dict[str, np.ndarray], dtype, tolerance: float) -> None:
+    for name, expected in section(data, "grid/").items():
+        grid = tuple(int(n) for n in name.split("x"))
+        resized = resize_pos_embed(jnp.asarray(data["pos_embed"], dtype), grid)
+        np.testing.assert_allclose(resized, expected, rtol=0, atol=tolerance, err_msg=name)
+
+
+def test_position_resize_float32(load_reference):
+    check_pos_embed(load_reference("pos_embed.npz"), np.float32, 1e-5)
+
+
+def test_position_resize_float64(load_reference, x64):
+    check_pos_embed(load_reference("pos_embed.npz"), np.float64, 1e-8)
+
+
+def check_linear_features(vit: dict, data: dict, dtype, tolerance: float) -> None:
+    state = section(vit, "param/", dtype)
+    heads = next(value.shape[1] for key, value in vit.items() if key.startswith("attn/"))
+    model, variables = vit_of(state, heads, dtype), {"params": to_variables(state)["params"]}
+    images = data["in"].transpose(0, 2, 3, 1).astype(dtype)
+    last_two = model.apply(variables, images, 2, method="tokens")  # [2, B, N, D]
+    n2 = jnp.concatenate([last_two[0, :, 0], last_two[1, :, 0]], axis=-1)
+    pair = jnp.stack([last_two[-1, :, 0], last_two[-1, :, 1:].mean(axis=1)], axis=-1)  # [B, D, 2]: interleaved
+    np.testing.assert_allclose(n2, data["n2"], rtol=0, atol=tolerance)
+    np.testing.assert_allclose(pair.reshape(len(images), -1), data["n1_avgpool"], rtol=0, atol=tolerance)
+
+
+def test_linear_features_float32(load_reference):
+    check_linear_features(load_reference("vit.npz"), load_reference("linear_features.npz"), np.float32, 1e-5)
+
+
+def test_linear_features_float64(load_reference, x64):
+    data = load_reference("vit.npz")
+    check_linear_features(data, load_reference("linear_features.npz"), np.float64, exactness(data))
+
+
+def check_head(data: dict[str, np.ndarray], kind: str, dtype, tolerance: float) -> None:
+    state = section(data, f"{kind}/param/", dtype)
+    model, variables = head_of(state, dtype), to_variables(state)
+    if model.norm_last_layer:
+        del variables["params"]["last_layer"]["g"]
+    features = data[f"{kind}/in"].astype(dtype)
+    expected = to_variables(section(data, f"{kind}/after/", dtype))["batch_stats"]
+    # The file keeps the statistics after the training pass under `param` too; the pass itself began with torch's fresh.
+    variables["batch_stats"] = {
+        name: {"mean": 0 * old["mean"], "var": 0 * old["var"] + 1} for name, old in expected.items()
+    }
+    train, evaluate = (jax.jit(partial(model.apply, train=train, mutable=["batch_stats"])) for train in (True, False))
+    out, moved = train(variables, features)
+    assert out.dtype == dtype
+    np.testing.assert_allclose(out, data[f"{kind}/out"], rtol=0, atol=tolerance)
+    if expected:
+        close = partial(np.testing.assert_allclose, rtol=0, atol=tolerance)
+        jax.tree.map(close, moved["batch_stats"], expected)
+        evaluated, _ = evaluate(variables | moved, features)
+        np.testing.assert_allclose(evaluated, data[f"{kind}/out_eval"], rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("kind", ["plain", "free", "bn"])
+def test_head_float32(load_reference, kind):
+    check_head(load_reference("head.npz"), kind, np.float32, 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["plain", "free", "bn"])
+def test_head_float64(load_reference, x64, kind):
+    check_head(load_reference("head.npz"), kind, np.float64, 1e-8)
+
+
+@pytest.mark.parametrize("mass", [0.6, 0.8])
+def test_attention_threshold(load_reference, mass):
+    data = load_reference("attention_threshold.npz")
+    np.testing.assert_array_equal(voc.attention_masks(data["attention"], mass), data[f"mask_{mass}"])
+
+
+def test_label_propagation(load_reference):
+    data = load_reference("label_propagation.npz")
+    h, w = data["grid"]
+    fold = lambda x: x.reshape(*x.shape[:-2], h, w, x.shape[-1])  # noqa: E731
+    labels = np.moveaxis(data["context_segmentations"], 1, -1)
+    got = propagation.propagate(
+        fold(data["context_features"]).astype(np.float32),
+        fold(data["target_features"]).astype(np.float32),
+        labels.astype(np.float32),
+        radius=int(data["radius"]),
+        topk=int(data["topk"]),
+        temperature=float(data["temperature"]),
+    )
+    np.testing.assert_allclose(np.moveaxis(got, -1, 0), data["propagated"], atol=1e-5)
+    np.testing.assert_array_equal(propagation.hard_labels(got, 8), data["upsampled_x8_labels"])
+
+
+def test_knn(load_reference):
+    data = load_reference("knn.npz")
+    wanted = {int(key.rpartition("k")[2]): value for key, value in data.items() if key.startswith("top1_top5/")}
+    got = knn.knn_classify(data["train"], data["train_labels"], data["test"], data["test_labels"], ks=tuple(wanted))
+    for k, value in wanted.items():
+        np.testing.assert_allclose(got[k], value, atol=1e-9)
+
+
+def truths(data):
+    count = data["similarity"].shape[1]
+    return [{key: data[f"gnd/{q}/{key}"] for key in ("easy", "hard", "junk")} for q in range(count)]
+
+
+def test_retrieval(load_reference):
+    data = load_reference("retrieval.npz")
+    scores = ranking.revisited_scores(data["similarity"], truths(data))
+    for name in ("medium", "hard"):
+        np.testing.assert_allclose(scores[name]["map"], data[f"{name}/map"], atol=1e-12)
+        np.testing.assert_allclose(scores[name]["aps"], data[f"{name}/aps"], atol=1e-12)
+
+
+def test_whitening(load_reference):
+    data = load_reference("copy_detection.npz")
+    whiten = ranking.Whitening(data["whitening"])
+    for name in ("queries", "database"):
+        got, wanted = whiten(data[name]), data[f"{name}_whitened"]
+        sign = np.sign(np.sum(got * wanted, axis=0))  # eigenvectors are unique up to their sign
+        np.testing.assert_allclose(got * sign, wanted, atol=1e-8)
+
+
+def test_gem(load_reference, x64):
+    data = load_reference("copy_detection.npz")
+    patches = data["patches"].reshape(len(data["patches"]), -1, data["patches"].shape[-1])
+    np.testing.assert_allclose(ranking.gem(patches), data["gem"], atol=1e-10)

@@ -30,14 +30,6 @@ def random_problem(rng, train=331, test=57, width=12, classes=9):
     return draw(train_labels), train_labels, draw(test_labels), test_labels
 
 
-def test_reference(load_reference):
-    data = load_reference("knn.npz")
-    wanted = {int(key.rpartition("k")[2]): value for key, value in data.items() if key.startswith("top1_top5/")}
-    got = knn.knn_classify(data["train"], data["train_labels"], data["test"], data["test_labels"], ks=tuple(wanted))
-    for k, value in wanted.items():
-        np.testing.assert_allclose(got[k], value, atol=1e-9)
-
-
 @pytest.mark.parametrize("chunk", [128, 10_000])
 def test_equals_the_definition_for_any_chunk_and_remainder(chunk):
     problem = random_problem(np.random.default_rng(0))

@@ -27,23 +27,6 @@ def problem(seed, n=3, h=11, w=19, width=6, labels=3):
     return tuple(a.astype(np.float32) for a in arrays)
 
 
-def test_reference(load_reference):
-    data = load_reference("label_propagation.npz")
-    h, w = data["grid"]
-    fold = lambda x: x.reshape(*x.shape[:-2], h, w, x.shape[-1])  # noqa: E731
-    labels = np.moveaxis(data["context_segmentations"], 1, -1)
-    got = propagation.propagate(
-        fold(data["context_features"]).astype(np.float32),
-        fold(data["target_features"]).astype(np.float32),
-        labels.astype(np.float32),
-        radius=int(data["radius"]),
-        topk=int(data["topk"]),
-        temperature=float(data["temperature"]),
-    )
-    np.testing.assert_allclose(np.moveaxis(got, -1, 0), data["propagated"], atol=1e-5)
-    np.testing.assert_array_equal(propagation.hard_labels(got, 8), data["upsampled_x8_labels"])
-
-
 @pytest.mark.parametrize(("radius", "topk"), [(2, 5), (4, 1), (30, 7), (0, 4)])
 def test_equals_the_whole_affinity(radius, topk):
     sources, target, labels = problem(radius)

@@ -63,6 +63,7 @@ def test_boundary_equals_brute_force(seed):
     assert davis.boundary(prediction, truth) == pytest.approx(brute_force_boundary(prediction, truth))
 
 
+@pytest.mark.extra
 def test_boundary_equals_opencv_dilation():
     cv2 = pytest.importorskip("cv2")
     rng = np.random.default_rng(9)

@@ -46,6 +46,7 @@ def test_one_device_equals_eight():
     np.testing.assert_allclose(one[0], eight[0], atol=1e-6)
 
 
+@pytest.mark.extra
 def test_nearest_equals_sklearn():
     neighbors = pytest.importorskip("sklearn.neighbors")
     rng = np.random.default_rng(2)

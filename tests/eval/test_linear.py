@@ -53,6 +53,7 @@ def test_a_broken_off_run_goes_on_to_the_same_end(vit, class_folders, tmp_path, 
         np.testing.assert_array_equal(saved[0][key], saved[1][key])
 
 
+@pytest.mark.extra
 def test_a_step_is_the_sgd_of_torch(vit):
     torch = pytest.importorskip("torch")
     rng = np.random.default_rng(0)

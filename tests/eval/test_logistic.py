@@ -22,6 +22,7 @@ def objective(weights, features, labels, penalty):
     return losses.mean() + penalty / 2 * np.sum(np.square(weights))
 
 
+@pytest.mark.extra
 def test_reaches_the_optimum_of_sklearn():
     linear_model = pytest.importorskip("sklearn.linear_model")
     features, labels, classes = problem()

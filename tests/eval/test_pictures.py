@@ -10,6 +10,7 @@ from dino_jax.errors import UserError
 from dino_jax.eval import pictures
 
 
+@pytest.mark.extra
 def test_linear_resize_equals_torch():
     torch = pytest.importorskip("torch")
     rng = np.random.default_rng(0)
@@ -23,6 +24,7 @@ def test_linear_resize_equals_torch():
     np.testing.assert_allclose(pictures.linear_resize(pixels, 20, 99), np.moveaxis(wanted[0].numpy(), 0, -1), atol=1e-3)
 
 
+@pytest.mark.extra
 def test_linear_resize_equals_opencv():
     cv2 = pytest.importorskip("cv2")
     pixels = np.random.default_rng(1).integers(256, size=(64, 101, 3), dtype=np.uint8)

@@ -12,6 +12,7 @@ from scipy import stats
 from dino_jax.config import default
 from dino_jax.data import crops as C
 from dino_jax.data.crops import CropParams, centre_box, draw_boxes, draw_crops, render_crops
+from tests.peers import peer
 
 RATIO = (3 / 4, 4 / 3)
 
@@ -226,8 +227,8 @@ def test_other_channel_counts_are_cut_and_flipped_channel_by_channel(image, chan
 
 @pytest.mark.extra
 def test_each_operation_equals_torchvisions(picture):
-    functional = pytest.importorskip("torchvision.transforms.functional")
-    bicubic = pytest.importorskip("torchvision").transforms.InterpolationMode.BICUBIC
+    functional = peer("torchvision.transforms.functional")
+    bicubic = peer("torchvision.transforms").InterpolationMode.BICUBIC
     box = (10, 20, 33, 41)
     np.testing.assert_array_equal(
         C.crop_resize(picture, np.array(box), (32, 40)), functional.resized_crop(picture, *box, (32, 40), bicubic)
@@ -244,7 +245,7 @@ def test_each_operation_equals_torchvisions(picture):
 @pytest.mark.parametrize(("height", "width"), [(300, 400), (33, 200)])
 def test_boxes_are_distributed_as_torchvisions(height, width):
     torch = pytest.importorskip("torch")
-    transforms = pytest.importorskip("torchvision").transforms
+    transforms = peer("torchvision.transforms")
     torch.manual_seed(0)
     blank, scale = Image.new("RGB", (width, height)), (0.05, 0.4)
     theirs = np.array([transforms.RandomResizedCrop.get_params(blank, scale, RATIO) for _ in range(4000)])

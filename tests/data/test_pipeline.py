@@ -26,6 +26,7 @@ from dino_jax.data.pipeline import (
 )
 from dino_jax.data.sources import open_source
 from dino_jax.errors import UserError
+from tests.peers import peer
 
 
 @pytest.fixture
@@ -380,7 +381,7 @@ def test_the_evaluation_view_has_torchvisions_sizes():
 @pytest.mark.extra
 @pytest.mark.parametrize(("height", "width"), [(37, 53), (53, 37), (30, 30), (16, 90), (10, 12)])
 def test_the_evaluation_view_equals_torchvisions(height, width):
-    transforms = pytest.importorskip("torchvision.transforms")
+    transforms = peer("torchvision.transforms")
     picture = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     view = transforms.Compose(
         [

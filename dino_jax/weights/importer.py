@@ -80,11 +80,13 @@ def read(file_or_name: epath.PathLike, *, heads: int | None = None, from_file: e
     if str(file_or_name) in names.PRETRAINED:
         path = epath.Path(from_file) if from_file else names.fetch(str(file_or_name))
     elif from_file:
-        raise UserError(f"--from={from_file}: {file_or_name} is no released model's name; {names.known()}")
+        raise UserError(
+            f"--from={from_file}: {file_or_name} is no released model's name; {names.known(str(file_or_name))}"
+        )
     else:
         path = epath.Path(file_or_name)
         if not path.exists():
-            raise UserError(f"{path}: no such file, nor a released model's name; {names.known()}")
+            raise UserError(f"{path}: no such file, nor a released model's name; {names.known(str(file_or_name))}")
     content = read_weights(path)
     if is_tensors(content):
         return _from_backbone(content, heads, path)

@@ -117,7 +117,7 @@ def _knn(config: ConfigDict, bank: tuple, queries: tuple) -> float:
 def cls_attention(model: Frozen, scenes: Scenes) -> np.ndarray:
     """Attention of CLS to the patches in the last block, [B, H, h, w], for every picture."""
     batches = make_eval_dataset(scenes, resize=0, crop=scenes.height, batch_size=40)
-    found = [weights[:, :, 0, 1:] for weights, _ in run(model, lambda net, x: net.attention(x), batches)]
+    found = [w[batch["valid"], :, 0, 1:] for w, batch in run(model, lambda net, x: net.attention(x), batches)]
     side = scenes.height // model.backbone.patch_size
     return np.concatenate(found).reshape(len(scenes), -1, side, side)
 

@@ -141,7 +141,10 @@ def _eval() -> ConfigDict:
     evaluation.knn_test = placeholder(str)  # labelled source of the queries
     evaluation.knn_k = 20
     evaluation.knn_temperature = 0.07
-    evaluation.resize = 256  # shorter side before the centre crop, bicubic; 0: no resize
+    evaluation.voc_every = 0  # epochs between attention Jaccards of the teacher; 0: never
+    evaluation.voc_data = placeholder(str)  # pictures with masks: a VOC folder, scenes:..., or images/ and masks/
+    evaluation.voc_size = 480  # side of the square that they are squeezed to
+    evaluation.resize = 256  # for k-NN: shorter side before the centre crop, bicubic; 0: no resize
     evaluation.crop = 224
     evaluation.batch_size = 256
     return evaluation

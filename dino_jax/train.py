@@ -53,9 +53,10 @@ def train(config: ConfigDict, workdir: str | epath.Path, *, source: Source | Non
     sharding.check_batch(config.batch_size, mesh, config.run.accum_steps)
     source = open_source(config.data.train) if source is None else source
     recipe = make_recipe(config, steps_per_epoch(len(source), config.batch_size))
+    evaluations = online.Evaluations(config, recipe, steps_per_epoch(len(source), config.batch_size))
     workdir = epath.Path(workdir).expanduser()
     claim(workdir, config)
-    with StopSignal() as stop, _Session(config, workdir, source, recipe, mesh) as session:
+    with StopSignal() as stop, _Session(config, workdir, source, recipe, mesh, evaluations) as session:
         return session.loop(stop)
 
 
@@ -81,13 +82,21 @@ def claim(workdir: epath.Path, config: ConfigDict) -> None:
 class _Session:
     """What the loop needs at hand, from the start or the resumption of a run to its end or interruption."""
 
-    def __init__(self, config: ConfigDict, workdir: epath.Path, source: Source, recipe: Recipe, mesh: Mesh):
+    def __init__(
+        self,
+        config: ConfigDict,
+        workdir: epath.Path,
+        source: Source,
+        recipe: Recipe,
+        mesh: Mesh,
+        evaluations: online.Evaluations,
+    ):
         self.config, self.workdir, self.source, self.recipe, self.mesh = config, workdir, source, recipe, mesh
         self.lead = jax.process_index() == 0
         self.epoch_steps = steps_per_epoch(len(source), config.batch_size)
         self.total = config.epochs * self.epoch_steps
         self.save_every = max(1, round(config.run.checkpoint_every * self.epoch_steps))
-        self.knn_every = config.eval.knn_every * self.epoch_steps
+        self.evaluations = evaluations
         self.watch = Watch(config, self.epoch_steps, self.total)
         self.throughput = Throughput()
         self.bad_files = BadFiles(workdir)
@@ -178,7 +187,7 @@ class _Session:
 
     def due(self) -> bool:
         """Whether something comes after this step that needs it to be over."""
-        return self.step % self.save_every == 0 or bool(self.knn_every and self.step % self.knn_every == 0)
+        return self.step % self.save_every == 0 or self.evaluations.due(self.step)
 
     def see(self, step: int, metrics: Metrics) -> bool:
         """Waits for the end of a step and logs it if it is its turn; False asks for a rewind."""
@@ -214,8 +223,8 @@ class _Session:
 
     def milestone(self) -> None:
         """What comes between two steps: online evaluation, then the checkpoint."""
-        if self.knn_every and self.step % self.knn_every == 0:
-            figures = online.knn(self.config, self.recipe, self.state)
+        if self.evaluations.due(self.step):
+            figures = self.evaluations.run(self.step, self.state)
             self.writer.write(self.step, figures)
             self.say(f"step {self.step}: " + ", ".join(f"{name} {value:.2f}%" for name, value in figures.items()))
         if self.step % self.save_every == 0:

@@ -45,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("protocol", help="knn linear lowshot finetune retrieval copydetection vos voc dense, or all")
     _checkpoint(evaluate)
     evaluate.add_argument("--data", required=True, help="a source or folder, as the protocol takes it")
+    evaluate.add_argument("--config", help="a file with the protocol's keys, such as configs/finetune/cifar10.py")
     evaluate.add_argument("--workdir", help="where features, pictures and resumable state go")
     evaluate.add_argument("--out", help="the figures as JSON")
 
@@ -92,8 +93,8 @@ def _train(args: argparse.Namespace, overrides: list[str]) -> None:
 def _eval(args: argparse.Namespace, overrides: list[str]) -> None:
     from dino_jax.evaluate import evaluate
 
-    options = {"overrides": overrides, "heads": args.heads, "workdir": args.workdir, "out": args.out}
-    evaluate(args.protocol, args.checkpoint, args.data, **options)
+    options = {"heads": args.heads, "workdir": args.workdir, "out": args.out}
+    evaluate(args.protocol, args.checkpoint, args.data, config_file=args.config, overrides=overrides, **options)
 
 
 def _features(args: argparse.Namespace, overrides: list[str]) -> None:

@@ -24,6 +24,11 @@ def load(path: str, overrides: Iterable[str] = ()) -> ConfigDict:
     Raises:
       UserError: the file is missing, fails, or has no `get_config`; an unknown key or a value of the wrong type.
     """
+    return check(override(read(path), overrides))
+
+
+def read(path: str) -> ConfigDict:
+    """What a file's `get_config()` returns; `UserError` as in `load`."""
     try:
         namespace = runpy.run_path(str(path))
         config = namespace["get_config"]()
@@ -33,7 +38,7 @@ def load(path: str, overrides: Iterable[str] = ()) -> ConfigDict:
         raise UserError(f"--config={path}: {type(error).__name__}: {error}") from error
     if not isinstance(config, ConfigDict):
         raise UserError(f"--config={path}: get_config() must return a ConfigDict, not {type(config).__name__}")
-    return check(override(config, overrides))
+    return config
 
 
 def override(config: ConfigDict, overrides: Iterable[str]) -> ConfigDict:

@@ -1,21 +1,21 @@
-"""`dino-jax eval`: a protocol, or all that the data allow, on a checkpoint; a table, and JSON where asked."""
+"""`dino-jax eval`: a protocol, or all that the data allow, on a checkpoint; tables, and JSON where asked."""
 
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+import jax
 from etils import epath
+from ml_collections import ConfigDict
 
 from dino_jax import config_io
 from dino_jax.errors import UserError
 from dino_jax.eval import everything, protocol
 from dino_jax.eval.features import Frozen
+from dino_jax.eval.published import table
 from dino_jax.features import load
-
-log = logging.getLogger(__name__)
 
 
 def evaluate(
@@ -23,47 +23,55 @@ def evaluate(
     checkpoint: str,
     data: str,
     *,
+    config_file: str | None = None,
     overrides: Iterable[str] = (),
     heads: int | None = None,
     workdir: str | None = None,
     out: str | None = None,
 ) -> dict[str, Any]:
-    """The figures of protocol `name`, or of `all`: then each key is `PROTOCOL/FIGURE`. Prints them as a table.
+    """The figures of protocol `name`, or of `all`: then each key is `PROTOCOL/FIGURE`.
+
+    Prints a table of each protocol, beside the published figures where the architecture has some.
 
     Args:
-      overrides: `--config.KEY=VALUE` for the protocol's own keys; the model's always come from the checkpoint.
+      config_file: a file whose `get_config()` gives the protocol's keys, such as those in `configs/finetune`.
+      overrides: `--config.KEY=VALUE` for the protocol's own keys (of `all`: `--config.PROTOCOL.KEY=VALUE`); the
+        model's always come from the checkpoint.
       heads: attention heads, where `checkpoint` is a weight file that does not tell.
       workdir: features, heads, pictures and resumable state go there.
-      out: the figures as JSON.
+      out: the figures as JSON; those of `all` are written after every protocol.
     """
-    overrides = list(overrides)
-    if name != "all":
-        module = protocol(name)
-        config = config_io.override(module.default_config(), overrides)
-    elif overrides:
-        raise UserError(f"{overrides[0]}: `eval all` runs every protocol with its defaults; name one to change them")
+    module = everything if name == "all" else protocol(name)
+    config = config_io.override(_settings(name, module.default_config(), config_file), overrides)
+    if name == "all":
+        everything.find(data)  # before anything is loaded
     loaded = load(checkpoint, heads=heads)
     model = Frozen(loaded.backbone, loaded.variables, loaded.config.data.mean, loaded.config.data.std)
     figures: dict[str, Any] = {}
-    if name == "all":
-        for part, found in everything.evaluate(model, data, workdir):
-            figures |= {f"{part}/{key}": value for key, value in found.items()}
-            log.info("%s done", part)
-    else:
-        figures = module.evaluate(model, data, config, workdir)
-    print(table(figures))
-    if out is not None:
-        _write(out, figures)
+
+    def parts() -> Iterator[tuple[str, dict[str, Any]]]:
+        if name == "all":
+            yield from everything.evaluate(model, data, config, workdir)
+        else:
+            yield name, module.evaluate(model, data, config, workdir)
+
+    for part, found in parts():
+        figures |= {f"{part}/{key}": value for key, value in found.items()} if name == "all" else found
+        if jax.process_index() == 0:
+            print(table(part, found, model), flush=True)
+            if out is not None:
+                _write(out, figures)
     return figures
 
 
-def table(figures: dict[str, Any]) -> str:
-    """A line a figure."""
-    width = max(map(len, figures), default=0)
-    return "\n".join(
-        f"{key:{width}}  {value:10.2f}" if isinstance(value, float) else f"{key:{width}}  {value!s:>10}"
-        for key, value in figures.items()
-    )
+def _settings(name: str, default: ConfigDict, file: str | None) -> ConfigDict:
+    """The configuration of a file, which must have the protocol's keys; without one the default."""
+    if file is None:
+        return default
+    config = config_io.read(file)
+    if foreign := sorted(config_io.flatten(config).keys() ^ config_io.flatten(default).keys()):
+        raise UserError(f"--config={file}: not a configuration of {name}: it differs in the key {foreign[0]!r}")
+    return config
 
 
 def _write(out: str, figures: dict[str, Any]) -> None:

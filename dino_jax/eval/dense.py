@@ -17,12 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from etils import epath
 from ml_collections import ConfigDict
 from PIL import Image
 
 from dino_jax.errors import UserError
+from dino_jax.eval.draw import SHOWN, palette, save_rows, tile, tinted
 from dino_jax.eval.features import Frozen, Net, Patches, net_of, normalise, run
-from dino_jax.eval.masks import IGNORE, MaskedPictures, train_test_masks
+from dino_jax.eval.masks import IGNORE, Masked, MaskedPictures, train_test_masks
 from dino_jax.eval.pictures import grouped, linear_matrix, nearest, parallel, resize
 from dino_jax.eval.training import cut, data_mesh, draw_crop, rounded
 from dino_jax.sharding import process_rows, replicated, to_devices
@@ -43,13 +45,17 @@ def default_config() -> ConfigDict:
 
 
 def evaluate(model: Frozen, data: str, config: ConfigDict, workdir: str | None = None) -> dict[str, float]:
-    """`miou` over the classes that occur (background included) and `pixel_accuracy`, in percent."""
+    """`miou` over the classes that occur (background included) and `pixel_accuracy`, in percent.
+
+    With a `workdir`, `dense.png` there shows some pictures beside truth and prediction.
+    """
     if model.backbone.patch_size is None:
         raise UserError("dense needs a backbone with patch tokens, a ViT")
     train, test = train_test_masks(data, len(model.mean))
     classes = train.num_classes or max(_largest(part, config) for part in (train, test)) + 1
     head = fit(model, train, classes, config)
-    return iou_scores(confusion(model, head, test, classes, config))
+    path = None if workdir is None else epath.Path(workdir) / "dense.png"
+    return iou_scores(confusion(model, head, test, classes, config, path))
 
 
 def iou_scores(counts: np.ndarray) -> dict[str, float]:
@@ -137,29 +143,40 @@ def _train_batches(
 
 
 def confusion(
-    model: Frozen, head: dict[str, jax.Array], test: MaskedPictures, classes: int, config: ConfigDict
+    model: Frozen,
+    head: dict[str, jax.Array],
+    test: MaskedPictures,
+    classes: int,
+    config: ConfigDict,
+    drawing: epath.Path | None = None,
 ) -> np.ndarray:
     """Pixels by true and predicted class, int64 [K, K]; pixels without a class do not count."""
     side = _side(model, config)
     head = jax.device_get(head)
     predict = jax.jit(lambda tokens: jnp.argmax(_pixels(head, tokens, side), -1).astype(jnp.uint8))
 
-    def load(row: int) -> tuple[np.ndarray, np.ndarray]:
-        pixels, _, labels = test.load(row)
-        return resize(pixels, side, side, Image.Resampling.BILINEAR), labels
+    def load(row: int) -> tuple[np.ndarray, Masked]:
+        masked = test.load(row)
+        return resize(masked.pixels, side, side, Image.Resampling.BILINEAR), masked
 
     groups = grouped(parallel(load, range(test.size), config.threads), config.batch_size)
-    batches = ({"image": np.stack([i for i, _ in group]), "labels": [x for _, x in group]} for group in groups)
-    counts = np.zeros((classes, classes), np.int64)
+    batches = ({"image": np.stack([i for i, _ in group]), "masked": [x for _, x in group]} for group in groups)
+    counts, shown = np.zeros((classes, classes), np.int64), []
     for tokens, batch in run(model, Patches(), batches):
-        for predicted, labels in zip(np.asarray(predict(tokens)), batch["labels"], strict=True):
+        for predicted, masked in zip(np.asarray(predict(tokens)), batch["masked"], strict=True):
+            labels, predicted = masked.classes, nearest(predicted, *masked.classes.shape)
             counted = labels != IGNORE
+            if len(shown) < SHOWN:
+                maps = np.where(counted, labels, 0), predicted
+                shown.append([masked.pixels, *(tinted(masked.pixels, map_, palette()) for map_ in maps)])
             if labels[counted].max(initial=0) >= classes:
                 raise UserError(f"a mask holds class {labels[counted].max()}, but there are {classes} classes")
-            cells = labels[counted].astype(int) * classes + nearest(predicted, *labels.shape)[counted]
+            cells = labels[counted].astype(int) * classes + predicted[counted]
             counts += np.bincount(cells, minlength=classes**2).reshape(classes, classes)
     if not counts.sum():
         raise UserError("dense: no pixel of the test masks has a class: check --data")
+    if drawing is not None:
+        save_rows(drawing, [[tile(panel, 160) for panel in row] for row in shown])
     return counts
 
 

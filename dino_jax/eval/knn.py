@@ -18,11 +18,15 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
+from dino_jax.data.decode import decode
+from dino_jax.data.sources import open_source
 from dino_jax.errors import UserError
+from dino_jax.eval.draw import GREEN, RED, SHOWN, save_rows, tile
 from dino_jax.eval.features import Frozen, dataset_features
 from dino_jax.eval.splits import check_labels, train_test
 
@@ -43,7 +47,11 @@ def default_config() -> ConfigDict:
 
 
 def evaluate(model: Frozen, data: str, config: ConfigDict, workdir: str | None = None) -> dict[str, float]:
-    """`top1_k<k>` and `top5_k<k>` in percent. `data` is as in `splits.train_test`; features are kept in `workdir`."""
+    """`top1_k<k>` and `top5_k<k>` in percent. `data` is as in `splits.train_test`.
+
+    With a `workdir` the features are kept there, and `knn.png` shows some test pictures and their neighbours, those of
+    the same class framed in green.
+    """
     train, test = train_test(data)
     features, labels = dataset_features(model, train, config, workdir=workdir)
     test_features, test_labels = dataset_features(model, test, config, workdir=workdir)
@@ -52,7 +60,26 @@ def evaluate(model: Frozen, data: str, config: ConfigDict, workdir: str | None =
     scores = knn_classify(
         features, labels, test_features, test_labels, ks=ks, temperature=config.temperature, num_classes=num_classes
     )
+    if workdir is not None and jax.process_index() == 0:
+        _draw(epath.Path(workdir) / "knn.png", (train, features, labels), (test, test_features, test_labels))
     return {f"top{n}_k{k}": value for k, pair in scores.items() for n, value in zip((1, 5), pair, strict=True)}
+
+
+def _draw(path: epath.Path, train: tuple, test: tuple) -> None:
+    """`train` and `test`: a spec, the features of its pictures and their labels."""
+    sources = [open_source(spec) for spec, _, _ in (train, test)]
+    if any(len(source) != len(part[1]) for source, part in zip(sources, (train, test), strict=True)):
+        return  # some could not be read, so the rows are not the pictures' numbers
+    chosen = np.unique(np.linspace(0, len(test[1]) - 1, SHOWN).astype(int))
+    near = nearest(test[1][chosen], train[1], min(SHOWN, len(train[1])), devices=jax.local_devices())[1]
+    rows = []
+    for query, places in zip(chosen, near, strict=True):
+        row = [tile(decode(sources[1][int(query)].image, 3), 96)]
+        for place in places:
+            colour = GREEN if train[2][place] == test[2][query] else RED
+            row.append(tile(decode(sources[0][int(place)].image, 3), 96, colour))
+        rows.append(row)
+    save_rows(path, rows)
 
 
 def knn_classify(

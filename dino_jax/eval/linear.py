@@ -30,7 +30,9 @@ from dino_jax.eval.features import Frozen, Net, Pooled, fingerprint, linear_inpu
 from dino_jax.eval.splits import class_count, train_test
 from dino_jax.eval.store import load_arrays, save_arrays
 from dino_jax.eval.training import Subset, crop_and_flip, data_mesh, test_batches, train_batches
+from dino_jax.models import ViT
 from dino_jax.sharding import replicated
+from dino_jax.weights.names import PRETRAINED, fetch
 from dino_jax.weights.pth import read_pth
 
 Heads = dict[str, dict[str, Any]]  # choice of features -> kernel [L, F, K], bias [L, K]
@@ -39,13 +41,13 @@ Heads = dict[str, dict[str, Any]]  # choice of features -> kernel [L, F, K], bia
 def default_config() -> ConfigDict:
     """The protocol's keys."""
     config = ConfigDict()
-    config.features = ("4", "1+avg")  # last blocks, `+avg` for the mean patch token; the paper: S `4`, B `1+avg`
+    config.features = ()  # last blocks, `+avg` for the mean patch token, such as ("4", "1+avg"); (): see `choices`
     config.lrs = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # for 256 pictures; scaled by batch_size / 256
     config.epochs = 100
     config.batch_size = 1024
     config.eval_every = 1  # epochs
     config.holdout = 0.0  # share of the training pictures that select head and epoch; 0: the test set does
-    config.head = placeholder(str)  # a released linear head (.pth): nothing is trained, it is tested
+    config.head = placeholder(str)  # a linear head (.pth, or a released model's name): tested, nothing is trained
     config.resize = 256  # shorter side of test pictures before the centre crop, bicubic; 0: no resize
     config.crop = 224
     config.seed = 0
@@ -108,6 +110,15 @@ def parse_choice(choice: str) -> tuple[int, bool]:
     return int(match[1]), match[2] is not None
 
 
+def choices(model: Frozen, config: ConfigDict) -> tuple[str, ...]:
+    """The choices of features; by default the paper's for S (`4`) and B (`1+avg`), for others those that they have."""
+    if config.features:
+        return tuple(str(choice) for choice in config.features)
+    if isinstance(model.backbone, ViT):
+        return str(min(4, model.backbone.depth)), "1+avg"
+    return ("1",) if model.backbone.patch_size is None else ("1", "1+avg")
+
+
 def _init(model: Frozen, config: ConfigDict, classes: int) -> tuple[Heads, Heads]:
     """Kernels N(0, 0.01), zero biases, zero momentum; every learning rate starts from the same kernel."""
     rng, rates = np.random.default_rng(config.seed), len(config.lrs)
@@ -122,7 +133,7 @@ def _init(model: Frozen, config: ConfigDict, classes: int) -> tuple[Heads, Heads
 def widths(model: Frozen, config: ConfigDict) -> dict[str, int]:
     """The number of inputs of a head for each choice of features."""
     images = jax.ShapeDtypeStruct((1, config.crop, config.crop, len(model.mean)), jnp.uint8)
-    inputs = jax.eval_shape(functools.partial(_inputs, net_of(model), tuple(config.features)), model.variables, images)
+    inputs = jax.eval_shape(functools.partial(_inputs, net_of(model), choices(model, config)), model.variables, images)
     return {choice: x.shape[1] for choice, x in inputs.items()}
 
 
@@ -237,16 +248,19 @@ def _test_released(model: Frozen, test: Source, config: ConfigDict) -> dict[str,
     fitting = [choice for choice, width in widths(model, config).items() if width == len(kernel)]
     if len(fitting) != 1:
         raise UserError(
-            f"{config.head}: its {len(kernel)} inputs fit {len(fitting)} of --config.features={config.features} "
-            f"{widths(model, config)}: name the one that it was trained on"
+            f"{config.head}: its {len(kernel)} inputs fit {len(fitting)} of the choices of features (and their widths) "
+            f"{widths(model, config)}: name the one that it was trained on with --config.features"
         )
     top1, top5 = score(model, test, {fitting[0]: {"kernel": kernel[None], "bias": bias[None]}}, config)[:, 0]
     return {"top1": float(top1), "top5": float(top5), "head": fitting[0], "selection": "released head"}
 
 
 def read_head(path: str) -> tuple[np.ndarray, np.ndarray]:
-    """Kernel [F, K] and bias [K] of an official linear head (`state_dict` with `linear.weight` and `linear.bias`)."""
-    content = read_pth(path)
+    """Kernel [F, K] and bias [K] of an official linear head (`state_dict` with `linear.weight` and `linear.bias`).
+
+    `path`: a `.pth`, or a released model's name, whose head is downloaded once.
+    """
+    content = read_pth(fetch(path, head=True) if path in PRETRAINED else path)
     tensors = content.get("state_dict", content) if isinstance(content, dict) else {}
     found = {key.rpartition("linear.")[2]: value for key, value in tensors.items() if "linear." in key}
     if set(found) != {"weight", "bias"}:

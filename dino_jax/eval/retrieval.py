@@ -12,43 +12,66 @@ from collections.abc import Sequence
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 from PIL import Image
 
 from dino_jax.data.crops import to_pil
 from dino_jax.errors import UserError
+from dino_jax.eval.draw import GRAY, GREEN, RED, SHOWN, save_rows, tile
 from dino_jax.eval.features import Cls, Frozen, run
 from dino_jax.eval.gnd import read_gnd
 from dino_jax.eval.pictures import batches_by_size, linear_resize, parallel, read_picture
 from dino_jax.eval.ranking import revisited_scores, similarity
 
-SETS = ("roxford5k", "rparis6k")
+PAPER = {"roxford5k": (224, False), "rparis6k": (512, True)}  # size, multiscale
+SETS = tuple(PAPER)
 SCALES = (1.0, 2**-0.5, 0.5)
+SIDE = 128  # pixels of a tile in the picture
 
 
 def default_config() -> ConfigDict:
-    """The protocol's keys. The paper: Oxford at 224 on one scale, Paris at 512 on three."""
+    """The protocol's keys."""
     config = ConfigDict()
-    config.size = 224  # side of the square that a picture must fit
-    config.multiscale = False  # average the features at scales 1, 0.71 and 0.5
+    config.size = placeholder(int)  # side of the square that a picture must fit; null: the paper's, see `PAPER`
+    config.multiscale = placeholder(bool)  # average the features at scales 1, 0.71 and 0.5; null: the paper's
     config.batch_size = 32
     config.threads = 4
     return config.lock()
 
 
 def evaluate(model: Frozen, data: str, config: ConfigDict, workdir: str | None = None) -> dict[str, float]:
-    """`<set>_map_medium`, `<set>_map_hard` and `<set>_mp@<k>_<level>` in percent, for every set found in `data`."""
+    """`<set>_map_medium`, `<set>_map_hard` and `<set>_mp@<k>_<level>` in percent, for every set found in `data`.
+
+    With a `workdir`, `retrieval-<set>.png` there shows some queries and the best of the database: easy and hard ones
+    framed in green, what counts for nothing in gray, wrong ones in red.
+    """
     figures = {}
     for folder in _sets(data):
         truth = read_gnd(folder / f"gnd_{folder.name}.pkl")
-        scales = SCALES if config.multiscale else (1.0,)
-        queries, database = (
-            multiscale_features(model, [folder / "jpg" / f"{name}.jpg" for name in truth[key]], config, scales)
-            for key in ("qimlist", "imlist")
-        )
-        for level, scores in revisited_scores(similarity(database, queries), truth["gnd"]).items():
-            figures[f"{folder.name}_map_{level}"] = 100 * scores["map"]
-            figures |= {f"{folder.name}_mp@{k}_{level}": 100 * value for k, value in scores["mpk"].items()}
+        size, multiscale = PAPER[folder.name]
+        size = size if config.size is None else config.size
+        scales = SCALES if (multiscale if config.multiscale is None else config.multiscale) else (1.0,)
+        paths = {key: [folder / "jpg" / f"{name}.jpg" for name in truth[key]] for key in ("qimlist", "imlist")}
+        queries, database = (multiscale_features(model, p, config, size, scales) for p in paths.values())
+        scores = similarity(database, queries)
+        for level, level_scores in revisited_scores(scores, truth["gnd"]).items():
+            figures[f"{folder.name}_map_{level}"] = 100 * level_scores["map"]
+            figures |= {f"{folder.name}_mp@{k}_{level}": 100 * value for k, value in level_scores["mpk"].items()}
+        if workdir is not None:
+            _draw(epath.Path(workdir) / f"retrieval-{folder.name}.png", paths, scores, truth["gnd"], len(model.mean))
     return figures
+
+
+def _draw(path: epath.Path, paths: dict, scores: np.ndarray, truth: list[dict], channels: int) -> None:
+    rows = []
+    for query in np.unique(np.linspace(0, len(truth) - 1, SHOWN).astype(int)):
+        row = [tile(read_picture(paths["qimlist"][query], channels), SIDE)]
+        for place in np.argsort(-scores[:, query], kind="stable")[:SHOWN]:
+            good = place in truth[query]["easy"] or place in truth[query]["hard"]
+            colour = GREEN if good else GRAY if place in truth[query]["junk"] else RED
+            row.append(tile(read_picture(paths["imlist"][place], channels), SIDE, colour))
+        rows.append(row)
+    save_rows(path, rows)
 
 
 def _sets(data: str) -> list[epath.Path]:
@@ -62,13 +85,13 @@ def _sets(data: str) -> list[epath.Path]:
 
 
 def multiscale_features(
-    model: Frozen, paths: Sequence[epath.Path], config: ConfigDict, scales: Sequence[float]
+    model: Frozen, paths: Sequence[epath.Path], config: ConfigDict, size: int, scales: Sequence[float]
 ) -> np.ndarray:
-    """Features [N, D] of pictures, the mean over scales of a picture that fits `config.size`."""
+    """Features [N, D] of pictures shrunk to fit a square of side `size`, the mean over `scales`."""
     patch = model.backbone.patch_size or 1
 
     def load(path: epath.Path) -> np.ndarray:
-        return shrink_to_fit(read_picture(path, len(model.mean)), config.size)
+        return shrink_to_fit(read_picture(path, len(model.mean)), size)
 
     total = np.zeros(1)
     for scale in scales:

@@ -18,14 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 from PIL import Image
 
 from dino_jax.errors import UserError
+from dino_jax.eval.draw import GREEN, ORANGE, SHOWN, save_rows, tile, tinted
 from dino_jax.eval.features import ClsAttention, Frozen, run
 from dino_jax.eval.masks import IGNORE, Masked, MaskedPictures, open_masks
 from dino_jax.eval.pictures import grouped, parallel, resize
-
-SHOWN = 6  # pictures in voc.png
+from dino_jax.weights.store import open_weights
 
 
 def default_config() -> ConfigDict:
@@ -36,33 +37,48 @@ def default_config() -> ConfigDict:
     config.block = -1  # whose attention
     config.split = "val"  # of VOC's ImageSets/Segmentation
     config.random = False  # the same network with random weights, too
+    config.supervised = placeholder(str)  # a weight file of the same network trained with labels, too, such as DeiT's
     config.batch_size = 8
     config.threads = 4
     return config.lock()
 
 
 def evaluate(model: Frozen, data: str, config: ConfigDict, workdir: str | None = None) -> dict[str, float]:
-    """`jaccard_60` and `jaccard_80` in percent (by `config.masses`), with `_random` after it for random weights.
+    """`jaccard_60` and `jaccard_80` in percent (by `config.masses`); the same with `_random` and `_supervised` after
+    them for the references that are asked for.
 
     `data` is as in `masks.open_masks`. With a `workdir`, `voc.png` there shows some pictures beside truth and masks.
     """
     if model.backbone.patch_size is None:
-        raise UserError("voc needs a backbone with attention, a ViT")
+        raise UserError("voc needs a backbone with attention, a ViT or an XCiT")
     pictures = open_masks(data, config.split, len(model.mean))
-    path = None if workdir is None else epath.Path(workdir) / "voc.png"
-    figures = _score(model, pictures, config, path)
-    if config.random:
-        side = config.size // model.backbone.patch_size * model.backbone.patch_size
-        shape = jnp.zeros((1, side, side, len(model.mean)))
-        fresh = model._replace(variables=jax.jit(model.backbone.init)(jax.random.key(0), shape))
-        figures |= {f"{key}_random": value for key, value in _score(fresh, pictures, config, None).items()}
+    references = _references(model, config)
+    figures = _score(model, pictures, config, None if workdir is None else epath.Path(workdir) / "voc.png")
+    for name, reference in references.items():
+        figures |= {f"{key}_{name}": value for key, value in _score(reference, pictures, config, None).items()}
     return figures
+
+
+def _references(model: Frozen, config: ConfigDict) -> dict[str, Frozen]:
+    """The networks to compare with, by name."""
+    shape = jnp.zeros((1, *[config.size // model.backbone.patch_size * model.backbone.patch_size] * 2, len(model.mean)))
+    found = {}
+    if config.random:
+        found["random"] = model._replace(variables=jax.jit(model.backbone.init)(jax.random.key(0), shape))
+    if config.supervised is not None:
+        weights = open_weights(config.supervised, heads=model.backbone.heads)
+        variables = {name: tree["backbone"] for name, tree in weights.teacher.items() if "backbone" in tree}
+        expected = jax.eval_shape(model.backbone.init, jax.random.key(0), shape)
+        if jax.tree.map(np.shape, variables["params"]) != jax.tree.map(np.shape, expected["params"]):
+            raise UserError(f"--config.supervised={config.supervised}: not the weights of the network of --checkpoint")
+        found["supervised"] = model._replace(variables=variables)
+    return found
 
 
 def _score(model: Frozen, pictures: MaskedPictures, config: ConfigDict, path: epath.Path | None) -> dict[str, float]:
     side = config.size // model.backbone.patch_size * model.backbone.patch_size
     scores: dict[float, list[float]] = {mass: [] for mass in config.masses}
-    shown: list[np.ndarray] = []
+    shown: list[list[np.ndarray]] = []
     for attention, batch in run(model, ClsAttention(config.block), _batches(pictures, side, config)):
         for masked, heads in zip(batch["masked"], attention, strict=True):  # heads [H, h, w]
             for mass in config.masses:
@@ -74,9 +90,7 @@ def _score(model: Frozen, pictures: MaskedPictures, config: ConfigDict, path: ep
     if np.isnan(scores[config.masses[0]]).all():
         raise UserError("voc: no picture has an object in its mask: check --data")
     if shown and path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("wb") as file:
-            Image.fromarray(np.concatenate(shown)).save(file, "PNG")
+        save_rows(path, shown)
     return {f"jaccard_{round(100 * mass)}": 100 * float(np.nanmean(values)) for mass, values in scores.items()}
 
 
@@ -89,15 +103,13 @@ def _batches(pictures: MaskedPictures, side: int, config: ConfigDict) -> Iterato
         yield {"image": np.stack([image for image, _ in group]), "masked": [masked for _, masked in group]}
 
 
-def _row(masked: Masked, masks: np.ndarray, side: int = 160) -> np.ndarray:
-    """Picture, truth and the best head's mask (by all objects together) side by side, uint8 [side, 3 * side, 3]."""
+def _row(masked: Masked, masks: np.ndarray) -> list[np.ndarray]:
+    """Picture, truth and the best head's mask (by all objects together)."""
     truth = (masked.objects > 0) & (masked.objects != IGNORE)
     best = masks[jaccard(masks, truth).argmax()]
-    gray = masked.pixels[..., :3].mean(-1, keepdims=True)
-    panels = [np.broadcast_to(masked.pixels[..., :3], (*truth.shape, 3))]
-    for mask, colour in ((truth, (60, 220, 90)), (best, (250, 80, 60))):
-        panels.append(np.where(mask[..., None], 0.5 * gray + 0.5 * np.array(colour), 0.6 * gray).astype(np.uint8))
-    return np.concatenate([resize(panel, side, side, Image.Resampling.BILINEAR) for panel in panels], axis=1)
+    colours = np.array([(0, 0, 0), GREEN, ORANGE], np.uint8)
+    panels = masked.pixels, *(tinted(masked.pixels, mask * n, colours) for n, mask in ((1, truth), (2, best)))
+    return [tile(panel, 160) for panel in panels]
 
 
 def attention_masks(attention: np.ndarray, mass: float) -> np.ndarray:

@@ -8,10 +8,12 @@ by J and F (`davis`). Layout: `DATA/JPEGImages/480p/VIDEO/*.jpg`, `DATA/Annotati
 from __future__ import annotations
 
 import collections
+import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
@@ -22,6 +24,7 @@ from dino_jax.data.scenes import Scenes
 from dino_jax.data.sources import open_source
 from dino_jax.errors import UserError
 from dino_jax.eval import davis
+from dino_jax.eval.draw import SHOWN, palette, save_rows, tile, tinted
 from dino_jax.eval.features import Frozen, Patches, fingerprint, run
 from dino_jax.eval.pictures import grouped, linear_resize, list_pictures, nearest, parallel, read_labels, read_picture
 from dino_jax.eval.propagation import hard_labels, propagate
@@ -60,8 +63,8 @@ class Video(NamedTuple):
 def evaluate(model: Frozen, data: str, config: ConfigDict, workdir: str | None = None) -> dict[str, float]:
     """J&F, and mean, recall and decay of J and F in percent, over all objects.
 
-    With a `workdir` the label maps are written to `vos-<weights>/VIDEO/*.png` with a palette, and videos that are there
-    are not computed again; `objects.json` beside them holds each object's figures.
+    With a `workdir` the label maps are written to `vos-<settings>/VIDEO/*.png` with a palette, and videos that are
+    there are not computed again; `objects.json` beside them has each object's figures, and `vos.png` shows some videos.
     """
     if model.backbone.patch_size is None:
         raise UserError("vos needs a backbone with patch tokens, a ViT")
@@ -69,26 +72,33 @@ def evaluate(model: Frozen, data: str, config: ConfigDict, workdir: str | None =
         model = model._replace(std=STD)
     folder = None
     if workdir is not None:
-        folder = epath.Path(workdir) / f"vos-{fingerprint(model)}-{_settings(config)}"
-    objects = {}
+        folder = epath.Path(workdir) / f"vos-{_settings(model, data, config)}"
+    objects: dict[str, Any] = {}
+    shown: list[list[np.ndarray]] = []
     for video in open_videos(data, config.split, len(model.mean)):
         truth = video.truth()
         labels = None if folder is None else _load(folder / video.name, video.stems, truth.shape)
         if labels is None:
             labels = segment(model, video, truth[0], config)
-            if folder is not None:
+            if folder is not None and jax.process_index() == 0:
                 _save(folder / video.name, video.stems, labels)
+        if len(shown) < SHOWN:
+            chosen = np.linspace(0, len(labels) - 1, 4).astype(int)
+            shown.append([tile(tinted(video.frame(t), labels[t], palette()), 200) for t in chosen])
         for number, scores in enumerate(davis.score_video(labels, truth, video.name), 1):
             objects[f"{video.name}_{number}"] = scores
         _log.info("%s: %s", video.name, davis.summarize([objects[f"{video.name}_1"]]))
-    if folder is not None:
+    if folder is not None and jax.process_index() == 0:
         save_json(folder / "objects.json", objects)
+        save_rows(epath.Path(folder.parent) / "vos.png", shown)
     return davis.summarize(objects.values())
 
 
-def _settings(config: ConfigDict) -> str:
+def _settings(model: Frozen, data: str, config: ConfigDict) -> str:
+    """A short name of everything that the label maps depend on."""
     keys = ("size", "multiple", "context", "radius", "topk", "temperature")
-    return "-".join(f"{config[key]:g}" for key in keys)
+    key = f"{data} {fingerprint(model)} {[config[key] for key in keys]}"
+    return hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
 def segment(model: Frozen, video: Video, first: np.ndarray, config: ConfigDict) -> np.ndarray:
@@ -187,23 +197,13 @@ def _stacked(name: str, maps: list[np.ndarray]) -> np.ndarray:
     return np.stack(maps)
 
 
-def palette() -> bytes:
-    """The 256 colours of VOC and DAVIS label pictures: bits of the number, spread over red, green and blue."""
-    numbers = np.arange(256)
-    colours = np.zeros((256, 3), np.uint8)
-    for bit in range(8):
-        for channel in range(3):
-            colours[:, channel] |= ((numbers >> (3 * bit + channel) & 1) << (7 - bit)).astype(np.uint8)
-    return colours.tobytes()
-
-
 def _save(folder: epath.Path, stems: Sequence[str], labels: np.ndarray) -> None:
     """Indexed pictures; the folder gets its name only when all of them are there."""
     partial = folder.parent / f"{folder.name}.partial"
     partial.mkdir(parents=True, exist_ok=True)
     for stem, frame in zip(stems, labels, strict=True):
         picture = Image.fromarray(frame)
-        picture.putpalette(palette())
+        picture.putpalette(palette().tobytes())
         with (partial / f"{stem}.png").open("wb") as file:
             picture.save(file, "PNG")
     partial.rename(folder)

@@ -23,14 +23,15 @@ class Pretrained(NamedTuple):
     file: str
     knn: float | None = None
     linear: float | None = None
+    head: str | None = None  # the linear classifier on its features, for `eval linear`
 
 
 def _both(name: str, stem: str, knn: float, linear: float) -> dict[str, Pretrained]:
     """The teacher's backbone, and under `<name>_full` student, teacher, heads, optimiser and centre."""
-    folder = f"{stem}_pretrain/{stem}_pretrain"
+    path, head = f"{stem}_pretrain/{stem}_pretrain", f"{stem}_pretrain/{stem}_linearweights.pth"
     return {
-        name: Pretrained(f"{folder}.pth", knn, linear),
-        f"{name}_full": Pretrained(f"{folder}_full_checkpoint.pth", knn, linear),
+        name: Pretrained(f"{path}.pth", knn, linear, head),
+        f"{name}_full": Pretrained(f"{path}_full_checkpoint.pth", knn, linear, head),
     }
 
 
@@ -62,15 +63,17 @@ def cache_folder() -> epath.Path:
     return epath.Path(os.environ.get(CACHE, "~/.cache/dino-jax")).expanduser()
 
 
-def fetch(name: str) -> epath.Path:
-    """The local file of a released model, downloaded if it is not in the cache.
+def fetch(name: str, head: bool = False) -> epath.Path:
+    """The local file of a released model, or of the linear `head` on it, downloaded if it is not in the cache.
 
     Raises:
       UserError: an unknown name; no connection, or one that broke off (what came is kept, and resumed next time).
     """
     if name not in PRETRAINED:
         raise UserError(f"{name}: no such released model; {known(name)}")
-    file = PRETRAINED[name].file
+    file = PRETRAINED[name].head if head else PRETRAINED[name].file
+    if file is None:
+        raise UserError(f"{name}: no linear head was released for it")
     target = cache_folder() / file.rpartition("/")[2]
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -8,9 +8,10 @@ from PIL import Image
 from dino_jax.data.sources import open_source
 from dino_jax.errors import UserError
 from dino_jax.eval import linear
-from dino_jax.eval.features import net_of
+from dino_jax.eval.features import Frozen, net_of
 from dino_jax.eval.splits import class_count
 from dino_jax.eval.training import crop_and_flip, data_mesh, train_batches
+from dino_jax.models import BACKBONES
 from dino_jax.weights.pth import write_pth
 
 
@@ -90,24 +91,39 @@ def test_a_step_is_the_sgd_of_torch(vit):
         np.testing.assert_allclose(heads["2"]["bias"][i], layer.bias.detach().numpy(), atol=2e-4)
 
 
-def test_released_heads_are_read_and_fitted_by_their_width(vit, class_folders, tmp_path):
+def test_released_heads_are_read_and_fitted_by_their_width(vit, class_folders, tmp_path, monkeypatch):
     rng = np.random.default_rng(1)
     weight, bias = rng.normal(size=(3, 32)).astype(np.float32), rng.normal(size=3).astype(np.float32)
     state = {"module.linear.weight": weight, "module.linear.bias": bias}
     write_pth(tmp_path / "head.pth", {"epoch": 100, "state_dict": state, "best_acc": 77.0})
     config = small()
     config.head = str(tmp_path / "head.pth")
-    with pytest.raises(UserError, match="fit 2 of"):  # 2 blocks of 16, or CLS and mean of 16: both 32 wide
+    with pytest.raises(UserError, match="fit 2 of the choices"):  # 2 blocks of 16, or CLS and mean of 16: both 32 wide
         linear.evaluate(vit, str(class_folders), config)
     config.features = ("2",)
     figures = linear.evaluate(vit, str(class_folders), config)
+    monkeypatch.setattr(linear, "fetch", lambda name, head: {"dino_vits16": tmp_path / "head.pth"}[name])
+    config.head = "dino_vits16"  # by the released model's name
+    assert linear.evaluate(vit, str(class_folders), config) == figures
+    config.head = str(tmp_path / "head.pth")
     assert figures["selection"] == "released head" and 0 <= figures["top1"] <= figures["top5"] == 100
     write_pth(tmp_path / "head.pth", {"state_dict": {"fc.weight": weight}})
     with pytest.raises(UserError, match="not a linear head"):
         linear.evaluate(vit, str(class_folders), config)
 
 
-def test_choices():
+def test_choices(vit):
+    config = linear.default_config()
+    for name, wanted in {
+        "vit_base": ("4", "1+avg"),
+        "resnet50": ("1",),
+        "xcit_small_12": ("1", "1+avg"),
+    }.items():
+        model = Frozen(BACKBONES[name](), {})
+        assert linear.choices(model, config) == wanted
+    assert linear.choices(vit, config) == ("2", "1+avg")  # it has two blocks
+    config.features = ("1",)
+    assert linear.choices(vit, config) == ("1",)
     assert linear.parse_choice("4") == (4, False) and linear.parse_choice("1+avg") == (1, True)
     with pytest.raises(UserError, match="1\\+avg"):
         linear.parse_choice("avg")

@@ -45,10 +45,11 @@ def small():
 
 
 @pytest.mark.parametrize("multiscale", [False, True])
-def test_protocol(vit, oxford, multiscale):
+def test_protocol(vit, oxford, multiscale, tmp_path):
     config = small()
     config.multiscale = multiscale
-    figures = retrieval.evaluate(vit, str(oxford), config)
+    figures = retrieval.evaluate(vit, str(oxford), config, workdir=str(tmp_path / "work"))
+    assert (tmp_path / "work" / "retrieval-roxford5k.png").exists()
     assert figures["roxford5k_map_medium"] == pytest.approx(100)
     assert figures["roxford5k_map_hard"] == pytest.approx(100) == figures["roxford5k_mp@1_hard"]
     assert figures == retrieval.evaluate(vit, str(oxford / "roxford5k"), config)
@@ -57,7 +58,7 @@ def test_protocol(vit, oxford, multiscale):
 def test_features_do_not_depend_on_the_batches(vit, oxford):
     paths = sorted((oxford / "roxford5k" / "jpg").iterdir())
     config = small()
-    together = retrieval.multiscale_features(vit, paths, config, (1.0, 0.5))
+    together = retrieval.multiscale_features(vit, paths, config, 32, (1.0, 0.5))
     for i in (0, 5):
         pixels = retrieval.shrink_to_fit(retrieval.read_picture(paths[i]), 32)
         rows = [

@@ -8,6 +8,7 @@ from PIL import Image
 
 from dino_jax.errors import UserError
 from dino_jax.eval import vos
+from dino_jax.eval.draw import palette
 from tests.eval.conftest import COLOURS
 
 
@@ -25,7 +26,7 @@ def davis_folder(tmp_path):
             pixels = np.array([(128, 128, 128), *COLOURS[:2]])[labels] + rng.normal(0, 6, (34, 50, 3))
             Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(frames / f"{t:05d}.jpg", quality=95)
             picture = Image.fromarray(labels)
-            picture.putpalette(vos.palette())
+            picture.putpalette(palette().tobytes())
             picture.save(masks / f"{t:05d}.png")
     (tmp_path / "ImageSets" / "2017").mkdir(parents=True)
     (tmp_path / "ImageSets" / "2017" / "val.txt").write_text("bear\ndog\n")
@@ -50,6 +51,7 @@ def test_protocol_writes_indexed_pictures_and_resumes_by_video(vit, davis_folder
     with Image.open(folder / "bear" / "00000.png") as written:  # the first frame is the annotation itself
         truth = vos.read_labels(davis_folder / "Annotations" / "480p" / "bear" / "00000.png")
         np.testing.assert_array_equal(np.asarray(written), truth)
+    assert Image.open(tmp_path / "work" / "vos.png").height == 2 * 204 + 4
     seen = []
     segment = vos.segment
     monkeypatch.setattr(vos, "segment", lambda m, video, *rest: seen.append(video.name) or segment(m, video, *rest))

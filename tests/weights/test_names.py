@@ -119,3 +119,6 @@ def test_every_address_is_the_release():
         folder, file = model.file.split("/")
         assert file.startswith(folder)
         assert file.endswith("_full_checkpoint.pth" if name.endswith("_full") else "_pretrain.pth")
+        assert model.head is None or model.head == f"{folder}/{folder.removesuffix('_pretrain')}_linearweights.pth"
+    with pytest.raises(UserError, match="no linear head"):
+        names.fetch("dino_vits16_gldv2", head=True)

@@ -1,0 +1,64 @@
+"""Pictures of what a protocol did: rows of tiles in one PNG."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from etils import epath
+from PIL import Image
+
+from dino_jax.eval.pictures import resize
+
+GREEN, RED, GRAY, ORANGE = (60, 180, 75), (230, 50, 40), (150, 150, 150), (245, 160, 30)
+SHOWN = 6  # rows of a picture
+
+
+def tile(pixels: np.ndarray, side: int, frame: Sequence[int] | None = None) -> np.ndarray:
+    """A picture uint8 [H, W, C] in a square uint8 [side, side, 3] on white, `frame` as a coloured border."""
+    pixels = pixels[..., :3] if pixels.shape[-1] >= 3 else np.repeat(pixels[..., :1], 3, axis=-1)
+    border = 0 if frame is None else max(2, side // 24)
+    inner = side - 2 * border
+    scale = inner / max(pixels.shape[:2])
+    height, width = (max(1, round(length * scale)) for length in pixels.shape[:2])
+    canvas = np.full((side, side, 3), 255 if frame is None else frame, np.uint8)
+    canvas[border : side - border, border : side - border] = 255
+    top, left = border + (inner - height) // 2, border + (inner - width) // 2
+    canvas[top : top + height, left : left + width] = resize(pixels, height, width, Image.Resampling.BILINEAR)
+    return canvas
+
+
+def tinted(pixels: np.ndarray, labels: np.ndarray, colours: np.ndarray) -> np.ndarray:
+    """A picture uint8 [H, W, C] with its labels [H, W] over it: 0 stays as it is, others take half of their colour."""
+    pixels = pixels[..., :3] if pixels.shape[-1] >= 3 else np.repeat(pixels[..., :1], 3, axis=-1)
+    mixed = pixels // 2 + colours[labels] // 2
+    return np.where((labels > 0)[..., None], mixed, pixels).astype(np.uint8)
+
+
+def palette() -> np.ndarray:
+    """The colours of VOC's and DAVIS's labels, uint8 [256, 3]: the bits of the number spread over red, green, blue."""
+    numbers = np.arange(256)
+    colours = np.zeros((256, 3), np.uint8)
+    for bit in range(8):
+        for channel in range(3):
+            colours[:, channel] |= ((numbers >> (3 * bit + channel) & 1) << (7 - bit)).astype(np.uint8)
+    return colours
+
+
+def save_rows(path: epath.PathLike, rows: Sequence[Sequence[np.ndarray]], gap: int = 4) -> None:
+    """Writes rows of tiles, all of one size uint8 [s, s, 3], as a PNG, the first column apart (process 0 alone)."""
+    if jax.process_index() != 0:
+        return
+    side, columns = rows[0][0].shape[0], max(map(len, rows))
+    canvas = np.full((len(rows) * (side + gap) + gap, columns * (side + gap) + 3 * gap, 3), 255, np.uint8)
+    for i, row in enumerate(rows):
+        for j, piece in enumerate(row):
+            top, left = gap + i * (side + gap), gap + j * (side + gap) + (2 * gap if j else 0)
+            canvas[top : top + side, left : left + side] = piece
+    buffer = io.BytesIO()
+    Image.fromarray(canvas).save(buffer, "PNG")
+    path = epath.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(buffer.getvalue())

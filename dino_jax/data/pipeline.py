@@ -31,13 +31,14 @@ the last batch, or an unreadable picture) and bad.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import logging
 import math
 import os
 import shutil
 import sys
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import grain
@@ -46,6 +47,7 @@ from absl import flags
 
 from dino_jax.data.crops import CropParams, crop_resize, draw_crops, render_crops, to_pil
 from dino_jax.data.decode import BadImage
+from dino_jax.data.memory import BatchMemory, Pixels
 from dino_jax.data.reader import Reader, mixed_word, shuffled
 from dino_jax.data.sources import Source
 from dino_jax.errors import UserError
@@ -78,8 +80,7 @@ def make_dataset(
     Raises `UserError` where the batch is larger than the data set, nothing in it can be read, or (while iterating) more
     than `data.max_bad_share` of it cannot. Close the iterator to end its workers.
     """
-    if config.data.render not in RENDERERS:
-        raise UserError(f"data.render = {config.data.render!r}: choose one of {', '.join(RENDERERS)}")
+    layout = _layout(config)
     if position % config.batch_size:
         raise ValueError(f"position {position} is not a multiple of the batch size {config.batch_size}")
     if config.model.in_chans != 3:
@@ -89,9 +90,9 @@ def make_dataset(
     reader = Reader(source, config.model.in_chans, limit, config.seed, config.data.max_bad_share, config.data.train)
     reader.probe()
     rows = np.arange(config.batch_size)[batch_slice]
-    parts = math.ceil(len(rows) / CHUNK)
-    chunks = TrainChunks(reader, config, steps, salt, rows, parts, position // config.batch_size * parts)
-    return _iterate(chunks, parts, config.run.workers, config.run.threads, reader)
+    memory = BatchMemory(layout, len(rows), math.ceil(len(rows) / CHUNK), together=not config.run.workers)
+    chunks = TrainChunks(reader, memory, rows, config, steps, salt, position // config.batch_size)
+    return _iterate(chunks, config.run.workers, config.run.threads)
 
 
 def make_eval_dataset(
@@ -114,32 +115,32 @@ def make_eval_dataset(
     reader.probe()
     size = (crop, crop) if isinstance(crop, int) else crop
     chosen = np.arange(batch_size)[rows]
-    parts = math.ceil(len(chosen) / CHUNK)
-    chunks = EvalChunks(reader, resize, size, batch_size, chosen, parts)
-    return _iterate(chunks, parts, workers, threads, reader)
+    layout = {"image": (*size, channels)}
+    memory = BatchMemory(layout, len(chosen), math.ceil(len(chosen) / CHUNK), together=not workers)
+    return _iterate(EvalChunks(reader, memory, chosen, resize, batch_size), workers, threads)
 
 
-def _iterate(
-    chunks: TrainChunks | EvalChunks, parts: int, workers: int, threads: int, reader: Reader
-) -> Generator[Batch, None, None]:
+def _iterate(chunks: Chunks, workers: int, threads: int) -> Generator[Batch, None, None]:
     """Runs the chunks through grain: threads, or processes with threads, keeping about two batches ready."""
+    parts = chunks.memory.parts
     share = math.ceil(parts / max(workers, 1))  # chunks of a batch that fall to each process
     ahead = share if workers else 2 * share
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, ahead))
     dataset = grain.MapDataset.source(chunks).to_iter_dataset(options)
     if workers:
-        _require_shared_memory(chunks, workers * (share + 2))
+        _require_shared_memory(workers * (share + 2) * CHUNK * chunks.memory.row_bytes)
         if not flags.FLAGS.is_parsed():  # grain looks at flags of its own, which no one else parses here
             flags.FLAGS.mark_as_parsed()
         dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(workers, per_worker_buffer_size=share))
-    return _checked(iter(dataset.batch(parts, batch_fn=_merge)), reader)
+    merged = dataset.batch(parts, batch_fn=functools.partial(_merge, chunks.memory))
+    return _checked(iter(merged), chunks.reader)
 
 
-def _require_shared_memory(chunks: TrainChunks | EvalChunks, count: int) -> None:
-    """Worker processes hand over chunks in shared memory: a `UserError` where `count` of them do not fit."""
+def _require_shared_memory(needed: int) -> None:
+    """Worker processes hand over chunks in shared memory: a `UserError` where so many bytes are not free."""
     if not os.path.isdir("/dev/shm"):
         return
-    needed, free = count * CHUNK * chunks.pixels, shutil.disk_usage("/dev/shm").free
+    free = shutil.disk_usage("/dev/shm").free
     if needed > free:
         raise UserError(
             f"run.workers: they need {needed >> 20} MiB of shared memory and /dev/shm has {free >> 20} free; "
@@ -158,117 +159,115 @@ def _checked(batches: Any, reader: Reader) -> Generator[Batch, None, None]:
         batches.close()
 
 
-def _merge(chunks: Sequence[Batch]) -> Batch:
+def _merge(memory: BatchMemory, chunks: Sequence[Batch]) -> Batch:
     """Chunks of one batch -> the batch."""
-    if len(chunks) == 1:
-        return chunks[0]
-    merged = {key: _concatenate([chunk[key] for chunk in chunks]) for key in chunks[0] if key != "bad"}
-    return merged | {"bad": list(itertools.chain.from_iterable(chunk["bad"] for chunk in chunks))}
+    rest = {key: _joined([chunk[key] for chunk in chunks]) for key in chunks[0] if key not in ("batch", "pixels")}
+    return memory.whole(chunks[0]["batch"], [chunk["pixels"] for chunk in chunks]) | rest
 
 
-def _concatenate(values: Sequence[Any]) -> Any:
+def _joined(values: Sequence[Any]) -> Any:
     if isinstance(values[0], CropParams):
         return CropParams(*(np.concatenate(field) for field in zip(*values, strict=True)))
-    return np.concatenate(values)
+    return list(itertools.chain.from_iterable(values)) if isinstance(values[0], list) else np.concatenate(values)
 
 
 @dataclasses.dataclass
-class TrainChunks:
-    """Element k is part k % parts of this process's rows of step k // parts."""
+class Chunks:
+    """Element k is part k % parts of this process's rows of batch k // parts."""
 
     reader: Reader
+    memory: BatchMemory
+    rows: np.ndarray  # of the global batch
+
+
+@dataclasses.dataclass
+class TrainChunks(Chunks):
+    """Chunks of training batches."""
+
     config: Any
     steps: int  # per epoch
     salt: int
-    rows: np.ndarray
-    parts: int
-    start: int  # element 0 is the start-th chunk of the run
-
-    @property
-    def pixels(self) -> int:
-        """Bytes of pixels for one example."""
-        crops, channels = self.config.crops, self.config.model.in_chans
-        if self.config.data.render == "device":
-            return self.config.data.canvas**2 * channels
-        return (2 * math.prod(crops.global_size) + crops.local_count * math.prod(crops.local_size)) * channels
+    start: int  # batches before element 0
 
     def __len__(self) -> int:
-        return sys.maxsize - self.start
+        return sys.maxsize - self.start * self.memory.parts
 
     def __getitem__(self, element: int) -> Batch:
-        step, part = divmod(self.start + element, self.parts)
-        epoch, step = divmod(step, self.steps)
-        places = step * self.config.batch_size + np.array_split(self.rows, self.parts)[part]
-        indices = epoch_order(len(self.reader.source), self.config.seed, epoch, places)
-        read = [self.reader.read_or_replace(index) for index in indices]
-        params = [self._draw(epoch, index, picture[0]) for index, picture in zip(indices, read, strict=True)]
-        return RENDERERS[self.config.data.render]([pixels for pixels, *_ in read], params, self.config) | {
-            "label": np.array([label for _, label, _, _ in read], np.int32),
-            "index": np.array([index for _, _, index, _ in read], np.int64),
-            "bad": [entry for *_, met in read for entry in met],
-        }
+        batch, part = divmod(element, self.memory.parts)
+        epoch, step = divmod(self.start + batch, self.steps)
+        places = step * self.config.batch_size + self.rows[self.memory.part_rows(part)]
+        pixels, labels, indices, drawn, bad = self.memory.chunk(batch, part), [], [], [], []
+        for row, wanted in enumerate(epoch_order(len(self.reader.source), self.config.seed, epoch, places)):
+            picture, label, index, met = self.reader.read_or_replace(wanted)
+            params = self._draw(epoch, wanted, picture)
+            _render({name: array[row] for name, array in pixels.items()}, picture, params, self.config)
+            labels.append(label)
+            indices.append(index)
+            drawn.append((picture.shape[:2], params))
+            bad.extend(met)
+        chunk = {"batch": batch, "pixels": pixels, "bad": bad}
+        if self.config.data.render == "device":
+            chunk["size"] = np.array([size for size, _ in drawn], np.int32)
+            chunk["params"] = CropParams(*map(np.stack, zip(*(params for _, params in drawn), strict=True)))
+        return chunk | {"label": np.array(labels, np.int32), "index": np.array(indices, np.int64)}
 
-    def _draw(self, epoch: int, index: int, pixels: np.ndarray) -> CropParams:
+    def _draw(self, epoch: int, index: int, picture: np.ndarray) -> CropParams:
         rng = example_rng(self.config.seed, self.salt, epoch, index)
-        height, width, channels = pixels.shape
+        height, width, channels = picture.shape
         return draw_crops(rng, height, width, self.config.crops, colour=channels == 3)
 
 
 @dataclasses.dataclass
-class EvalChunks:
-    """Element k is part k % parts of this process's rows of batch k // parts."""
+class EvalChunks(Chunks):
+    """Chunks of evaluation batches."""
 
-    reader: Reader
     resize: int
-    crop: tuple[int, int]
     batch_size: int
-    rows: np.ndarray
-    parts: int
-
-    @property
-    def pixels(self) -> int:
-        """Bytes of pixels for one example."""
-        return math.prod(self.crop) * self.reader.channels
 
     def __len__(self) -> int:
-        return math.ceil(len(self.reader.source) / self.batch_size) * self.parts
+        return math.ceil(len(self.reader.source) / self.batch_size) * self.memory.parts
 
     def __getitem__(self, element: int) -> Batch:
-        step, part = divmod(element, self.parts)
-        places = step * self.batch_size + np.array_split(self.rows, self.parts)[part]
+        batch, part = divmod(element, self.memory.parts)
+        places = batch * self.batch_size + self.rows[self.memory.part_rows(part)]
         index = np.where(places < len(self.reader.source), places, -1)
-        image = np.zeros((len(index), *self.crop, self.reader.channels), np.uint8)
+        pixels = self.memory.chunk(batch, part)
         label, valid, bad = np.full(len(index), -1, np.int32), index >= 0, []
-        for row in np.flatnonzero(valid):
+        for row, image in enumerate(pixels["image"]):
             try:
-                pixels, label[row] = self.reader.read(int(index[row]))
-                image[row] = centre_crop(resize_shorter(pixels, self.resize), self.crop)
+                picture, label[row] = self.reader.read(int(index[row])) if valid[row] else (None, -1)
             except BadImage as error:
                 valid[row] = False
                 bad.append((int(index[row]), error.name, str(error)))
-        return {"image": image, "label": label, "index": index.astype(np.int64), "valid": valid, "bad": bad}
+            image[:] = centre_crop(resize_shorter(picture, self.resize), image.shape[:2]) if valid[row] else 0
+        pieces = {"label": label, "index": index.astype(np.int64), "valid": valid}
+        return {"batch": batch, "pixels": pixels, "bad": bad} | pieces
 
 
-def _host_crops(pictures: list[np.ndarray], params: list[CropParams], config: Any) -> Batch:
-    """Crops rendered by PIL."""
-    crops = [render_crops(pixels, drawn, config.crops) for pixels, drawn in zip(pictures, params, strict=True)]
-    return {"globals": np.stack([large for large, _ in crops]), "locals": np.stack([small for _, small in crops])}
+def _layout(config: Any) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the pixels of one example in a batch. `UserError` for an unknown `data.render`."""
+    crops, channels = config.crops, config.model.in_chans
+    layouts: dict[str, dict[str, tuple[int, ...]]] = {
+        "host": {
+            "globals": (2, *crops.global_size, channels),
+            "locals": (crops.local_count, *crops.local_size, channels),
+        },
+        "device": {"canvas": (config.data.canvas, config.data.canvas, channels)},
+    }
+    if config.data.render not in layouts:
+        raise UserError(f"data.render = {config.data.render!r}: choose one of {', '.join(layouts)}")
+    return layouts[config.data.render]
 
 
-def _canvases(pictures: list[np.ndarray], params: list[CropParams], config: Any) -> Batch:
-    """Pictures on canvases and the parameters of their crops, for rendering on the accelerator."""
-    side = config.data.canvas
-    canvas = np.zeros((len(pictures), side, side, config.model.in_chans), np.uint8)
-    for blank, pixels in zip(canvas, pictures, strict=True):
-        blank[: pixels.shape[0], : pixels.shape[1]] = pixels
-    size = np.array([pixels.shape[:2] for pixels in pictures], np.int32)
-    return {"canvas": canvas, "size": size, "params": CropParams(*map(np.stack, zip(*params, strict=True)))}
-
-
-RENDERERS: dict[str, Callable[[list[np.ndarray], list[CropParams], Any], Batch]] = {
-    "host": _host_crops,
-    "device": _canvases,
-}
+def _render(row: Pixels, picture: np.ndarray, params: CropParams, config: Any) -> None:
+    """Writes the pixels of one example: its crops rendered by PIL, or the picture on the canvas."""
+    if config.data.render == "host":
+        row["globals"][:], row["locals"][:] = render_crops(picture, params, config.crops)
+    else:
+        height, width = picture.shape[:2]
+        row["canvas"][:height, :width] = picture
+        row["canvas"][:height, width:] = 0
+        row["canvas"][height:] = 0
 
 
 def epoch_order(count: int, seed: int, epoch: int, places: Sequence[int]) -> list[int]:

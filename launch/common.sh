@@ -32,7 +32,7 @@ ensure() {
     base) pip_install -e "$root" ;;
     test) pip_install -e "${root}[test]" ;;
     all)
-      pip_install -e "${root}[test,export,hf,jpeg,tiff,tpu]"
+      pip_install -e "${root}[test,export,hf,tiff,tpu]"
       pip_install --no-deps jax2onnx # see pyproject.toml
       install_peers
       ;;

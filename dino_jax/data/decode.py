@@ -1,7 +1,7 @@
 """From what a source stores to uint8 pixels, or a `BadImage` with the reason.
 
-PIL decodes. RGB JPEGs at full size are decoded by `simplejpeg` where it is installed: the same pixels to the bit (both
-are libjpeg-turbo) in about 0.6 of the time. The content decides the format, not the file's name. Conversions, chosen
+PIL decodes, except RGB JPEGs at full size: for those `simplejpeg` gives the same pixels to the bit (both are
+libjpeg-turbo) in about 0.7 of the time (docs/benchmarks.md). The content decides the format, not the file's name. Conversions, chosen
 so that the pixels are what a viewer shows:
 - EXIF orientation is applied (torchvision's ImageFolder does not; ImageNet has next to no rotated pictures).
 - Transparent pictures are laid over white; CMYK, palette and gray become RGB; an animation gives its first frame.
@@ -14,12 +14,8 @@ from __future__ import annotations
 import io
 
 import numpy as np
+import simplejpeg
 from PIL import Image, UnidentifiedImageError
-
-try:
-    import simplejpeg
-except ImportError:
-    simplejpeg = None
 
 ORIENTATION = 0x0112  # the EXIF tag
 UPRIGHT = {
@@ -87,7 +83,7 @@ def _from_bytes(data: bytes, channels: int, limit: int | None) -> np.ndarray:
     if limit and picture.format == "JPEG" and max(picture.size) > limit:
         scale = limit / max(picture.size)
         picture.draft(None, (max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))
-    elif simplejpeg and picture.format == "JPEG" and picture.mode == "RGB" and channels == 3 and _turn(picture) is None:
+    elif picture.format == "JPEG" and picture.mode == "RGB" and channels == 3 and _turn(picture) is None:
         try:
             return simplejpeg.decode_jpeg(data)
         except ValueError:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import pathlib
 
 import jax
+import numpy as np
 import pytest
 
 from dino_jax import config_io
 from dino_jax.config import default
 from dino_jax.errors import UserError
+from dino_jax.eval import finetune
 from dino_jax.train_step import init_state, make_recipe
 
-FILES = sorted((pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
+FOLDER = pathlib.Path(__file__).parent.parent / "configs"
+FILES = sorted(FOLDER.glob("*.py"))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -20,6 +23,23 @@ def test_builds(path):
     recipe = make_recipe(config_io.load(str(path)), steps_per_epoch=10)
     state = jax.eval_shape(lambda: init_state(recipe, jax.random.key(0)))
     assert state.center.shape == (recipe.config.head.out_dim,)
+
+
+@pytest.mark.parametrize("path", sorted((FOLDER / "finetune").glob("*.py")), ids=lambda path: path.stem)
+def test_fine_tuning_builds(path):
+    config = config_io.read(str(path))
+    assert config.is_locked
+    assert config_io.flatten(config).keys() == config_io.flatten(finetune.default_config()).keys()
+    peak = config.lr * config.batch_size / 512
+    assert config.warmup_lr < peak and config.min_lr < peak  # the warm-up rises, the cosine falls
+    finetune.make_optimizer(config, 10, 12).init({"backbone": {"norm": {"scale": np.ones(3)}}})
+
+
+def test_another_xcit_builds():
+    overrides = ["--config.model.name=xcit_medium_24", "--config.model.patch_size=8"]
+    recipe = make_recipe(config_io.load(str(FOLDER / "xcit_s12_p16.py"), overrides), steps_per_epoch=10)
+    state = jax.eval_shape(lambda: init_state(recipe, jax.random.key(0)))
+    assert "cls_attn_blocks_1" in state.student["params"]["backbone"]
 
 
 # What the official main_dino.py does when called without arguments (RECIPE: defaults of the code, not of the paper).

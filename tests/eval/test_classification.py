@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from dino_jax.errors import UserError
-from dino_jax.eval import knn, lowshot
+from dino_jax.eval import draw, knn, lowshot
 from dino_jax.eval.splits import check_labels, train_test
 
 
@@ -21,6 +22,10 @@ def test_knn_protocol(vit, class_folders, tmp_path):
     assert set(figures) == {"top1_k10", "top1_k20", "top5_k10", "top5_k20"}  # 24 training pictures: no k=100
     assert figures["top1_k10"] > 80 and figures["top5_k10"] == 100
     assert len(list((tmp_path / "work").glob("features-*.npz"))) == 2
+    picture = np.asarray(Image.open(tmp_path / "work" / "knn.png"))
+    assert picture.shape == (6 * 100 + 4, 7 * 100 + 12, 3)  # a query and six neighbours
+    frames = picture[6::100, 120::100]  # the first rows of the neighbours' frames
+    assert {tuple(colour) for colour in frames.reshape(-1, 3)} <= {draw.GREEN, draw.RED}
 
 
 def test_lowshot_protocol(vit, class_folders, tmp_path):

@@ -75,6 +75,32 @@ def test_boundary_equals_opencv_dilation():
         np.testing.assert_array_equal(davis._near(edges, radius), wanted)
 
 
+@pytest.mark.extra
+def test_a_video_equals_an_independent_implementation():
+    """vos-benchmark takes every frame it is fed, so it gets those that count, and reports J and F by object."""
+    pytest.importorskip("cv2"), pytest.importorskip("skimage")
+    evaluator = pytest.importorskip("vos_benchmark.evaluator").Evaluator()
+    rng = np.random.default_rng(4)
+    yy, xx = np.mgrid[:120, :200]
+    truth, prediction = np.zeros((2, 7, 120, 200), np.uint8)
+    for labels in (truth, prediction):
+        for t in range(7):
+            for number, (top, left) in enumerate(((40, 60), (70, 130)), 1):
+                shift = rng.uniform(-6, 6, 2) if labels is prediction else (0, 0)
+                labels[t][np.hypot(yy - top - 3 * t - shift[0], xx - left + 4 * t - shift[1]) < 18 + 5 * number] = (
+                    number
+                )
+    prediction[3][prediction[3] == 2] = 0  # lost in one frame
+    for frame, wanted in zip(prediction[1:-1], truth[1:-1], strict=True):
+        evaluator.feed_frame(frame, wanted)
+    j, f = evaluator.conclude()
+    found = davis.score_video(prediction, truth)
+    for number in (1, 2):
+        assert 100 * found[number - 1]["J"]["mean"] == pytest.approx(j[number])
+        assert 100 * found[number - 1]["F"]["mean"] == pytest.approx(f[number])
+    assert 20 < j[2] < 90 and 20 < f[1] < 90
+
+
 def test_statistics_by_hand():
     values = np.array([0.9, 0.9, 0.8, 0.6, 0.5, 0.4, 0.2, 0.1, 0.1])  # quarters end at frames 0 2 4 6 8, shared
     assert davis.statistics(values) == pytest.approx(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from PIL import Image
 from dino_jax.errors import UserError
 from dino_jax.eval import dense
 from dino_jax.eval.masks import Masked, MaskedPictures
+from dino_jax.sharding import make_mesh
 
 
 def small():
@@ -38,6 +40,28 @@ def test_a_linear_head_learns_colours(vit):
     head = dense.fit(vit, coloured_squares(20, 0), 3, config)
     figures = dense.iou_scores(dense.confusion(vit, head, coloured_squares(5, 1), 3, config))
     assert figures["miou"] > 50 and figures["pixel_accuracy"] > 70
+
+
+def test_one_device_equals_eight(vit, monkeypatch):
+    config = small()
+    config.epochs, config.batch_size, config.lr = 1, 5, 1e-3
+    heads = []
+    for devices in (jax.devices()[:1], jax.devices()):
+        mesh = make_mesh({"data": -1, "fsdp": 1, "model": 1}, devices)
+        monkeypatch.setattr(dense, "data_mesh", lambda mesh=mesh: mesh)
+        monkeypatch.setattr(dense, "rounded", lambda size, mesh: 8)  # the same batches: filling does not count
+        heads.append(jax.device_get(dense.fit(vit, coloured_squares(11, 0), 3, config)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), *heads)
+
+
+def test_protocol_on_scenes(vit, tmp_path):
+    config = small()
+    config.epochs, config.batch_size = 1, 16
+    pair = "scenes:train?size=12&image_size=32,scenes:val?size=5&image_size=32"
+    figures = dense.evaluate(vit, pair, config, workdir=str(tmp_path))
+    assert 0 < figures["miou"] < 100
+    with Image.open(tmp_path / "dense.png") as picture:
+        assert picture.size == (3 * 164 + 12, 5 * 164 + 4)  # picture, truth, prediction of each
 
 
 def test_protocol_on_folders(vit, tmp_path):

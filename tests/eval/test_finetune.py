@@ -6,8 +6,10 @@ import numpy as np
 import optax
 import pytest
 
+from dino_jax.data.sources import open_source
 from dino_jax.errors import UserError
 from dino_jax.eval import finetune
+from dino_jax.sharding import make_mesh
 
 
 def small(epochs=2):
@@ -108,6 +110,23 @@ def test_a_step_equals_the_formula(vit):
     np.testing.assert_allclose(state.params["head"]["kernel"], kernel, atol=1e-4)
     np.testing.assert_allclose(state.ema["head"]["kernel"], 0.75 * before["head"]["kernel"] + 0.25 * kernel, atol=1e-4)
     assert int(state.step) == 1
+
+
+@pytest.mark.extra
+def test_one_device_equals_eight(vit, class_folders, monkeypatch):
+    config = small(1)
+    config.batch_size, config.warmup_epochs, config.lr = 12, 0, 1e-3  # 12 is filled up to 16 on eight devices
+    source, trained = open_source(str(class_folders / "train")), []
+    optimizer = optax.sgd(0.01)
+    for devices in (jax.devices()[:1], jax.devices()):
+        mesh = make_mesh({"data": -1, "fsdp": 1, "model": 1}, devices)
+        monkeypatch.setattr(finetune, "data_mesh", lambda mesh=mesh: mesh)
+        config.erasing = config.drop_path = config.mixup = config.cutmix = 0.0  # they draw for every row, filling too
+        state = finetune.init(vit, config, 3, optimizer)
+        step = finetune.make_step(finetune.net_of(vit), config, 3, optimizer)
+        state = finetune._train_epoch(vit, source, config, 0, step, state)
+        trained.append(jax.device_get(state.params))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *trained)
 
 
 def test_drop_path_is_unbiased_and_rises(vit):

@@ -12,6 +12,7 @@ from dino_jax.eval.features import Frozen, net_of
 from dino_jax.eval.splits import class_count
 from dino_jax.eval.training import crop_and_flip, data_mesh, train_batches
 from dino_jax.models import BACKBONES
+from dino_jax.sharding import make_mesh
 from dino_jax.weights.pth import write_pth
 
 
@@ -52,6 +53,20 @@ def test_a_broken_off_run_goes_on_to_the_same_end(vit, class_folders, tmp_path, 
     saved = [dict(np.load(next((tmp_path / name).glob("linear-*.npz")))) for name in ("whole", "part")]
     for key in saved[0]:
         np.testing.assert_array_equal(saved[0][key], saved[1][key])
+
+
+def test_one_device_equals_eight(vit, class_folders, monkeypatch):
+    config = small(1)
+    config.batch_size, config.lrs, config.features = 10, (0.01,), ("1",)  # 10 is filled up to 16 on eight devices
+    trained = []
+    for devices in (jax.devices()[:1], jax.devices()):
+        mesh = make_mesh({"data": -1, "fsdp": 1, "model": 1}, devices)
+        monkeypatch.setattr(linear, "data_mesh", lambda mesh=mesh: mesh)
+        source = open_source(str(class_folders / "train"))
+        heads, _ = linear._train_epoch(vit, source, config, 0, *linear._init(vit, config, 3))
+        assert len(heads["1"]["bias"].sharding.device_set) == len(devices)
+        trained.append((jax.device_get(heads), linear.score(vit, source, heads, config)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *trained)
 
 
 @pytest.mark.extra

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -8,6 +9,8 @@ from dino_jax.errors import UserError
 from dino_jax.eval import voc
 from dino_jax.eval.draw import palette
 from dino_jax.eval.masks import open_masks, train_test_masks
+from dino_jax.weights.keys import VIT, key_table, to_torch
+from dino_jax.weights.pth import write_pth
 
 
 def save_mask(path, labels):
@@ -88,6 +91,21 @@ def test_voc_protocol(vit, voc_folder, tmp_path):
     assert all(0 < value < 100 for value in figures.values())
     with Image.open(tmp_path / "work" / "voc.png") as picture:
         assert picture.size == (3 * 164 + 12, 2 * 164 + 4)
+
+
+def test_the_supervised_reference_is_a_weight_file_of_the_same_network(vit, voc_folder, tmp_path):
+    model, config = vit._replace(variables={"params": vit.variables["params"]}), voc.default_config()
+    config.size, config.batch_size = 32, 2
+    other = jax.tree.map(lambda x: -x, model.variables)
+    wanted = voc.evaluate(model._replace(variables=other), str(voc_folder), config)
+    write_pth(tmp_path / "deit.pth", {"model": to_torch(key_table(other, VIT), other)})
+    config.supervised = str(tmp_path / "deit.pth")
+    figures = voc.evaluate(model, str(voc_folder), config)
+    assert figures["jaccard_60_supervised"] == wanted["jaccard_60"] != figures["jaccard_60"]
+    shallow = {"params": {key: value for key, value in other["params"].items() if key != "blocks_1"}}
+    write_pth(tmp_path / "deit.pth", to_torch(key_table(shallow, VIT), other))
+    with pytest.raises(UserError, match="not the weights of the network"):
+        voc.evaluate(model, str(voc_folder), config)
 
 
 def test_an_attention_that_follows_the_object_scores_full(vit, voc_folder, monkeypatch):

@@ -81,8 +81,8 @@ def timm_last_attention(model, images):
     ("name", "patch", "sizes"),
     [
         ("vit_small", 16, [(224, 224), (480, 480), (224, 320)]),
-        ("vit_small", 8, [(224, 224), (96, 160)]),
-        ("vit_base", 16, [(224, 224)]),
+        ("vit_small", 8, [(224, 224), (480, 480), (96, 160)]),
+        ("vit_base", 16, [(224, 224), (480, 480), (320, 224)]),
     ],
 )
 def test_vit_equals_timm(name, patch, sizes):
@@ -102,10 +102,19 @@ def test_vit_equals_timm(name, patch, sizes):
         assert_close(ours.apply(variables, images, method="attention"), attention)
 
 
-@pytest.mark.parametrize(("height", "width"), [(224, 224), (480, 480), (320, 224)])
-def test_vit_equals_transformers(height, width):
+@pytest.mark.parametrize(
+    ("name", "patch", "height", "width"),
+    [
+        *[("vit_small", 16, height, width) for height, width in ((224, 224), (480, 480), (320, 224))],
+        *[("vit_small", 8, height, width) for height, width in ((224, 224), (96, 160))],
+        *[("vit_base", 16, height, width) for height, width in ((224, 224), (480, 480), (320, 224))],
+    ],
+)
+def test_vit_equals_transformers(name, patch, height, width):
     transformers, torch = peer("transformers"), peer("torch")
-    options = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536, "layer_norm_eps": 1e-6}
+    ours = BACKBONES[name](patch_size=patch)
+    options = {"hidden_size": ours.embed_dim, "num_attention_heads": ours.heads, "patch_size": patch}
+    options |= {"intermediate_size": 4 * ours.embed_dim, "layer_norm_eps": 1e-6}
 
     def create(size):
         config = transformers.ViTConfig(image_size=size, attn_implementation="eager", **options)
@@ -119,10 +128,9 @@ def test_vit_equals_transformers(height, width):
     for name in [name for name in state if ".attn.q." in name]:
         parts = [state.pop(name.replace(".q.", f".{part}.")) for part in "qkv"]
         state[name.replace(".q.", ".qkv.")] = np.concatenate(parts)
-    ours, variables = BACKBONES["vit_small"](), {"params": to_variables(state)["params"]}
-
+    variables = {"params": to_variables(state)["params"]}
     resized, images = create((height, width)), pictures(height, width)
-    table = torch.from_numpy(official_size(state, (height // 16, width // 16)))
+    table = torch.from_numpy(official_size(state, (height // patch, width // patch)))
     resized.load_state_dict(model.state_dict() | {"embeddings.position_embeddings": table})
     with torch.no_grad():
         theirs = resized(as_torch(images), output_attentions=True)
@@ -140,8 +148,8 @@ def settle(model, images) -> None:
         norm.momentum = 0.1
 
 
-def check_batch_norm_model(name: str, ours, model, official: dict[str, str], count: int = 2) -> None:
-    """Features in evaluation and in training mode, and the statistics that training moves."""
+def check_batch_norm_model(name: str, ours, model, official: dict[str, str], count: int = 2, sizes=()) -> None:
+    """Features in evaluation (at other `sizes` too) and in training, and the statistics that training moves."""
     torch = peer("torch")
 
     def variables_of():
@@ -157,8 +165,11 @@ def check_batch_norm_model(name: str, ours, model, official: dict[str, str], cou
     expected = jax.eval_shape(ours.init, jax.random.key(0), images)
     assert jax.tree.map(np.shape, variables) == jax.tree.map(lambda leaf: leaf.shape, dict(expected)), name
     with torch.no_grad():
-        evaluated, trained = model.eval()(as_torch(images)), model.train()(as_torch(images))
-    assert_close(ours.apply(variables, images), evaluated)
+        seen = [images, *(pictures(height, width) for height, width in sizes)]
+        evaluated = [model.eval()(as_torch(x)) for x in seen]
+        trained = model.train()(as_torch(images))
+    for x, features in zip(seen, evaluated, strict=True):
+        assert_close(ours.apply(variables, x), features)
     out, moved = ours.apply(variables, images, train=True, mutable=["batch_stats"])
     assert_close(out, trained)
     compare = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)  # noqa: E731
@@ -170,7 +181,7 @@ def test_resnet_equals_torchvision(name):
     model = getattr(peer("torchvision.models"), name)()
     model.fc = peer("torch").nn.Identity()
     shake(model)
-    check_batch_norm_model(name, BACKBONES[name](), model, {})
+    check_batch_norm_model(name, BACKBONES[name](), model, {}, sizes=[(480, 480), (224, 320)])
 
 
 @pytest.mark.parametrize(("name", "patch"), [("xcit_small_12", 16), ("xcit_small_12", 8), ("xcit_medium_24", 16)])
@@ -178,4 +189,5 @@ def test_xcit_equals_timm(name, patch):
     model = peer("timm").create_model(f"{name}_p{patch}_224", pretrained=False, num_classes=0)
     shake(model)
     ours = BACKBONES[name](patch_size=patch)
-    check_batch_norm_model(name, ours, model, {r"^pos_embed\.": "pos_embeder."})
+    sizes = [(480, 480), (224, 320)] if (name, patch) == ("xcit_small_12", 16) else [(96, 160)]
+    check_batch_norm_model(name, ours, model, {r"^pos_embed\.": "pos_embeder."}, sizes=sizes)

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 
 from dino_jax.models import build_backbone
+from dino_jax.train import train
 from dino_jax.weights import importer
 from dino_jax.weights.exporter import backbone_tensors, export_weights, part
 from dino_jax.weights.importer import Weights
-from dino_jax.weights.store import write_checkpoint
+from dino_jax.weights.store import open_weights, write_checkpoint
 from tests.peers import peer
+from tests.tiny import tiny_config
 from tests.weights.test_exporter import random_weights
 
 pytestmark = pytest.mark.extra
@@ -107,6 +109,40 @@ def test_a_run_exports_to_timm(tmp_path, suffix):
     with torch.no_grad():
         features = model.eval()(torch.from_numpy(images())).numpy()
     np.testing.assert_allclose(ours(weights, images()), features, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The workdir of a run of four real steps, and its teacher."""
+    config = tiny_config()
+    config.epochs = 1
+    workdir = tmp_path_factory.mktemp("run")
+    train(config, workdir)
+    return workdir, open_weights(workdir)
+
+
+def test_a_trained_run_loads_strictly_into_timm(trained, tmp_path):
+    torch, safe = peer("torch"), peer("safetensors.torch")
+    workdir, weights = trained
+    path = export_weights(workdir, tmp_path / "timm.safetensors", format="timm")
+    model = timm_vit(embed_dim=32, num_heads=2).eval()
+    model.load_state_dict(safe.load_file(path), strict=True)
+    with torch.no_grad():
+        features = model(torch.from_numpy(images())).numpy()
+    np.testing.assert_allclose(ours(weights, images()), features, atol=1e-4)
+
+
+def test_a_trained_run_loads_strictly_into_transformers(trained, tmp_path):
+    torch, transformers = peer("torch"), peer("transformers")
+    workdir, weights = trained
+    export_weights(workdir, tmp_path / "hf", format="hf")
+    model, info = transformers.ViTModel.from_pretrained(
+        tmp_path / "hf", add_pooling_layer=False, output_loading_info=True
+    )
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    with torch.no_grad():
+        tokens = model.eval()(torch.from_numpy(images())).last_hidden_state.numpy()
+    np.testing.assert_allclose(ours(weights, images(), "tokens")[0], tokens, atol=1e-4)
 
 
 def test_a_whole_model_loads_into_timm_by_its_name(tmp_path):

@@ -18,10 +18,11 @@ die() {
   exit 1
 }
 
-# ensure base|test|all: an environment with what quickstart.sh, test.sh or `test.sh --all` needs.
+# ensure base|tpu|cuda|test|all: an environment with what quickstart.sh, a TPU or GPU machine, test.sh or `test.sh --all`
+# needs.
 # The stamp of the last complete installation spares a second one until a pin, an extra or the checkout's place changes.
 ensure() {
-  local set="$1"
+  local set="$1" part contains=(base)
   check_held
   [[ -x "$venv_python" && "$(cat "$venv/.dino-jax-$set" 2>/dev/null)" == "$(fingerprint)" ]] && return
   check_place "$set"
@@ -30,17 +31,23 @@ ensure() {
   say "installing dino-jax into $venv (log: $venv/install.log)"
   case "$set" in
     base) pip_install -e "$root" ;;
-    test) pip_install -e "${root}[test]" ;;
+    tpu | cuda)
+      pip_install -e "${root}[$set]"
+      contains+=("$set")
+      ;;
+    test)
+      pip_install -e "${root}[test]"
+      contains+=(test)
+      ;;
     all)
       pip_install -e "${root}[test,export,hf,tiff,tpu]"
       pip_install --no-deps jax2onnx # see pyproject.toml
       install_peers
+      contains+=(test tpu all)
       ;;
   esac
-  local part
-  for part in base test all; do # each contains the one before
+  for part in "${contains[@]}"; do
     fingerprint >"$venv/.dino-jax-$part"
-    [[ "$part" == "$set" ]] && break
   done
   say "ready: $(du -sm "$venv" | cut -f1) MB"
 }
@@ -61,7 +68,7 @@ check_place() {
   if ! { mkdir -p "$venv" && : >"$venv/install.log"; } 2>/dev/null; then
     die "cannot write to $venv: make it writable or name another folder with DINO_VENV"
   fi
-  case "$1" in base) need_gb=2 ;; test) need_gb=3 ;; *) need_gb=6 ;; esac
+  case "$1" in base) need_gb=2 ;; test | tpu) need_gb=3 ;; *) need_gb=6 ;; esac
   [[ -x "$venv_python" ]] && need_gb=1 # most of it is there
   free_kb="$(df -Pk "$venv" | awk 'NR == 2 { print $4 }')"
   ((free_kb >= need_gb * 1024 * 1024)) ||

@@ -1,0 +1,96 @@
+#!/usr/bin/env bash
+# Runs on a TPU VM, sent and called by tpu_vm.sh: setup | start ARGS... | status | stop
+#
+# The run's own files are in ~/dino-run: log, pid, and status once it ended.
+set -euo pipefail
+# shellcheck source=launch/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+folder="$HOME/dino-run"
+mkdir -p "$folder"
+
+setup() {
+  [[ -x "$venv_python" ]] || provide_python
+  ensure tpu
+}
+
+# Old images have an older Python: a build of 3.12 from uv, which pip can install, or the distribution's 3.11.
+provide_python() {
+  local python="" version=""
+  if ! (find_python) 2>/dev/null; then
+    say "no Python 3.11 or newer here: fetching 3.12"
+    if python3 -m pip install --user --quiet uv && python3 -m uv python install --quiet 3.12; then
+      PYTHON="$(python3 -m uv python find 3.12)"
+    elif apt_install python3.11 python3.11-venv; then
+      PYTHON=python3.11
+    else
+      die "neither uv nor apt brought a Python 3.11: install one on the machine, or take a newer image with VERSION"
+    fi
+    export PYTHON
+  fi
+  find_python
+  "$python" -c 'import ensurepip, venv' 2>/dev/null || apt_install "python${version%.*}-venv" || true # make_venv tells
+}
+
+apt_install() {
+  sudo apt-get -o DPkg::Lock::Timeout=300 -qq update && sudo apt-get -o DPkg::Lock::Timeout=300 -qq -y install "$@"
+} >>"$folder/apt.log" 2>&1
+
+start() {
+  end_run
+  rm -f "$folder/status" "$folder/asked" "$folder/pid"
+  cd "$root"
+  ulimit -n "$(ulimit -Hn)" 2>/dev/null || true
+  # A CPU is no substitute here: without its TPU the run should end. The handler is not handed down to the run.
+  # shellcheck disable=SC2016  # expanded by the inner shell
+  JAX_PLATFORMS="${JAX_PLATFORMS:-tpu,cpu}" setsid nohup bash -c 'trap : TERM
+    "${@:2}" &
+    while wait "$!"; s=$?; ((s > 128)) && kill -0 "$!" 2>/dev/null; do :; done
+    echo "$s" >"$1/status.new" && mv "$1/status.new" "$1/status"' \
+    run "$folder" "$venv/bin/dino-jax" train "$@" >>"$folder/log" 2>&1 </dev/null &
+  echo "$!" >"$folder/pid"
+  echo "run: going on"
+}
+
+alive() { [[ -f "$folder/pid" ]] && kill -0 -- "-$(cat "$folder/pid")" 2>/dev/null; }
+
+# Two lines: "run: STATE" and "log: LAST LINE".
+status() {
+  local ended=""
+  ended="$(cat "$folder/status" 2>/dev/null)" || true
+  if [[ -z "$ended" ]] && alive; then
+    echo "run: going on"
+  elif [[ "$ended" == 0 && -f "$folder/asked" ]]; then
+    echo "run: stopped"
+  elif [[ "$ended" == 0 ]] && tail -n 20 "$folder/log" | grep -q "stopped by SIG"; then
+    echo "run: interrupted" # by a signal that nobody sent through tpu_vm.sh: the machine is going away
+  elif [[ -f "$folder/pid" ]]; then
+    echo "run: exit ${ended:-unknown, killed}"
+  else
+    echo "run: none"
+  fi
+  echo "log: $(tail -c 4000 "$folder/log" 2>/dev/null | tr '\r' '\n' | grep -v '^ *$' | tail -n 1)"
+}
+
+stop() {
+  touch "$folder/asked"
+  end_run
+  status
+}
+
+# SIGTERM, upon which the run saves; SIGKILL for what is left after three minutes.
+end_run() {
+  local second
+  alive || return 0
+  kill -TERM -- "-$(cat "$folder/pid")" 2>/dev/null || true
+  for ((second = 0; second < ${STOP_SECONDS:-180} * 5; second++)); do
+    alive || return 0
+    sleep 0.2
+  done
+  kill -KILL -- "-$(cat "$folder/pid")" 2>/dev/null || true
+}
+
+case "${1:-}" in
+  setup | start | status | stop) "$@" ;;
+  *) die "there is no verb ${1:-}: setup start status stop" ;;
+esac

@@ -40,6 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     train = _verb(verbs, "train", _train, "train, or resume, a run")
     train.add_argument("--config", required=True, help="a file with get_config(), such as configs/vit_s16.py")
     train.add_argument("--workdir", required=True, help="where checkpoints and metrics go; local or gs://")
+    _processes(train)
 
     evaluate = _verb(verbs, "eval", _eval, "evaluate a checkpoint by a protocol of the paper, or all")
     evaluate.add_argument("protocol", help="knn linear lowshot finetune retrieval copydetection vos voc dense, or all")
@@ -48,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--config", help="a file with the protocol's keys, such as configs/finetune/cifar10.py")
     evaluate.add_argument("--workdir", help="where features, pictures and resumable state go")
     evaluate.add_argument("--out", help="the figures as JSON")
+    _processes(evaluate)
 
     features = _verb(verbs, "features", _features, "features of pictures, as a .npz file")
     _checkpoint(features)
@@ -68,6 +70,27 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--format", required=True, help="official, timm, hf, stablehlo, onnx")
     export.add_argument("--out", required=True, help="a file or folder")
     export.add_argument("--attention", action="store_true", help="programs also give the last block's attention")
+
+    plan = _verb(verbs, "plan", _plan, "compile a run for hardware you do not have: fits? FLOPs? bytes? days?")
+    plan.add_argument("--config", required=True, help="a file with get_config(); the batch and run.* count")
+    plan.add_argument("--topology", required=True, help="v5e:4x4, v5p:4x4x4, cpu:8, gpu; several with commas")
+    plan.add_argument("--images", type=int, help="pictures in the data set; by default data.train's or ImageNet's")
+
+    pack = _verb(verbs, "pack", _pack, "pack a data set into ArrayRecord shards; goes on where it was killed")
+    pack.add_argument("source", help="a folder, list, arrays, tar:PATTERN, tfds:NAME:SPLIT, ...: any source")
+    pack.add_argument("--out", required=True, help="the folder of shards; local or gs://")
+    pack.add_argument("--shorter-side", type=int, default=0, help="shrink pictures whose shorter side is longer (pixels)")
+    pack.add_argument("--channels", type=int, default=3, help="of the pictures, where they are not RGB")
+    pack.add_argument("--shard-size", type=int, default=1000, help="pictures in a shard")
+    pack.add_argument("--workers", type=int, help="processes; by default one for each core")
+    pack.add_argument("--max-bad-share", type=float, default=0.01, help="more unreadable pictures are an error")
+
+    bench = _verb(verbs, "bench", _bench, "how fast the parts of a run are here; the last line is one JSON object")
+    bench.add_argument("what", choices=("input", "step", "loss"), help="the part")
+    bench.add_argument("--config", help="a file with get_config(); without it, the defaults with a batch of 64")
+    bench.add_argument("--source", help="pictures to read (input); without it, generated JPEGs of 500 x 375 pixels")
+    bench.add_argument("--seconds", type=float, default=5.0, help="how long each host part is measured (input)")
+    bench.add_argument("--steps", type=int, default=10, help="train steps for each rate; input: 0 for none")
     return parser
 
 
@@ -76,25 +99,43 @@ def _checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--heads", type=int, help="attention heads, where a weight file does not tell")
 
 
+def _processes(parser: argparse.ArgumentParser) -> None:
+    """What `distributed` describes; under launch/multihost.sh, SLURM and on TPU pods none of it is needed."""
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="of several processes: where process 0 listens")
+    parser.add_argument("--processes", type=int, metavar="N", help="how many there are")
+    parser.add_argument("--process", type=int, metavar="I", help="which one this is, 0 to N - 1")
+
+
 def _verb(verbs: Any, name: str, run: Callable[..., None], description: str) -> argparse.ArgumentParser:
-    epilog = "train and eval: any key of the configuration can be set with --config.KEY=VALUE."
+    epilog = "train, eval, plan and bench: any key of the configuration can be set with --config.KEY=VALUE."
     parser = verbs.add_parser(name, help=description, description=description, epilog=epilog, allow_abbrev=False)
     parser.set_defaults(run=run)
     return parser
 
 
 def _train(args: argparse.Namespace, overrides: list[str]) -> None:
-    from dino_jax import config_io
+    from dino_jax import config_io, distributed
     from dino_jax.train import train
 
-    train(config_io.load(args.config, overrides), args.workdir)
+    with distributed.session(args.coordinator, args.processes, args.process):
+        train(config_io.load(args.config, overrides), args.workdir)
 
 
 def _eval(args: argparse.Namespace, overrides: list[str]) -> None:
+    from dino_jax import distributed
     from dino_jax.evaluate import evaluate
 
     options = {"heads": args.heads, "workdir": args.workdir, "out": args.out}
-    evaluate(args.protocol, args.checkpoint, args.data, config_file=args.config, overrides=overrides, **options)
+    call = {
+        "protocol": args.protocol,
+        "checkpoint": args.checkpoint,
+        "data": args.data,
+        "overrides": " ".join(overrides),
+    }
+    with distributed.session(args.coordinator, args.processes, args.process):
+        distributed.check_same(call)
+        distributed.check_devices()
+        evaluate(args.protocol, args.checkpoint, args.data, config_file=args.config, overrides=overrides, **options)
 
 
 def _features(args: argparse.Namespace, overrides: list[str]) -> None:
@@ -120,9 +161,29 @@ def _export(args: argparse.Namespace, overrides: list[str]) -> None:
     print(export_weights(args.checkpoint, args.out, **options))
 
 
+def _plan(args: argparse.Namespace, overrides: list[str]) -> None:
+    from dino_jax import config_io, plan
+
+    plan.print_plans(config_io.load(args.config, overrides), args.topology, args.images)
+
+
+def _pack(args: argparse.Namespace, overrides: list[str]) -> None:
+    from dino_jax.pack import pack, report
+
+    _none(overrides)
+    options = ("shorter_side", "channels", "shard_size", "workers", "max_bad_share")
+    print(report(args.out, pack(args.source, args.out, **{name: getattr(args, name) for name in options})))
+
+
+def _bench(args: argparse.Namespace, overrides: list[str]) -> None:
+    from dino_jax import bench
+
+    bench.run(args.what, args.config, overrides, source=args.source, seconds=args.seconds, steps=args.steps)
+
+
 def _none(overrides: list[str]) -> None:
     if overrides:
-        raise UserError(f"{overrides[0]}: this verb takes no configuration; the model's comes from the checkpoint")
+        raise UserError(f"{overrides[0]}: this verb takes no configuration")
 
 
 if __name__ == "__main__":

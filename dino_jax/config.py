@@ -163,6 +163,7 @@ def _run() -> ConfigDict:
     run.keep = 2  # latest checkpoints kept
     run.keep_every = 20  # epochs; these are kept for good; 0: none
     run.async_checkpoint = True
+    run.stall_timeout = 600.0  # of several processes: seconds one may wait for input before all stop; 0: endless
     run.profile_steps = (0, 0)  # first and last step of an xprof trace; equal: none
     run.tensorboard = True
     run.wandb = ""  # Weights & Biases project; empty: off

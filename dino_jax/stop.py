@@ -16,7 +16,7 @@ class StopSignal:
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
     def __init__(self) -> None:
-        self.name: str | None = None  # of the signal that came
+        self.number = 0  # of the signal that came
 
     def __enter__(self) -> StopSignal:
         main = threading.current_thread() is threading.main_thread()
@@ -28,6 +28,6 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.name and number == signal.SIGINT:
+        if self.number and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.name = signal.Signals(number).name
+        self.number = number

@@ -5,17 +5,18 @@ from __future__ import annotations
 import collections
 import logging
 from collections.abc import Generator
+from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dino_jax import config_io, online, sharding
+from dino_jax import config_io, distributed, online, sharding
 from dino_jax.checkpoint import Checkpointer
 from dino_jax.data.pipeline import steps_per_epoch
-from dino_jax.data.sources import Source, open_source
+from dino_jax.data.sources import Source, fingerprint, open_source
 from dino_jax.errors import UserError
 from dino_jax.input import BadFiles, Ready, device_batches
 from dino_jax.metrics import MetricWriter, Progress, Throughput
@@ -43,19 +44,24 @@ def train(config: ConfigDict, workdir: str | epath.Path, *, source: Source | Non
     """Trains to the end of `config.epochs`, from the latest checkpoint in `workdir` if there is one.
 
     SIGTERM and Ctrl-C save a checkpoint and return early; the same call goes on from there, to the same bits as if
-    nothing had happened. `source` stands in for `config.data.train`.
+    nothing had happened. `source` stands in for `config.data.train`. Of several processes (`distributed.session`)
+    each makes the same call.
 
     Raises:
       UserError: a configuration, data set, workdir or checkpoint that cannot be used; a run that keeps diverging.
     """
     config_io.check(config)
+    source = open_source(config.data.train) if source is None else source
+    workdir = epath.Path(workdir).expanduser()
+    if distributed.several():
+        distributed.check_same(facts(config, workdir, source))
+        distributed.check_devices()
     mesh = sharding.make_mesh(config.run.mesh)
     sharding.check_batch(config.batch_size, mesh, config.run.accum_steps)
-    source = open_source(config.data.train) if source is None else source
     recipe = make_recipe(config, steps_per_epoch(len(source), config.batch_size))
     evaluations = online.Evaluations(config, recipe, steps_per_epoch(len(source), config.batch_size))
-    workdir = epath.Path(workdir).expanduser()
     claim(workdir, config)
+    distributed.check_shared(workdir)
     with StopSignal() as stop, _Session(config, workdir, source, recipe, mesh, evaluations) as session:
         return session.loop(stop)
 
@@ -79,6 +85,13 @@ def claim(workdir: epath.Path, config: ConfigDict) -> None:
         raise UserError(f"--workdir={workdir}: cannot write there: {error.strerror or error}") from error
 
 
+def facts(config: ConfigDict, workdir: epath.Path, source: Source) -> dict[str, str]:
+    """What the processes of a run must agree in, beside their code."""
+    settings = {f"config.{key}": repr(value) for key, value in config_io.flatten(config).items()}
+    data = {"pictures in data.train": str(len(source)), "contents of data.train": fingerprint(source)}
+    return settings | data | {"workdir": str(workdir)}
+
+
 class _Session:
     """What the loop needs at hand, from the start or the resumption of a run to its end or interruption."""
 
@@ -100,6 +113,8 @@ class _Session:
         self.watch = Watch(config, self.epoch_steps, self.total)
         self.throughput = Throughput()
         self.bad_files = BadFiles(workdir)
+        self.stopping = distributed.StopTogether(mesh)
+        self.steady = False  # whether the first step of this session, with its compilation, is over
         self.profiling = False
 
     def __enter__(self) -> _Session:
@@ -126,16 +141,16 @@ class _Session:
         """Steps until the end, a signal, or `run.stop_after`; after a rewind, on from the restored step."""
         last = min(self.total, self.step + (self.config.run.stop_after or self.total))
         train_step = jit_train_step(self.recipe, self.mesh)
-        pending: collections.deque[tuple[int, Metrics]] = collections.deque()  # steps whose end was not seen yet
+        pending: collections.deque[tuple[int, Metrics, Any]] = collections.deque()  # steps whose end was not seen yet
         batches = self.batches()
         self.throughput.reset()
         try:
-            while self.step < last and not stop.name:
+            while self.step < last and not self.stopping.reason:
                 self.profile()
                 crops = self.next_crops(batches)
                 self.state, metrics = train_step(self.state, crops)
                 self.step += 1
-                pending.append((self.step, metrics))
+                pending.append((self.step, metrics, self.stopping.vote(stop.number)))
                 due = self.due() or self.step == last
                 if not all(self.see(*pending.popleft()) for _ in range(len(pending) - (0 if due else IN_FLIGHT))):
                     batches.close()
@@ -150,7 +165,7 @@ class _Session:
             batches.close()
             self.profile(over=True)
         self.save()
-        self.say(self.conclusion(stop))
+        self.say(self.conclusion())
         return self.state
 
     def restore(self) -> tuple[TrainState, bool]:
@@ -180,7 +195,8 @@ class _Session:
         return device_batches(self.config, self.source, self.mesh, position=position, salt=salt)
 
     def next_crops(self, batches: Generator[Ready, None, None]) -> list[jax.Array]:
-        with self.throughput.waiting():
+        limit = self.config.run.stall_timeout
+        with self.throughput.waiting(), distributed.bounded(f"the input of step {self.step + 1}", limit):
             batch = next(batches)
         self.bad_files.note(batch.bad)
         return batch.crops
@@ -189,9 +205,14 @@ class _Session:
         """Whether something comes after this step that needs it to be over."""
         return self.step % self.save_every == 0 or self.evaluations.due(self.step)
 
-    def see(self, step: int, metrics: Metrics) -> bool:
+    def see(self, step: int, metrics: Metrics, votes: Any) -> bool:
         """Waits for the end of a step and logs it if it is its turn; False asks for a rewind."""
-        bad = int(metrics["bad_steps"])
+        # Half as long again, so that of processes that wait for one which waits for input the latter is named.
+        limit = 1.5 * self.config.run.stall_timeout * self.steady
+        with distributed.bounded(f"the end of step {step}, done by all devices together", limit):
+            bad = int(metrics["bad_steps"])
+            self.stopping.count(votes)
+        self.steady = True
         self.throughput.count(self.config.batch_size)
         if not bad and step % self.config.run.log_every and step != self.total:
             return True
@@ -214,7 +235,7 @@ class _Session:
         self.checkpoints.wait()
         self.state, restored = self.restore()
         place = self.state.salt.sharding
-        self.state = self.state.replace(salt=jax.device_put(jnp.int32(salt), place))
+        self.state = self.state.replace(salt=jax.make_array_from_callback((), place, lambda _: np.int32(salt)))
         self.step = int(self.state.step)
         self.writer.close()
         self.writer = self.open_writer(self.step if restored else None)
@@ -238,7 +259,7 @@ class _Session:
 
     def profile(self, over: bool = False) -> None:
         """Starts and ends the trace of `run.profile_steps`; `over`: there are no more steps."""
-        first, last = self.config.run.profile_steps
+        first, last = self.config.run.profile_steps if self.lead else (0, 0)
         if self.profiling and (over or self.step >= last):
             jax.block_until_ready(self.state.step)
             jax.profiler.stop_trace()
@@ -258,19 +279,20 @@ class _Session:
     def introduction(self, restored: bool) -> str:
         config, students = self.config, self.state.student["params"]
         count = sum(x.size for x in jax.tree.leaves(students))
+        processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
         beginning = f"resuming at step {self.step}" if restored else "starting"
-        if config.run.accum_steps > 1 and jax.tree.leaves(self.state.student["batch_stats"]):
+        if self.lead and config.run.accum_steps > 1 and jax.tree.leaves(self.state.student["batch_stats"]):
             log.warning(
                 "batch norm sees one of the %d microbatches at a time: not the big batch", config.run.accum_steps
             )
         return (
             f"{beginning} of {self.total} ({config.epochs} epochs of {self.epoch_steps}): {config.model.name}, "
             f"{count / 1e6:.1f}M parameters with the head, {len(self.source)} pictures, batch {config.batch_size} on "
-            f"{self.mesh.size} {jax.devices()[0].platform} device(s); workdir {self.workdir}"
+            f"{self.mesh.size} {jax.devices()[0].platform} device(s){processes}; workdir {self.workdir}"
         )
 
-    def conclusion(self, stop: StopSignal) -> str:
+    def conclusion(self) -> str:
         if self.step == self.total:
             return f"done: {self.total} steps; checkpoint in {self.checkpoints.directory}"
-        reason = stop.name or "run.stop_after"
+        reason = self.stopping.reason or "run.stop_after"
         return f"stopped by {reason} at step {self.step} of {self.total}; saved: the same command resumes"

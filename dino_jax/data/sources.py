@@ -6,6 +6,7 @@
     arrays:FILE.npz          `images` uint8 [N, H, W] or [N, H, W, C] and optionally `labels` [N]; or a bare .npy stack
     scenes:SPLIT?size=N&seed=S&image_size=P        rendered pictures, nothing on disk
     arrayrecord:DIR          shards written by `dino-jax pack`
+    tar:PATH                 a .tar file, a folder of them, or a pattern (* or {000..146}), as WebDataset writes them
     tfds:NAME[/CONFIG][:VERSION]:SPLIT[?data_dir=DIR&image=KEY&label=KEY]       TensorFlow Datasets, array_record format
     hf:NAME:SPLIT[?config=NAME&image=KEY&label=KEY]   Hugging Face `datasets`, or a folder written by save_to_disk
 
@@ -16,18 +17,22 @@ picklable, and cheap to pickle: worker processes get copies.
 from __future__ import annotations
 
 import difflib
+import hashlib
 import os
 import re
 from collections.abc import Callable
 from typing import Protocol
 from urllib.parse import parse_qsl
 
+import numpy as np
 from etils import epath
 
 from dino_jax.data.arrays import open_arrays
+from dino_jax.data.decode import BadImage
 from dino_jax.data.example import Example
 from dino_jax.data.files import FolderSource, ListSource
 from dino_jax.data.packed import MANIFEST, PackedSource
+from dino_jax.data.tars import TarSource
 from dino_jax.errors import UserError
 
 
@@ -59,6 +64,19 @@ def open_source(spec: str) -> Source:
     return source
 
 
+def fingerprint(source: Source, count: int = 16) -> str:
+    """A short name of what a source holds, from `count` of its examples spread evenly: pictures, labels and names."""
+    digest = hashlib.sha256(str(len(source)).encode())
+    for index in sorted({i * (len(source) - 1) // max(count - 1, 1) for i in range(count)}):
+        try:
+            image, label, name = source[index]
+            pixels = image if isinstance(image, bytes) else np.ascontiguousarray(image).tobytes()
+            digest.update(f"{index} {label} {name} {len(pixels)} ".encode(errors="surrogateescape") + pixels)
+        except BadImage as error:
+            digest.update(f"{index} {error}".encode(errors="surrogateescape"))
+    return digest.hexdigest()[:16]
+
+
 def split_spec(spec: str) -> tuple[str, str, dict[str, str]]:
     """'kind:rest?key=value' -> (kind, rest, {key: value}); the kind of a bare path is detected from what is there."""
     match = re.match(r"([A-Za-z_]\w*):(?!//)(.*)", spec, re.DOTALL)
@@ -83,6 +101,8 @@ def detect(path: str) -> str:
         raise UserError(f"{path}: no such file or folder (a source is a path or one of {', '.join(KINDS)} and ':')")
     if here.suffix in (".npz", ".npy"):
         return "arrays"
+    if here.suffix == ".tar":
+        return "tar"
     if here.suffix.lower() in (".txt", ".csv", ".tsv", ".lst", ".list"):
         return "list"
     raise UserError(f"{path}: not a folder, a list (.txt) or arrays (.npz); say which kind, as in list:{path}")
@@ -124,6 +144,7 @@ KINDS: dict[str, tuple[Callable[..., Source], tuple[str, ...]]] = {
     "arrays": (open_arrays, ()),
     "scenes": (_open_scenes, ("size", "seed", "image_size")),
     "arrayrecord": (PackedSource, ()),
+    "tar": (TarSource, ()),
     "tfds": (_open_tfds, ("data_dir", "image", "label")),
     "hf": (_open_hf, ("config", "image", "label")),
 }

@@ -122,4 +122,5 @@ def _shape(leaf: Any) -> Any:
 
 def _placed(value: Any, like: jax.Array) -> jax.Array:
     """`value` with the dtype and on the devices of `like`."""
-    return jax.device_put(np.array(value, like.dtype), like.sharding)
+    host = np.array(value, like.dtype)
+    return jax.make_array_from_callback(host.shape, like.sharding, lambda index: host[index])

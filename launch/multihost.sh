@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# One run in several processes, on this machine or on plain hosts over ssh:
+#
+#   launch/multihost.sh --local N    [--dry-run] train --config=... --workdir=...
+#   launch/multihost.sh --hosts A,B  [--port P] [--dry-run] train --config=... --workdir=...
+#
+# --local N    N processes here: CPU processes, or one for each of N GPUs
+# --hosts A,B  one process on each host, which has all of its devices. The first is process 0, and listens on --port
+#              (8476). Each host needs: ssh without a password; this checkout and its environment at the same path; a
+#              workdir that all share (or gs://)
+# --dry-run    prints the command of each process
+#
+# What follows are the arguments of dino-jax: train or eval. Output comes behind [PROCESS]. SIGTERM and Ctrl-C go to all:
+# they save a checkpoint after the same step and end with status 0. When a process dies or hangs, all are ended, the last
+# line names it, and the status is not 0. The same command resumes. Variables: see dino_jax/distributed.py; those whose
+# name begins with DINO_, JAX_, XLA_, TPU_, LIBTPU_, NCCL_, HF_ or GRAIN_ are carried to the hosts.
+# DINO_VENV and PYTHON: see common.sh.
+set -euo pipefail
+# shellcheck source=launch/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+options=()
+hosts=""
+port=""
+while (($#)); do
+  case "$1" in
+    --local=* | --hosts=* | --port=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
+    --local | --hosts | --port)
+      (($# > 1)) || die "$1 needs a value"
+      [[ "$1" != --hosts ]] || hosts="$2"
+      [[ "$1" != --port ]] || port="$2"
+      options+=("$1" "$2")
+      shift 2
+      ;;
+    --dry-run)
+      options+=("$1")
+      shift
+      ;;
+    --help | -h)
+      sed -n '2,/^set/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+      exit
+      ;;
+    -*) die "unknown option $1: --local N, --hosts A,B,..., --port P, --dry-run; those of dino-jax follow its verb" ;;
+    *) break ;;
+  esac
+done
+(($#)) || die "nothing to run: add a verb of dino-jax and its arguments, such as train --config=... --workdir=..."
+[[ -z "$hosts" || -n "$port" ]] || options+=(--port 8476)
+
+ensure base
+exec "$venv_python" "$root/launch/supervise.py" "${options[@]}" -- "$venv_python" -m dino_jax "$@"

@@ -138,6 +138,7 @@ install_peers() {
   [[ "$(uname)" == Linux ]] && torch="$torch+cpu"
   if pip_try --no-deps "torch==$torch"; then
     pip_install -e "${root}[peers]"
+    pip_install --no-deps vos-benchmark # see pyproject.toml
   else
     say "no torch $torch for this Python where pip looks (PIP_FIND_LINKS, PIP_EXTRA_INDEX_URL): tests with torch will skip"
   fi

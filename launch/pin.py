@@ -18,7 +18,8 @@ import tempfile
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 BUILD = ("hatchling", "editables")  # what an editable installation needs besides pyproject's own lists
 EXTRAS = "cuda,export,hf,test,tiff,tpu,wandb"
-ALONE = ("jax2onnx",)  # installed with --no-deps: it demands an older Orbax, for parts of it that are not used
+# Installed with --no-deps: one demands an older Orbax, for parts of it that are not used, the other a second OpenCV.
+ALONE = ("jax2onnx", "vos-benchmark")
 # Brought in by torch's wheels on the package index, never by its CPU build, which is the one that the tests use.
 CUDA_OF_TORCH = ("nvidia-", "cuda-", "triton")
 HEADER = """\

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from etils import epath
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from dino_jax import sharding
@@ -51,20 +51,45 @@ def device_batches(
 
     Each process reads its own rows; uint8 goes over the wire, crops are normalised (and rendered, with
     `data.render=device`) where they are used. `run.prefetch` batches wait on the devices. Close it to end its thread.
+
+    Nothing in that thread is a program of several processes: those must start in the same order everywhere, and here
+    they would race with the steps.
     """
-    rows = sharding.process_rows(config.batch_size, mesh)
-    render = make_renderer(config, sharding.batch_sharding(mesh))
+    here, rows = local_rows(mesh, config.batch_size)
+    render = make_renderer(config, here)
 
     def produce() -> Generator[Ready, None, None]:
         batches = make_dataset(source, config, position=position, salt=salt, batch_slice=rows)
         try:
             for batch in batches:
                 bad = batch.pop("bad")
-                yield Ready(render(sharding.to_devices(_arrays(batch), mesh, config.batch_size)), bad)
+                crops = render(jax.device_put(_arrays(batch), here))
+                yield Ready([_of_all(x, mesh, config.batch_size) for x in crops], bad)
         finally:
             batches.close()
 
     return in_thread(produce, config.run.prefetch)
+
+
+def local_rows(mesh: Mesh, batch_size: int) -> tuple[NamedSharding, list[int]]:
+    """How a batch's rows lie on this process's devices alone, and which rows of the global batch these are.
+
+    A mesh follows the wires of a pod, so they need not be neighbours in the batch.
+    """
+    devices: dict[int, list[jax.Device]] = {}  # by first row; several where the mesh has axes without rows
+    places = sharding.batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
+    for device, index in places.items():
+        devices.setdefault(index[0].start or 0, []).append(device)
+    each = batch_size // (mesh.shape["data"] * mesh.shape["fsdp"])
+    here = Mesh(np.array([devices[start] for start in sorted(devices)]), ("rows", "copies"))
+    return NamedSharding(here, PartitionSpec("rows")), [start + i for start in sorted(devices) for i in range(each)]
+
+
+def _of_all(x: jax.Array, mesh: Mesh, batch_size: int) -> jax.Array:
+    """This process's rows [rows, ...] as its part of the global array [batch_size, ...], without a copy."""
+    shards = [shard.data for shard in x.addressable_shards]
+    shape = (batch_size, *x.shape[1:])
+    return jax.make_array_from_single_device_arrays(shape, sharding.batch_sharding(mesh), shards)
 
 
 def _arrays(batch: dict[str, Any]) -> dict[str, Any]:

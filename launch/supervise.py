@@ -1,11 +1,11 @@
 """Starts the processes of one run, watches them, and ends them all when one dies; `launch/multihost.sh` calls it.
 
-    supervise.py (--local N | --hosts A,B,...) [--port P] [--dry-run] -- COMMAND ...
+    supervise.py (--local N | --hosts A,B,...) [--port P] [--patience S] [--dry-run] -- COMMAND ...
 
 COMMAND runs once for each process, in this directory, with the variables that `dino_jax/distributed.py` describes and
 those of this environment that concern JAX. Output comes line by line behind `[PROCESS]`. SIGTERM and Ctrl-C are passed
-on to all. When a process dies the others are ended within `PATIENCE` seconds, and the last line names the dead one and
-says what of; the exit status is its own, or 128 + the number of its signal.
+on to all. When a process dies, the others have `--patience` seconds (10) to say what they know and end; then they are
+killed. The last line names the dead one and says what of; the exit status is its own, or 128 + its signal's number.
 
 Each process is the child of a keeper (this file with `--keep`) on its machine, which hears from here through its
 standard input: so signals reach through ssh, and no process outlives its launcher. Nothing but Python itself is needed.
@@ -28,7 +28,6 @@ import threading
 import time
 from typing import Any, NamedTuple
 
-PATIENCE = 10.0  # seconds after the first death for the others to say what they know and end by themselves
 GRACE = 30.0  # seconds from SIGTERM to SIGKILL where the launcher is gone
 SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=20", "-o", "ServerAliveInterval=10")
 CARRIED = re.compile(r"(DINO|GRAIN|HF|JAX|LIBTPU|NCCL|TPU|XLA)_|(GOOGLE_APPLICATION_CREDENTIALS|PYTHONPATH)$")
@@ -94,8 +93,8 @@ class Process:
 class Launch:
     """The processes of a run, from the start of the first to the end of the last."""
 
-    def __init__(self, processes: list[Process]):
-        self.processes = processes
+    def __init__(self, processes: list[Process], patience: float):
+        self.processes, self.patience = processes, patience
         self.events: queue.Queue[Event] = queue.Queue()
         self.dead: list[Process] = []  # with a status that is not 0, in the order of their deaths
         self.accused: Process | None = None  # whom process 0 or the runtime holds responsible
@@ -110,19 +109,19 @@ class Launch:
             self.hear(None)
         if not self.dead:
             return 0
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + self.patience
         while self.running() and self.hear(deadline - time.monotonic()):
             pass
-        culprit, words = self.culprit(), self.culprit().obituary()
+        culprit = self.culprit()
+        words, status = culprit.obituary(), culprit.status or 1  # before it is killed, if it still runs
         for process in self.running():
             process.tell("KILL")
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + self.patience
         while self.running() and self.hear(deadline - time.monotonic()):
             pass
-        print(
-            f"multihost: {words}; all {len(self.processes)} processes are ended, the same command resumes", flush=True
-        )
-        status = culprit.status or 1
+        left = [f"process {process.rank} on {process.host}" for process in self.running() if process.started]
+        others = f"of {' and '.join(left)} no end was seen" if left else f"all {len(self.processes)} are ended"
+        print(f"multihost: {words}; {others}, and the same command resumes", flush=True)
         return status if status > 0 else 128 - status
 
     def running(self) -> list[Process]:
@@ -198,8 +197,9 @@ def keep(arguments: argparse.Namespace) -> int:
             (os.killpg if number == signal.SIGKILL else os.kill)(child.pid, number)
 
     def listen() -> None:
-        for raw in sys.stdin.buffer:
-            send(raw.decode().strip())
+        while heard := os.read(0, 4096):
+            for name in heard.decode().split():
+                send(name)
         send("TERM")
         time.sleep(GRACE)
         send("KILL")
@@ -238,6 +238,7 @@ def main() -> int:
     parser.add_argument("--local", type=int)
     parser.add_argument("--hosts")
     parser.add_argument("--port", type=int)
+    parser.add_argument("--patience", type=float, default=10.0)
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--keep", action="store_true")
     parser.add_argument("--directory")
@@ -246,13 +247,13 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.keep:
         return keep(arguments)
-    if (arguments.hosts is None) == (arguments.local is None) or (arguments.local or 1) < 1:
+    if (arguments.hosts is None) == (arguments.local is None) or (arguments.local is not None and arguments.local < 1):
         parser.error("give --local N, with N at least 1, or --hosts A,B,...")
     processes = processes_of(arguments)
     if arguments.dry_run:
         print("\n".join(shlex.join(process.command) for process in processes))
         return 0
-    return Launch(processes).run()
+    return Launch(processes, arguments.patience).run()
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ def launch(number: int, script: str, *options: str) -> subprocess.Popen:
 
 
 def outcome(number: int, script: str) -> tuple[int, list[str]]:
-    process = launch(number, script)
+    process = launch(number, script, "--patience", "1.5")
     lines = process.communicate(timeout=60)[0].splitlines()
     return process.returncode, lines
 
@@ -130,7 +130,7 @@ def test_output_comes_behind_the_number_and_success_is_0():
         ),
     ],
 )
-def test_the_dead_one_is_named_and_the_others_are_ended(script, status, words, monkeypatch):
+def test_the_dead_one_is_named_and_the_others_are_ended(script, status, words):
     start = time.monotonic()
     found, lines = outcome(3, script)
     assert found == status

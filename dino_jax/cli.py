@@ -79,11 +79,18 @@ def _parser() -> argparse.ArgumentParser:
     pack = _verb(verbs, "pack", _pack, "pack a data set into ArrayRecord shards; goes on where it was killed")
     pack.add_argument("source", help="a folder, list, arrays, tar:PATTERN, tfds:NAME:SPLIT, ...: any source")
     pack.add_argument("--out", required=True, help="the folder of shards; local or gs://")
-    pack.add_argument("--shorter-side", type=int, default=0, help="shrink pictures whose shorter side is longer (pixels)")
+    pack.add_argument("--shorter-side", type=int, default=0, help="pixels; larger pictures are shrunk to it")
     pack.add_argument("--channels", type=int, default=3, help="of the pictures, where they are not RGB")
     pack.add_argument("--shard-size", type=int, default=1000, help="pictures in a shard")
     pack.add_argument("--workers", type=int, help="processes; by default one for each core")
     pack.add_argument("--max-bad-share", type=float, default=0.01, help="more unreadable pictures are an error")
+
+    doctor = _verb(verbs, "doctor", _doctor, "what this machine lacks before a run, with the mend; 0 only if nothing does")
+    doctor.add_argument("--config", help="a file with get_config(): checked, with its data, batch and workdir")
+    doctor.add_argument("--workdir", help="of the run; is it writable?")
+    doctor.add_argument("--data", help="a source; does it open, and its first picture decode?")
+    doctor.add_argument("--devices", type=int, help="that the run will have, where that is not this machine")
+    doctor.add_argument("--launch", choices=("tpu", "gke", "slurm", "hosts"), help="how the run is started from here")
 
     bench = _verb(verbs, "bench", _bench, "how fast the parts of a run are here; the last line is one JSON object")
     bench.add_argument("what", choices=("input", "step", "loss"), help="the part")
@@ -173,6 +180,14 @@ def _pack(args: argparse.Namespace, overrides: list[str]) -> None:
     _none(overrides)
     options = ("shorter_side", "channels", "shard_size", "workers", "max_bad_share")
     print(report(args.out, pack(args.source, args.out, **{name: getattr(args, name) for name in options})))
+
+
+def _doctor(args: argparse.Namespace, overrides: list[str]) -> None:
+    from dino_jax.doctor import doctor, report
+
+    options = {"data": args.data, "workdir": args.workdir, "devices": args.devices, "launch": args.launch}
+    if missing := report(doctor(config=args.config, overrides=overrides, **options)):
+        raise UserError(f"missing: {', '.join(missing)}; each with its mend above")
 
 
 def _bench(args: argparse.Namespace, overrides: list[str]) -> None:

@@ -85,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     pack.add_argument("--workers", type=int, help="processes; by default one for each core")
     pack.add_argument("--max-bad-share", type=float, default=0.01, help="more unreadable pictures are an error")
 
-    doctor = _verb(verbs, "doctor", _doctor, "what this machine lacks before a run, with the mend; 0 only if nothing does")
+    doctor = _verb(verbs, "doctor", _doctor, "what a machine lacks before a run, with the mend")
     doctor.add_argument("--config", help="a file with get_config(): checked, with its data, batch and workdir")
     doctor.add_argument("--workdir", help="of the run; is it writable?")
     doctor.add_argument("--data", help="a source; does it open, and its first picture decode?")

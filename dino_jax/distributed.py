@@ -172,7 +172,7 @@ def bounded(what: str, seconds: float) -> Iterator[None]:
     if _peers is None or not seconds:
         yield
         return
-    _peers.waiting = what, time.monotonic() + seconds
+    _peers.waiting = what, time.monotonic(), seconds
     try:
         yield
     finally:

@@ -48,7 +48,7 @@ class Peers:
 
     def __init__(self, rank: int, count: int, client: Any, patience: float):
         self.rank, self.count, self.patience = rank, count, patience
-        self.waiting: tuple[str, float] | None = None  # what the main thread waits for, and the time of its last hope
+        self.waiting: tuple[str, float, float] | None = None  # the main thread: for what, since when, how long at most
         self._client, self._rounds = client, 0
         self._leaving, self._over = threading.Lock(), threading.Event()
         self._set(f"dino/host/{rank}", socket.gethostname())
@@ -112,10 +112,11 @@ class Peers:
 
     def check_shared(self, folder: epath.Path) -> None:
         """`Verdict` where a process does not see in `folder` what process 0 writes there."""
+        key = f"dino/mark/{self._rounds}"
         if self.rank == 0:
-            self._set("dino/mark", f"started-{os.getpid()}-{time.time_ns()}")
-            (folder / self._hear("dino/mark")).write_text("removed once every process has seen it")
-        mark = folder / self._hear("dino/mark")
+            self._set(key, f"started-{os.getpid()}-{time.time_ns()}")
+            (folder / self._hear(key)).write_text("removed once every process has seen it")
+        mark = folder / self._hear(key)
 
         def judge(reports: list[str]) -> str:
             mark.unlink()
@@ -153,8 +154,8 @@ class Peers:
             if self._failed() is not None:
                 self._leave(1, "")
             waiting = self.waiting
-            if waiting is not None and time.monotonic() > waiting[1]:
-                self._leave(1, f"it waits too long for {waiting[0]} (run.stall_timeout)")
+            if waiting is not None and time.monotonic() > waiting[1] + waiting[2]:
+                self._leave(1, f"waited {waiting[2]:.0f} s for {waiting[0]} (run.stall_timeout)")
 
     def _silent(self) -> list[int]:
         """The processes that give no sign of life for `SILENCE` seconds from now."""

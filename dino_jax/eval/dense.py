@@ -10,6 +10,7 @@ Legend: B batch, h x w patches, S side in pixels, D width, K classes.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,6 +29,8 @@ from dino_jax.eval.masks import IGNORE, Masked, MaskedPictures, train_test_masks
 from dino_jax.eval.pictures import grouped, linear_matrix, nearest, parallel, resize
 from dino_jax.eval.training import cut, data_mesh, draw_crop, rounded
 from dino_jax.sharding import process_rows, replicated, to_devices
+
+_log = logging.getLogger(__name__)
 
 
 def default_config() -> ConfigDict:
@@ -92,6 +95,7 @@ def fit(model: Frozen, train: MaskedPictures, classes: int, config: ConfigDict) 
     for epoch in range(config.epochs):
         for batch in _train_batches(train, side, size, process_rows(size, mesh), epoch, config):
             head, opt_state = step(variables, head, opt_state, to_devices(batch, mesh, size))
+        _log.info("epoch %d of %d", epoch + 1, config.epochs)
     return head
 
 
@@ -107,7 +111,7 @@ def _pixels(head: dict[str, jax.Array], tokens: jax.Array, side: int) -> jax.Arr
     """Class scores of every pixel, [B, h, w, D] -> [B, S, S, K], bilinear."""
     scores = jnp.einsum("bhwd,dk->bhwk", tokens, head["kernel"], precision="highest") + head["bias"]
     rows, columns = (jnp.asarray(linear_matrix(n, side), jnp.float32) for n in scores.shape[1:3])
-    return jnp.einsum("yh,xw,bhwk->byxk", rows, columns, scores)
+    return jnp.einsum("yh,xw,bhwk->byxk", rows, columns, scores, precision="highest")
 
 
 def _tokens(net: Net, variables: Any, images: jax.Array) -> jax.Array:

@@ -25,6 +25,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
 from dino_jax.data.pipeline import make_eval_dataset
 from dino_jax.data.sources import Source, open_source
@@ -249,7 +250,13 @@ def source_features(
         channels=len(model.mean),
         workers=config.workers,
     )
-    features, labels = extract(model, _counted(batches, spec, len(source)), view=view)
+    with tqdm(total=len(source), desc=spec, unit="picture", disable=None) as bar:  # on a terminal only
+        features, labels = extract(
+            model,
+            _counted(batches, spec, len(source)),
+            view=view,
+            progress=lambda done: bar.update(min(done * jax.process_count(), len(source)) - bar.n),
+        )
     if path is not None and jax.process_index() == 0:
         save_arrays(path, features=features, labels=labels)
     return features, labels

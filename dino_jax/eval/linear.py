@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 import math
 import re
 from typing import Any
@@ -34,6 +35,8 @@ from dino_jax.models import ViT
 from dino_jax.sharding import replicated
 from dino_jax.weights.names import PRETRAINED, fetch
 from dino_jax.weights.pth import read_pth
+
+_log = logging.getLogger(__name__)
 
 Heads = dict[str, dict[str, Any]]  # choice of features -> kernel [L, F, K], bias [L, K]
 
@@ -76,6 +79,7 @@ def evaluate(model: Frozen, data: str, config: ConfigDict, workdir: str | None =
         if epoch % config.eval_every == 0 or epoch == config.epochs:
             scores = [score(model, source, heads, config) for source in (test, held) if source is not None]
             history.append(np.concatenate([np.full((1, scores[0].shape[1]), epoch), *scores]))  # [3 or 5, heads]
+            _log.info("epoch %d of %d: best head %.2f%%", epoch, config.epochs, scores[-1][0].max())
             if path is not None and jax.process_index() == 0:
                 _save(path, epoch, heads, momentum, history)
     names = [f"{choice} lr={lr:g}" for choice in heads for lr in config.lrs]

@@ -20,7 +20,7 @@ from dino_jax.weights.store import open_weights
 STEMS = ("patch_embed/kernel", "patch_embed/proj_0_0/kernel", "conv1/kernel")  # what sees the picture's channels
 
 
-def start_from(state: TrainState, config: ConfigDict, *, heads: int | None = None) -> tuple[TrainState, list[str]]:
+def start_from(state: TrainState, config: ConfigDict) -> tuple[TrainState, list[str]]:
     """`state` with the weights of `config.init_from` (any CKPT) for its random ones, and in words what was done.
 
     The backbone always comes from there: a position table of another grid by the official resize, other channels
@@ -30,7 +30,7 @@ def start_from(state: TrainState, config: ConfigDict, *, heads: int | None = Non
     Raises:
       UserError: the backbone is another one; the message lists the shapes that differ.
     """
-    weights = open_weights(config.init_from, heads=heads, everything=True)
+    weights = open_weights(config.init_from, heads=config.model.heads, everything=True)
     notes = [f"starting from {config.init_from}"]
     head, why = _same_head(weights, state)
     if why:

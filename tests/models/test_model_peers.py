@@ -65,6 +65,16 @@ def assert_close(ours, theirs) -> None:
     np.testing.assert_allclose(np.asarray(ours), theirs.detach().numpy(), rtol=0, atol=1e-4)
 
 
+def tokens_and_attention(model, variables, images):
+    """Both in one program, in which they share all blocks but the last."""
+
+    def both(variables, images):
+        return tuple(model.apply(variables, images, method=method) for method in ("tokens", "attention"))
+
+    tokens, attention = jax.jit(both)(variables, images)
+    return tokens[0], attention
+
+
 def timm_last_attention(model, images):
     """timm's fused attention keeps no weights: they are recomputed from the last block's queries and keys."""
     caught = []
@@ -81,7 +91,7 @@ def timm_last_attention(model, images):
     ("name", "patch", "sizes"),
     [
         ("vit_small", 16, [(224, 224), (480, 480), (224, 320)]),
-        ("vit_small", 8, [(224, 224), (480, 480), (96, 160)]),
+        ("vit_small", 8, [(224, 224), (480, 240), (96, 160)]),
         ("vit_base", 16, [(224, 224), (480, 480), (320, 224)]),
     ],
 )
@@ -98,8 +108,9 @@ def test_vit_equals_timm(name, patch, sizes):
         resized.load_state_dict(model.state_dict() | {"pos_embed": torch.from_numpy(official_size(state, grid))})
         with torch.no_grad():
             feature, attention = timm_last_attention(resized, as_torch(images))
-        assert_close(ours.apply(variables, images), feature)
-        assert_close(ours.apply(variables, images, method="attention"), attention)
+        tokens, mine = tokens_and_attention(ours, variables, images)
+        assert_close(tokens[:, 0], feature)
+        assert_close(mine, attention)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +118,7 @@ def test_vit_equals_timm(name, patch, sizes):
     [
         *[("vit_small", 16, height, width) for height, width in ((224, 224), (480, 480), (320, 224))],
         *[("vit_small", 8, height, width) for height, width in ((224, 224), (96, 160))],
-        *[("vit_base", 16, height, width) for height, width in ((224, 224), (480, 480), (320, 224))],
+        *[("vit_base", 16, height, width) for height, width in ((224, 224), (480, 480))],
     ],
 )
 def test_vit_equals_transformers(name, patch, height, width):
@@ -134,8 +145,9 @@ def test_vit_equals_transformers(name, patch, height, width):
     resized.load_state_dict(model.state_dict() | {"embeddings.position_embeddings": table})
     with torch.no_grad():
         theirs = resized(as_torch(images), output_attentions=True)
-    assert_close(ours.apply(variables, images, method="tokens")[0], theirs.last_hidden_state)
-    assert_close(ours.apply(variables, images, method="attention"), theirs.attentions[-1])
+    tokens, attention = tokens_and_attention(ours, variables, images)
+    assert_close(tokens, theirs.last_hidden_state)
+    assert_close(attention, theirs.attentions[-1])
 
 
 def settle(model, images) -> None:

@@ -39,7 +39,7 @@ def full(reference):
 
 def test_everything_comes_along(full, states):
     _, weights, config = full
-    state, notes = start_from(states(config), config, heads=3)
+    state, notes = start_from(states(config), config)
     assert same(jax.device_get(state.student), weights.student)
     assert same(jax.device_get(state.teacher), weights.teacher)
     np.testing.assert_array_equal(state.center, weights.center)
@@ -55,7 +55,7 @@ def test_a_backbone_alone_leaves_the_head_fresh(full, states, tmp_path):
     backbone = {key: value for key, value in teacher.items() if key.startswith("backbone.")}
     write_pth(tmp_path / "b.pth", backbone)
     config.init_from = str(tmp_path / "b.pth")
-    state, notes = start_from(states(config), config, heads=3)
+    state, notes = start_from(states(config), config)
     for params in (state.student["params"], state.teacher["params"]):
         assert same(jax.device_get(params["backbone"]), weights.teacher["params"]["backbone"])
         assert all((leaf == 7).all() for leaf in jax.tree.leaves(params["head"]))
@@ -67,7 +67,7 @@ def test_a_backbone_alone_leaves_the_head_fresh(full, states, tmp_path):
 def test_another_head_is_fresh_and_said(full, states):
     _, weights, config = full
     config.head.out_dim = 48
-    state, notes = start_from(states(config), config, heads=3)
+    state, notes = start_from(states(config), config)
     assert state.student["params"]["head"]["last_layer"]["v"].shape == (48, 16)
     assert same(jax.device_get(state.student["params"]["backbone"]), weights.teacher["params"]["backbone"])
     assert "last_layer/v is [32, 16], not [48, 16]" in " ".join(notes)
@@ -77,7 +77,7 @@ def test_another_image_size_and_channels(full, states):
     _, weights, config = full
     config.crops.global_size = (24, 40)
     config.model.in_chans = 1
-    state, notes = start_from(states(config), config, heads=3)
+    state, notes = start_from(states(config), config)
     backbone, source = state.teacher["params"]["backbone"], weights.teacher["params"]["backbone"]
     np.testing.assert_array_equal(backbone["pos_embed"], resize_pos_embed(source["pos_embed"], (3, 5)))
     kernel = source["patch_embed"]["kernel"]
@@ -91,11 +91,11 @@ def test_another_backbone_is_refused(full, states):
     _, _, config = full
     config.model.depth = 2
     with pytest.raises(UserError, match=r"blocks_2.*unknown here") as caught:
-        start_from(states(config), config, heads=3)
+        start_from(states(config), config)
     assert "\n" not in str(caught.value)
     config.model.depth, config.model.embed_dim = 3, 30
     with pytest.raises(UserError, match=r"is \[24\], not \[30\]"):
-        start_from(states(config), config, heads=3)
+        start_from(states(config), config)
     config.init_from = "dino_vits17"
     with pytest.raises(UserError, match="no such file"):
         start_from(states(config), config)

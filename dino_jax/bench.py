@@ -1,4 +1,4 @@
-"""`dino-jax bench`: how fast the parts of a run are on this machine. Each benchmark returns `{name: value}`."""
+"""`dino-jax bench input|step|loss`: how fast the parts of a run are on this machine."""
 
 from __future__ import annotations
 
@@ -6,24 +6,72 @@ import io
 import itertools
 import json
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from dino_jax import sharding
-from dino_jax.data.decode import decode
+from dino_jax import config_io, sharding
+from dino_jax.config import default
 from dino_jax.data.example import Example
 from dino_jax.data.pipeline import make_dataset, steps_per_epoch
+from dino_jax.data.reader import Reader
 from dino_jax.data.sources import Source, open_source
+from dino_jax.errors import UserError
 from dino_jax.input import Ready, device_batches
+from dino_jax.losses import dino_loss
 from dino_jax.train_step import jit_init_state, jit_train_step, make_recipe
 
-Results = dict[str, float]
+Results = dict[str, float | str]
 Pictures = Generator[int, None, None]  # yields the number of pictures since the last yield
+
+ROUNDS = 2  # alternations of the host parts, since a shared machine's speed drifts
+HOST_BATCH = 64  # pictures at most in a batch where the host parts are measured
+
+
+def run(
+    what: str,
+    config_file: str | None,
+    overrides: Iterable[str] = (),
+    *,
+    source: str | None = None,
+    seconds: float = 5.0,
+    steps: int = 10,
+) -> None:
+    """Prints the results of one benchmark as a table, then as one JSON object in the last line.
+
+    Without a configuration file: the defaults with a batch of 64; on a CPU, which would take minutes for one step, a
+    ViT-Ti of depth 2 with 4,096 prototypes and a batch of 16.
+    """
+    if seconds <= 0 or steps < 0 or (what != "input" and not steps):
+        raise UserError(f"--seconds={seconds:g} --steps={steps}: must be more than 0 (steps of input: at least 0)")
+    if source is not None and what != "input":
+        raise UserError(f"--source={source}: bench {what} reads no pictures")
+    if config_file is None:
+        config = config_io.check(config_io.override(_small(default()), overrides))
+    else:
+        config = config_io.load(config_file, overrides)
+    about: Results = {
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "model": config.model.name,
+        "batch_size": config.batch_size,
+    }
+    if what == "input":
+        results = bench_input(config, source, seconds, steps)
+    else:
+        results = {"step": bench_step, "loss": bench_loss}[what](config, steps)
+    print_results(about | results)
+
+
+def _small(config: ConfigDict) -> ConfigDict:
+    config.batch_size = 64
+    if jax.default_backend() == "cpu":
+        config.batch_size, config.model.name, config.model.depth, config.head.out_dim = 16, "vit_tiny", 2, 4096
+    return config
 
 
 class JpegSource:
@@ -34,7 +82,7 @@ class JpegSource:
 
     class_names = None
 
-    def __init__(self, count: int = 64, height: int = 375, width: int = 500):
+    def __init__(self, count: int = 16, height: int = 375, width: int = 500):
         frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])  # cycles a pixel
         amplitude = 1 / np.maximum(frequency, 1 / width)
         rng = np.random.default_rng(0)
@@ -68,36 +116,87 @@ def bench_input(config: ConfigDict, source: str | None = None, seconds: float = 
     `share_*`: the part of the resident rate that training from the data reaches.
     """
     pictures: Source = open_source(source) if source else JpegSource()
-    results = {"decode_images_per_s_per_core": _rate_per_core(_decoded(pictures, config), seconds)}
-    for mode in ("host", "device"):
-        results[f"{mode}_images_per_s_per_core"] = _rate_per_core(_prepared(pictures, _in_mode(config, mode)), seconds)
-    results["ratio"] = results["device_images_per_s_per_core"] / results["host_images_per_s_per_core"]
-    if steps:
-        results |= _train_rates(pictures, config, steps)
-    return results
+    works: dict[str, Callable[[], Pictures]] = {
+        "decode": lambda: _decoded(pictures, config),
+        "host": lambda: _prepared(pictures, _in_mode(config, "host", HOST_BATCH)),
+        "device": lambda: _prepared(pictures, _in_mode(config, "device", HOST_BATCH)),
+    }
+    rates = _rates_per_core(works, seconds)
+    results: Results = {f"{name}_images_per_s_per_core": rate for name, rate in rates.items()}
+    results["ratio"] = rates["device"] / rates["host"]
+    return results | _train_rates(pictures, config, steps) if steps else results
+
+
+def bench_step(config: ConfigDict, steps: int = 10) -> Results:
+    """The train step on resident crops: images/s over all devices, milliseconds, and seconds of compilation."""
+    mesh = sharding.make_mesh(config.run.mesh)
+    sharding.check_batch(config.batch_size, mesh, config.run.accum_steps)
+    recipe = make_recipe(config, 1000)
+    state, train_step = jit_init_state(recipe, mesh), jit_train_step(recipe, mesh)
+    groups = [(2, config.crops.global_size), (config.crops.local_count, config.crops.local_size)]
+    crops = [
+        np.zeros((config.batch_size, count, *size, config.model.in_chans), jnp.dtype(config.model.dtype))
+        for count, size in groups
+        if count
+    ]
+    batches = itertools.repeat(Ready(sharding.to_devices(crops, mesh, config.batch_size), []))
+    begin = time.perf_counter()
+    state, _ = _timed(train_step, state, batches, 1)
+    first = time.perf_counter() - begin
+    state, seconds = _timed(train_step, state, batches, steps)
+    return {
+        "images_per_s": steps * config.batch_size / seconds,
+        "ms_per_step": 1e3 * seconds / steps,
+        "compile_s": first - seconds / steps,
+    }
+
+
+def bench_loss(config: ConfigDict, steps: int = 10) -> Results:
+    """The loss with its gradient, alone, on one device: milliseconds, GB/s of logits, and temporary memory in MB."""
+    K, count = config.head.out_dim, 2 + config.crops.local_count
+    student, teacher = jax.random.split(jax.random.key(0))
+    logits = jax.random.normal(student, (config.batch_size, count, K), config.model.dtype)
+    target = jax.random.normal(teacher, (config.batch_size, 2, K), config.model.dtype)
+
+    def loss(logits: jax.Array, target: jax.Array, center: jax.Array) -> jax.Array:
+        return dino_loss(logits, target, center, config.teacher.temp, config.loss.student_temp).cross_entropy
+
+    arguments = logits, target, jnp.zeros(K)
+    compiled = jax.jit(jax.value_and_grad(loss)).lower(*arguments).compile()
+    jax.block_until_ready(compiled(*arguments))
+    begin = time.perf_counter()
+    for _ in range(steps):
+        out = compiled(*arguments)
+    jax.block_until_ready(out)
+    seconds = (time.perf_counter() - begin) / steps
+    return {
+        "ms_per_loss": 1e3 * seconds,
+        "gb_per_s": (logits.nbytes + target.nbytes) / seconds / 1e9,
+        "temporary_mb": compiled.memory_analysis().temp_size_in_bytes / 1e6,
+    }
 
 
 def print_results(results: Results) -> None:
     """A table, and as the last line one JSON object."""
     width = max(map(len, results))
     for name, value in results.items():
-        print(f"{name:<{width}}  {value:>10.4g}")
-    print(json.dumps({name: round(value, 4) for name, value in results.items()}))
+        print(f"{name:<{width}}  {value:>12.4g}" if isinstance(value, float) else f"{name:<{width}}  {value:>12}")
+    print(json.dumps({name: round(value, 4) if isinstance(value, float) else value for name, value in results.items()}))
 
 
-def _in_mode(config: ConfigDict, mode: str) -> ConfigDict:
+def _in_mode(config: ConfigDict, mode: str, largest: int | None = None) -> ConfigDict:
     config = config.copy_and_resolve_references()
     config.data.render = mode
     config.run.workers = 0  # threads of this process, whose CPU time it knows
+    config.batch_size = min(config.batch_size, largest or config.batch_size)
     return config
 
 
 def _decoded(source: Source, config: ConfigDict) -> Pictures:
     """Decodes one picture after another."""
-    index = 0
-    while True:
-        decode(source[index % len(source)].image, config.model.in_chans)
-        index += 1
+    reader = Reader(source, config.model.in_chans, None, config.seed, 1.0, "the data set")
+    for index in itertools.cycle(range(len(source))):
+        reader.read_or_replace(index)
         yield 1
 
 
@@ -107,15 +206,20 @@ def _prepared(source: Source, config: ConfigDict) -> Pictures:
         yield len(batch["label"])
 
 
-def _rate_per_core(work: Pictures, seconds: float) -> float:
-    """Pictures per second of this process's CPU time, measured for some seconds after the first yield."""
-    next(work)
-    begin, cpu, count = time.perf_counter(), time.process_time(), 0
-    while time.perf_counter() - begin < seconds or not count:
-        count += next(work)
-    rate = count / (time.process_time() - cpu)
-    work.close()
-    return rate
+def _rates_per_core(works: dict[str, Callable[[], Pictures]], seconds: float) -> dict[str, float]:
+    """Pictures per second of this process's CPU time, each kind of work measured for so many seconds, in rounds."""
+    totals = {name: [0, 0.0] for name in works}  # pictures, CPU seconds
+    for _ in range(ROUNDS):
+        for name, work in works.items():
+            pictures = work()
+            next(pictures)
+            begin, cpu, count = time.perf_counter(), time.process_time(), 0
+            while time.perf_counter() - begin < seconds / ROUNDS or not count:
+                count += next(pictures)
+            totals[name][0] += count
+            totals[name][1] += time.process_time() - cpu
+            pictures.close()
+    return {name: count / cpu for name, (count, cpu) in totals.items()}
 
 
 def _train_rates(source: Source, config: ConfigDict, steps: int) -> Results:
@@ -123,19 +227,20 @@ def _train_rates(source: Source, config: ConfigDict, steps: int) -> Results:
     mesh = sharding.make_mesh(config.run.mesh)
     recipe = make_recipe(config, steps_per_epoch(len(source), config.batch_size))
     state, train_step = jit_init_state(recipe, mesh), jit_train_step(recipe, mesh)
-    images, results = steps * config.batch_size, Results()
+    images, resident = steps * config.batch_size, 0.0
+    results: Results = {}
     for mode in ("host", "device"):
         batches = device_batches(_in_mode(config, mode), source, mesh, position=0, salt=0)
         if mode == "host":
-            resident = itertools.repeat(next(batches))
-            state, _ = _timed(train_step, state, resident, 1)  # compiles
-            state, seconds = _timed(train_step, state, resident, steps)
-            results["train_resident_images_per_s"] = images / seconds
+            again = itertools.repeat(next(batches))
+            state, _ = _timed(train_step, state, again, 1)  # compiles
+            state, seconds = _timed(train_step, state, again, steps)
+            results["train_resident_images_per_s"] = resident = images / seconds
         state, _ = _timed(train_step, state, batches, config.run.prefetch + 2)  # uses up what was ready
         state, seconds = _timed(train_step, state, batches, steps)
         batches.close()
         results[f"train_{mode}_images_per_s"] = images / seconds
-        results[f"share_{mode}"] = images / seconds / results["train_resident_images_per_s"]
+        results[f"share_{mode}"] = images / seconds / resident
     return results
 
 

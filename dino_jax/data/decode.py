@@ -1,8 +1,8 @@
 """From what a source stores to uint8 pixels, or a `BadImage` with the reason.
 
 PIL decodes, except RGB JPEGs at full size: for those `simplejpeg` gives the same pixels to the bit (both are
-libjpeg-turbo) in about 0.7 of the time (docs/benchmarks.md). The content decides the format, not the file's name. Conversions, chosen
-so that the pixels are what a viewer shows:
+libjpeg-turbo) in about 0.7 of the time (docs/benchmarks.md). The content decides the format, not the file's name.
+Conversions, chosen so that the pixels are what a viewer shows:
 - EXIF orientation is applied (torchvision's ImageFolder does not; ImageNet has next to no rotated pictures).
 - Transparent pictures are laid over white; CMYK, palette and gray become RGB; an animation gives its first frame.
 - 16 bits a channel become 8 by dropping the lower byte; floating-point pixels must lie in 0..1.
@@ -62,11 +62,15 @@ def shrink(pixels: np.ndarray, limit: int) -> np.ndarray:
     """Resizes uint8 [H, W, C] so that its longer side is `limit` pixels, the other at least 1."""
     height, width = pixels.shape[:2]
     scale = limit / max(height, width)
-    size = max(1, round(width * scale)), max(1, round(height * scale))
+    return resize(pixels, max(1, round(height * scale)), max(1, round(width * scale)))
+
+
+def resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """uint8 [H, W, C] to another height and width, bicubic and antialiased."""
     if pixels.shape[-1] == 3:
-        return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
+        return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC))
     planes = [Image.fromarray(np.ascontiguousarray(plane)) for plane in np.moveaxis(pixels, -1, 0)]
-    return np.stack([np.asarray(plane.resize(size, Image.Resampling.BICUBIC)) for plane in planes], axis=-1)
+    return np.stack([np.asarray(plane.resize((width, height), Image.Resampling.BICUBIC)) for plane in planes], axis=-1)
 
 
 def _from_bytes(data: bytes, channels: int, limit: int | None) -> np.ndarray:

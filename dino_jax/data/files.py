@@ -94,7 +94,7 @@ class ListSource(Files):
         names, labels = zip(*entries, strict=True)
         root = str(file.parent)
         self._require(path, root, names)
-        super().__init__(root, names, *_numbered(path, labels))
+        super().__init__(root, names, *numbered(path, labels))
 
     @staticmethod
     def _require(path: str, root: str, names: Sequence[str]) -> None:
@@ -117,12 +117,14 @@ def _entry(line: str) -> tuple[str, str]:
     return (match[1], match[2]) if match else (line, "")
 
 
-def _numbered(path: str, labels: Sequence[str]) -> tuple[list[int], list[str] | None]:
+def numbered(path: str, labels: Sequence[str]) -> tuple[list[int], list[str] | None]:
     """Labels as written to numbers; names are numbered in sorted order."""
     if not any(labels):
         return [-1] * len(labels), None
     if not all(labels):
-        raise UserError(f"{path}: {labels.count('')} of {len(labels)} lines have no label; label all of them or none")
+        raise UserError(
+            f"{path}: {labels.count('')} of {len(labels)} pictures have no label; label all of them or none"
+        )
     if all(re.fullmatch(r"-?\d+", label) for label in labels):
         return [int(label) for label in labels], None
     names = sorted(set(labels))

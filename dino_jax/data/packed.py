@@ -3,7 +3,7 @@
 A record is msgpack: [image, label, name], the image as encoded bytes (arrays as .npy). `manifest.json` holds at least
 `format` ("dino-jax"), `version` (1), `count` (pictures), `shards` (list of {"file", "count"}, in order) and
 `class_names` (list or null); the other keys are for people. Shards are written with group_size 1, so that every record
-is read alone.
+is read alone, and uncompressed, since pictures are compressed already.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dino_jax.errors import UserError
 
 MANIFEST = "manifest.json"
 FORMAT, VERSION = "dino-jax", 1
-WRITER_OPTIONS = "group_size:1"
+WRITER_OPTIONS = "group_size:1,uncompressed"
 
 
 def encode_record(example: Example) -> bytes:

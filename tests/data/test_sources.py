@@ -8,6 +8,7 @@ import os
 import pickle
 import subprocess
 import sys
+import tarfile
 
 import numpy as np
 import pytest
@@ -210,6 +211,63 @@ def test_a_damaged_packed_folder_is_named(tmp_path):
         open_source(str(tmp_path))
 
 
+def tar(path, members: dict[str, bytes], mode: str = "w") -> None:
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, mode) as file:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            file.addfile(info, io.BytesIO(data))
+
+
+def test_tar_shards(tmp_path):
+    tar(
+        tmp_path / "t" / "x-08.tar",
+        {"d/a.png": image_bytes(1), "d/a.cls": b"7\n", "d/b.cls": b"0", "d/b.seg.png": image_bytes(2)},
+    )
+    tar(
+        tmp_path / "t" / "x-09.tar",
+        {"d/a.json": b'{"label": 3, "x": [1]}', "d/a.é.png": image_bytes(3), "d/a.txt": b"?"},
+    )
+    for spec in ("tar:{}/t", "tar:{}/t/x-*.tar", "tar:{}/t/x-{{08..09}}.tar"):
+        source = pickle.loads(pickle.dumps(open_source(spec.format(tmp_path))))
+        assert names(source) == ["d/a.png", "d/b.seg.png", "d/a.é.png"]
+        assert labels(source) == [7, 0, 3]
+        assert [level(source[i]) for i in range(3)] == [1, 2, 3]
+        assert source.class_names is None
+    tar(tmp_path / "named.tar", {"1.png": image_bytes(1), "1.cls": b"dog", "2.png": image_bytes(2), "2.cls": b"cat"})
+    source = open_source(f"{tmp_path}/named.tar")
+    assert source.class_names == ("cat", "dog")
+    assert labels(source) == [1, 0]
+    tar(tmp_path / "plain.tar", {"n01/1.png": image_bytes(1), "n02/1.png": image_bytes(2)})
+    assert labels(open_source(f"{tmp_path}/plain.tar")) == [-1, -1]
+
+
+def test_mistakes_in_tars_are_named(tmp_path):
+    members = {"1.png": image_bytes(1), "1.cls": b"1", "2.png": image_bytes(2) * 400}
+    tar(tmp_path / "whole.tar", members)
+    tar(tmp_path / "squeezed.tar", members, "w:gz")
+    (tmp_path / "cut.tar").write_bytes((tmp_path / "whole.tar").read_bytes()[:3000])
+    (tmp_path / "rubbish.tar").write_bytes(b"rubbish" * 100)
+    tar(tmp_path / "none.tar", {"a.txt": b"x"})
+    tar(tmp_path / "json.tar", {"1.png": image_bytes(1), "1.json": b"{"})
+    (tmp_path / "empty").mkdir()
+    for name, message in {
+        "whole.tar": r"whole.tar: 1 of 2 pictures have no label",
+        "squeezed.tar": r"squeezed.tar: cannot be read as a tar file .*compressed\? gunzip it first",
+        "cut.tar": r"cut.tar: cannot be read as a tar file .*cut off\? get it again",
+        "rubbish.tar": r"rubbish.tar: cannot be read as a tar file .*damaged",
+        "none.tar": r"the data set is empty",
+        "json.tar": r"json.tar: 1.json: not a label",
+        "gone.tar": r"gone.tar: no such tar file",
+        "gone-*.tar": r"gone-\*.tar: no such tar file",
+        "empty": r"no such tar file",
+    }.items():
+        with pytest.raises(UserError, match=message) as caught:
+            open_source(f"tar:{tmp_path}/{name}")
+        assert "\n" not in str(caught.value)
+
+
 @pytest.fixture(scope="module")
 def tfds_dir(tmp_path_factory):
     """A data set prepared by TFDS itself, in array_record format, without TensorFlow."""
@@ -308,7 +366,7 @@ def test_specs_are_split_by_kind_not_by_url_scheme(tmp_path):
         ("list:{}/none.txt", "no such list"),
         ("{}/blank.txt", "names no pictures"),
         ("{}/missing.txt", "2 of 3 files are missing, first gone.png"),
-        ("{}/halfway.txt", "1 of 2 lines have no label"),
+        ("{}/halfway.txt", "1 of 2 pictures have no label"),
         ("arrays:{}/none.npz", "no such file"),
         ("{}/other.npz", "no array 'images' in it .it has pixels"),
         ("{}/counts.npz", "3 of them but 2 labels"),

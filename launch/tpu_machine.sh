@@ -209,7 +209,7 @@ spread() {
   done
   wait
   [[ -n "$dry_run" ]] || cat "$scratch"/worker.* >"$output"
-  culprits="$(cat "$scratch"/failed.* 2>/dev/null | tr '\n' ' ' | sed 's/ $//')"
+  culprits="$(find "$scratch" -name 'failed.*' -exec cat {} + | tr '\n' ' ' | sed 's/ $//')"
   rm -f "$scratch"/failed.*
   [[ -z "$culprits" ]]
 }

@@ -41,13 +41,9 @@ start() {
   rm -f "$folder/status" "$folder/asked" "$folder/pid"
   cd "$root"
   ulimit -n "$(ulimit -Hn)" 2>/dev/null || true
-  # A CPU is no substitute here: without its TPU the run should end. The handler is not handed down to the run.
-  # shellcheck disable=SC2016  # expanded by the inner shell
-  JAX_PLATFORMS="${JAX_PLATFORMS:-tpu,cpu}" setsid nohup bash -c 'trap : TERM
-    "${@:2}" &
-    while wait "$!"; s=$?; ((s > 128)) && kill -0 "$!" 2>/dev/null; do :; done
-    echo "$s" >"$1/status.new" && mv "$1/status.new" "$1/status"' \
-    run "$folder" "$venv/bin/dino-jax" train "$@" >>"$folder/log" 2>&1 </dev/null &
+  # A CPU is no substitute here: without its TPU the run should end.
+  JAX_PLATFORMS="${JAX_PLATFORMS:-tpu,cpu}" setsid nohup "$venv_python" "$root/launch/keep.py" \
+    "--status=$folder/status" "$venv/bin/dino-jax" train "$@" >>"$folder/log" 2>&1 </dev/null &
   echo "$!" >"$folder/pid"
   echo "run: going on"
 }
@@ -60,9 +56,9 @@ status() {
   ended="$(cat "$folder/status" 2>/dev/null)" || true
   if [[ -z "$ended" ]] && alive; then
     echo "run: going on"
-  elif [[ "$ended" == 0 && -f "$folder/asked" ]]; then
+  elif [[ "$ended" == 143 && -f "$folder/asked" ]]; then
     echo "run: stopped"
-  elif [[ "$ended" == 0 ]] && tail -n 20 "$folder/log" | grep -q "stopped by SIG"; then
+  elif [[ "$ended" == 143 ]]; then
     echo "run: interrupted" # by a signal that nobody sent through tpu_vm.sh: the machine is going away
   elif [[ -f "$folder/pid" ]]; then
     echo "run: exit ${ended:-unknown, killed}"

@@ -8,27 +8,22 @@ finished folder is checked when it is packed again: damaged shards are made anew
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import json
 import multiprocessing
 import os
-import signal
-import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from etils import epath
 
 from dino_jax.data.packed import FORMAT, MANIFEST, VERSION, read_manifest
-from dino_jax.data.shards import Shards, Summary, intact, merged
+from dino_jax.data.shards import Shards, Summary, begin_worker, intact, make_in_worker, merged
 from dino_jax.data.sources import open_source
 from dino_jax.errors import UserError
 from dino_jax.metrics import Progress
 
 UNFINISHED = "packing.json"
 SHARD_SIZE = 1000  # pictures: about 110 MB of ImageNet
-
-_shards: Shards  # of a worker process
 
 
 def pack(
@@ -187,10 +182,10 @@ def _make(shards: Shards, wanted: Sequence[int], workers: int) -> Iterator[tuple
             yield shard, shards.make(shard)
         return
     pool = concurrent.futures.ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), initializer=_begin_worker, initargs=(shards,)
+        workers, multiprocessing.get_context("spawn"), initializer=begin_worker, initargs=(shards,)
     )
     try:
-        futures = {pool.submit(_make_one, shard): shard for shard in wanted}
+        futures = {pool.submit(make_in_worker, shard): shard for shard in wanted}
         for future in concurrent.futures.as_completed(futures):
             yield futures[future], future.result()
     except concurrent.futures.process.BrokenProcessPool as error:
@@ -199,22 +194,3 @@ def _make(shards: Shards, wanted: Sequence[int], workers: int) -> Iterator[tuple
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _begin_worker(shards: Shards) -> None:
-    global _shards
-    _shards = shards
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends its workers
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A killed parent cannot end its workers."""
-    if (parent := multiprocessing.parent_process()) is not None:
-        parent.join()
-        with contextlib.suppress(Exception):
-            os._exit(1)
-
-
-def _make_one(shard: int) -> Summary:
-    return _shards.make(shard)

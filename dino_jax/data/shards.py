@@ -6,9 +6,12 @@ import dataclasses
 import io
 import json
 import math
+import multiprocessing
 import os
 import pathlib
+import signal
 import tempfile
+import threading
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -26,6 +29,8 @@ from dino_jax.errors import UserError
 JPEG_QUALITY = 95  # of JPEGs that were shrunk
 
 Summary = dict[str, Any]  # what `Shards.make` finds out, as JSON
+
+_shards: Shards  # of a worker process
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,3 +231,23 @@ def _write_whole(path: epath.Path, text: str) -> None:
         fresh = path.with_name(path.name + ".part")
         fresh.write_text(text)
         fresh.replace(path)
+
+
+def begin_worker(shards: Shards) -> None:
+    """Makes a process ready for `make_in_worker`. It ends with its parent, even with one that was killed."""
+    global _shards
+    _shards = shards
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends its workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def make_in_worker(shard: int) -> Summary:
+    """`Shards.make` of the shards that `begin_worker` got."""
+    return _shards.make(shard)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

@@ -28,6 +28,7 @@ import glob
 import importlib.util
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -113,8 +114,8 @@ def _slurm(environ: Mapping[str, str]) -> Place | None:
 
 def first_host(nodes: str) -> str:
     """The first of SLURM's compressed host list: `tpu[003-005,9],login` -> `tpu003`."""
-    name, bracket, rest = nodes.partition("[") if "[" in nodes.split(",")[0] else (nodes.split(",")[0], "", "")
-    return name + rest.replace("-", ",").replace("]", ",").split(",")[0] if bracket else name
+    first = re.split(r",(?![^\[]*\])", nodes)[0]  # commas within brackets do not part hosts
+    return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", first)
 
 
 def _on_tpu(environ: Mapping[str, str]) -> bool:

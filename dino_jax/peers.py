@@ -30,7 +30,7 @@ from dino_jax.errors import UserError
 
 FAILED = "dino/failed"  # the key under which the first process to fail says why: [process, status, reason]
 LOOK = 1.0  # seconds between looks at it
-SILENCE = 4.0  # seconds without a sign of life by which a process counts as dead once something went wrong
+SILENCE = 6.0  # seconds without a sign of life by which a process counts as dead once something went wrong
 
 
 class Verdict(UserError):

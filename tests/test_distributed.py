@@ -62,6 +62,7 @@ def test_slurm_tasks():
         ("n[7,9]", "n7"),
         ("login,n[003-005]", "login"),
         ("r1n[2-3]", "r1n2"),
+        ("r[1-2]n[03,07-08],x", "r1n03"),
     ],
 )
 def test_first_host(nodes, first):

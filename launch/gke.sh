@@ -16,7 +16,7 @@
 #   NAME              of the run and its node pool (dino)
 #   TOPOLOGY          as for `dino-jax plan`: v5e:4x4, v6e:4x4, v5p:2x2x4, tpu7x:2x2x2
 #   WORKDIR           gs://bucket/folder of the run
-#   REPOSITORY        where the image goes, such as us-docker.pkg.dev/PROJECT/FOLDER; or IMAGE, its whole name
+#   REPOSITORY        where the image goes: HOST/PROJECT/FOLDER, as Artifact Registry shows it; or IMAGE, its whole name
 #   BUILD=0           IMAGE is there already
 #   SPOT=1            cheaper, and taken away without asking
 #   POOL=0            make no node pool: the cluster has one, or is an Autopilot cluster
@@ -109,7 +109,7 @@ has_jobset() {
 image() {
   local tag
   if [[ -z "${IMAGE:-}" ]]; then
-    require REPOSITORY "where the image goes, such as us-docker.pkg.dev/$PROJECT/FOLDER; or give IMAGE"
+    require REPOSITORY "where the image goes: HOST/$PROJECT/FOLDER, as Artifact Registry shows it; or give IMAGE"
     tag="$(git -C "$root" describe --always --dirty 2>/dev/null)" || tag="$(date +%Y%m%d-%H%M%S)"
     IMAGE="$REPOSITORY/dino-jax:$tag"
   fi

@@ -85,7 +85,7 @@ class Cloud:
         self.bin = bin_
         self.environment = {"PATH": str(bin_), "HOME": str(folder), "POLL": "0", "BACKOFF": "0", "MAX_RESTARTS": "3"}
         self.environment |= {"PROJECT": "p", "ZONE": "us-west4-a", "TOPOLOGY": "v5e:4x4", "WORKDIR": "gs://b/run"}
-        self.environment |= {"CLUSTER": "c", "LOCATION": "us-west4", "REPOSITORY": "us-docker.pkg.dev/p/r"}
+        self.environment |= {"CLUSTER": "c", "LOCATION": "us-west4", "REPOSITORY": "registry.example/p/r"}
         self.replies: list[list] = []
 
     def reply(self, part: str, out: str = "", err: str = "", status: int | None = None) -> None:
@@ -653,7 +653,7 @@ def test_gke_from_the_code_to_the_run(cloud):
     assert calls[0] == "gcloud container clusters get-credentials c --project=p --location=us-west4"
     (build,) = cloud.calls("docker build")
     image = build.split(" -t ")[1].split()[0]
-    assert image.startswith("us-docker.pkg.dev/p/r/dino-jax:")
+    assert image.startswith("registry.example/p/r/dino-jax:")
     assert cloud.calls(f"docker push {image}")
     (pool,) = cloud.calls("node-pools create")
     assert (
@@ -717,7 +717,7 @@ def test_gke_with_image_and_pool_that_are_there(cloud):
         (
             "docker push",
             "denied: Permission 'artifactregistry' denied",
-            "gcloud auth configure-docker us-docker.pkg.dev",
+            "gcloud auth configure-docker registry.example",
         ),
         (
             "get crd",

@@ -1,9 +1,10 @@
 """Crops a second of the accelerator's renderer, and of PIL on one core, with the same parameters.
 
-    python benchmarks/render.py [--batch=64] [--steps=20] [--config.KEY=VALUE ...]
+    python benchmarks/render.py [--batch=64] [--steps=20] [--flops] [--config.KEY=VALUE ...]
 
 Prints one JSON object: images/s and temporary memory of the renderer, images/s of PIL. On a CPU the
-renderer is no faster than PIL; it is meant for the matrix units of an accelerator.
+renderer is no faster than PIL; it is meant for the matrix units of an accelerator. With --flops, instead: its FLOPs for
+an image beside those of the train step (default: ViT-S/16), each by the compiler's count of the compiled program.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import time
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
-from dino_jax import config_io
+from dino_jax import config_io, train_step
 from dino_jax.config import default
 from dino_jax.data.crops import CropParams, draw_crops, render_crops
 from dino_jax.render import make_renderer
@@ -25,8 +27,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=64, help="images")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--flops", action="store_true", help="count, instead of measuring")
     args, overrides = parser.parse_known_args()
     config = config_io.override(default(), ["--config.data.render=device", *overrides])
+    if args.flops:
+        print(json.dumps(flops(config)))
+        return
     rng = np.random.default_rng(0)
     side, height, width = config.data.canvas, *np.array([375, 500]) * config.data.canvas // 512
     canvas = np.zeros((args.batch, side, side, 3), np.uint8)
@@ -55,6 +61,22 @@ def main() -> None:
         "pil_images_per_s": round(pil_rate, 1),
     }
     print(json.dumps(result))
+
+
+def flops(config: ConfigDict, images: int = 2) -> dict[str, float]:
+    """GFLOPs for an image, of the renderer and of the train step; two images, so that no loop hides any."""
+    side, channels, crops = config.data.canvas, config.model.in_chans, config.crops
+    drawn = draw_crops(np.random.default_rng(0), side, side, crops)
+    batch = {
+        "canvas": jax.ShapeDtypeStruct((images, side, side, channels), np.uint8),
+        "params": jax.tree.map(lambda x: jax.ShapeDtypeStruct((images, *x.shape), x.dtype), drawn),
+    }
+    rendered = make_renderer(config).lower(batch)
+    recipe = train_step.make_recipe(config, 100)
+    state = jax.eval_shape(lambda: train_step.init_state(recipe, jax.random.key(0)))
+    step = jax.jit(lambda state, crops: train_step.train_step(recipe, state, crops)).lower(state, rendered.out_info)
+    render, train = (lowered.compile().cost_analysis()["flops"] / images / 1e9 for lowered in (rendered, step))
+    return {"render_gflops": round(render, 3), "step_gflops": round(train, 3), "share": round(render / train, 4)}
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ COMMANDS = {
     "slurm": ("sbatch", "srun"),
     "hosts": ("ssh",),
 }
+AWAY = ("tpu", "gke", "slurm")  # the run's machines are others than the one that starts it
 SETTINGS = {
     "tpu": ("PROJECT", "ZONE", "TOPOLOGY", "WORKDIR"),
     "gke": ("PROJECT", "CLUSTER", "LOCATION", "TOPOLOGY", "WORKDIR", "REPOSITORY"),
@@ -64,21 +65,21 @@ def doctor(
     loaded, check = _config(config, overrides)
     yield from check
     yield machine.python()
-    yield from machine.packages()
-    away = launch in COMMANDS  # the accelerator is elsewhere
     found = 0
-    for check in () if away else machine.devices(config_io.to_json(loaded) if loaded is not None else ""):
-        found = int(check.found.split()[0]) if check.name == "devices" and check.state != "missing" else found
-        yield check
+    if launch not in AWAY:
+        yield from machine.packages()
+        for check in machine.devices(config_io.to_json(loaded) if loaded is not None else ""):
+            found = int(check.found.split()[0]) if check.name == "devices" and check.state != "missing" else found
+            yield check
+        yield machine.memory()
+        yield machine.files()
+        yield machine.disk(workdir)
     if loaded is not None and (devices or found):
         yield _batch(loaded, devices or found)
-    yield machine.memory()
-    yield machine.disk(workdir)
-    yield machine.files()
     if workdir is not None:
         yield _workdir(workdir, loaded, launch)
     for name, spec in _sources(loaded, data):
-        yield _data(name, spec, loaded)
+        yield _data(name, spec, loaded, launch)
     if launch is not None:
         yield from _launch(launch)
 
@@ -166,10 +167,13 @@ def _sources(config: ConfigDict | None, data: str | None) -> Iterator[tuple[str,
             yield key, config.eval[key] or ""
 
 
-def _data(name: str, spec: str, config: ConfigDict | None) -> Check:
-    """Whether a source opens, its first picture decodes, and there is at least one batch in it."""
+def _data(name: str, spec: str, config: ConfigDict | None, launch: str | None = None) -> Check:
+    """Whether a source opens, its first picture decodes, there is a batch in it, and the run's machines will see it."""
     if not spec:
         return Check(name, "missing", f"eval.knn_every is set, eval.{name} is not", f"--config.eval.{name}=SOURCE")
+    if launch in SETTINGS and "gs://" not in spec and not spec.startswith(("scenes:", "hf:")):
+        mend = "copy it to a bucket and give gs://..., or for tfds ?data_dir=gs://..."
+        return Check(name, "missing", f"{spec}: of this machine, and the run's machines are others", mend)
 
     def read() -> Check:
         source = open_source(spec)

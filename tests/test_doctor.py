@@ -101,8 +101,9 @@ def test_the_devices_of_this_machine_answer(monkeypatch):
 def test_what_starts_others_needs_no_devices(answer, monkeypatch, config):
     monkeypatch.setattr(machine, "_ask", lambda config: pytest.fail("asked"))
     found = checks(config=config, launch="tpu", devices=12)
-    assert "devices" not in found
+    assert not {"devices", "packages", "memory"} & set(found)
     assert found["batch"].state == "missing"
+    assert found["data"].state == "ok"
 
 
 def test_keys_without_a_configuration():
@@ -374,6 +375,12 @@ def test_online_evaluation_needs_its_sources(answer, config):
 def test_the_source_given_is_the_one_asked(answer, config):
     assert "size=64" in checks(config=config, data="scenes:train?size=64&image_size=16")["data"].found
     assert sources.split_spec("scenes:train?size=64")[0] == "scenes"
+
+
+def test_data_that_other_machines_do_not_see(tmp_path):
+    check = doctor._data("data", str(tmp_path), None, "gke")
+    assert check.state == "missing"
+    assert "copy it to a bucket" in check.mend
 
 
 # --- starting others

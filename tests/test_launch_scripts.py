@@ -815,15 +815,3 @@ def test_a_run_that_is_killed_or_not_there(tmp_path):
     assert subprocess.run([*keep, BASH, "-c", "kill -KILL $$"]).returncode == 137
     done = subprocess.run([*keep, str(tmp_path / "absent")], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (127, f"keep.py: {tmp_path / 'absent'}: No such file or directory\n")
-
-
-# --- all of them
-
-
-def test_shellcheck_has_nothing_to_say():
-    shellcheck = pathlib.Path(sys.executable).parent / "shellcheck"
-    if not shellcheck.exists():
-        pytest.skip("shellcheck is not installed")
-    scripts = sorted((ROOT / "launch").glob("*.sh"))
-    done = subprocess.run([shellcheck, "-x", *scripts], cwd=ROOT, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stdout

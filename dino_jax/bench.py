@@ -30,7 +30,7 @@ Results = dict[str, float | str]
 Pictures = Generator[int, None, None]  # yields the number of pictures since the last yield
 
 ROUNDS = 2  # alternations of the host parts, since a shared machine's speed drifts
-HOST_BATCH = 64  # pictures at most in a batch where the host parts are measured
+HOST_BATCH = 64  # pictures in a batch where the host parts are measured, if there are as many
 
 
 def run(
@@ -118,10 +118,11 @@ def bench_input(config: ConfigDict, source: str | None = None, seconds: float = 
     `share_*`: the part of the resident rate that training from the data reaches.
     """
     pictures: Source = open_source(source) if source else JpegSource()
+    batch_size = min(HOST_BATCH, len(pictures))
     works: dict[str, Callable[[], Pictures]] = {
         "decode": lambda: _decoded(pictures, config),
-        "host": lambda: _prepared(pictures, _in_mode(config, "host", HOST_BATCH)),
-        "device": lambda: _prepared(pictures, _in_mode(config, "device", HOST_BATCH)),
+        "host": lambda: _prepared(pictures, _in_mode(config, "host", batch_size)),
+        "device": lambda: _prepared(pictures, _in_mode(config, "device", batch_size)),
     }
     rates = _rates_per_core(works, seconds)
     results: Results = {f"{name}_images_per_s_per_core": rate for name, rate in rates.items()}
@@ -186,11 +187,11 @@ def print_results(results: Results) -> None:
     print(json.dumps({name: round(value, 4) if isinstance(value, float) else value for name, value in results.items()}))
 
 
-def _in_mode(config: ConfigDict, mode: str, largest: int | None = None) -> ConfigDict:
+def _in_mode(config: ConfigDict, mode: str, batch_size: int | None = None) -> ConfigDict:
     config = config.copy_and_resolve_references()
     config.data.render = mode
     config.run.workers = 0  # threads of this process, whose CPU time it knows
-    config.batch_size = min(config.batch_size, largest or config.batch_size)
+    config.batch_size = batch_size or config.batch_size
     return config
 
 

@@ -22,6 +22,7 @@ from dino_jax.data.packed import MANIFEST
 from dino_jax.data.sources import open_source
 from dino_jax.errors import UserError
 from dino_jax.pack import UNFINISHED, pack
+from tests.gcs_stand_in import serve
 
 SCENES = "scenes:train?size=90&image_size=64"
 
@@ -212,6 +213,27 @@ def test_a_disk_that_fills_up_gets_one_clear_line_and_it_goes_on(folder, tmp_pat
     assert list(tmp_path.glob("*.part")) == []
     assert main(command) == 0
     assert len(open_source(str(tmp_path))) == 11
+
+
+@pytest.mark.extra
+def test_shards_go_to_a_bucket(folder, tmp_path):
+    command = [sys.executable, "-m", "dino_jax", "pack", str(folder), "--out=gs://bucket/packed", "--shard-size=5"]
+    with serve() as (store, environment):
+        for line in ("11 pictures in 3 shards", "11 pictures in 3 shards"):
+            child = subprocess.run(
+                [*command, "--workers=1", "--max-bad-share=0.1"],
+                env=os.environ | environment,
+                capture_output=True,
+                text=True,
+            )
+            assert child.returncode == 0, child.stderr
+            assert line in child.stdout
+        assert "was packed already; 0 of 3 shards" in child.stderr
+        found = {name.rpartition("/")[2]: data for name, (_, data) in store.objects.items()}
+    packed(folder, tmp_path)
+    here = contents(tmp_path)
+    assert found.keys() == here.keys()
+    assert all(found[name] == data for name, data in here.items() if name != MANIFEST)
 
 
 @pytest.mark.extra

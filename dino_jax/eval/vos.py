@@ -85,9 +85,9 @@ def evaluate(model: Frozen, data: str, config: ConfigDict, workdir: str | None =
         if len(shown) < SHOWN:
             chosen = np.linspace(0, len(labels) - 1, 4).astype(int)
             shown.append([tile(tinted(video.frame(t), labels[t], palette()), 200) for t in chosen])
-        for number, scores in enumerate(davis.score_video(labels, truth, video.name), 1):
-            objects[f"{video.name}_{number}"] = scores
-        _log.info("%s: %s", video.name, davis.summarize([objects[f"{video.name}_1"]]))
+        scores = davis.score_video(labels, truth, video.name)
+        objects |= {f"{video.name}_{number}": entry for number, entry in enumerate(scores, 1)}
+        _log.info("%s: J&F %.1f over %d objects", video.name, davis.summarize(scores)["J&F_mean"], len(scores))
     if folder is not None and jax.process_index() == 0:
         save_json(folder / "objects.json", objects)
         save_rows(epath.Path(folder.parent) / "vos.png", shown)

@@ -127,7 +127,7 @@ def _side(model: Frozen, config: ConfigDict) -> int:
 
 
 def _train_batches(
-    train: MaskedPictures, side: int, size: int, mine: slice, epoch: int, config: ConfigDict
+    train: MaskedPictures, side: int, size: int, mine: np.ndarray, epoch: int, config: ConfigDict
 ) -> Iterator[dict[str, np.ndarray]]:
     """This process's rows of an epoch: `image` uint8 [b, S, S, C] and `labels` uint8 [b, S, S]; filling is ignored."""
 
@@ -141,8 +141,8 @@ def _train_batches(
 
     order: list[int | None] = list(np.random.default_rng((config.seed, epoch)).permutation(train.size).tolist())
     order += [None] * (-len(order) % size)
-    rows = (row for start in range(0, len(order), size) for row in order[start : start + size][mine])
-    for group in grouped(parallel(load, rows, config.threads), mine.stop - mine.start):
+    rows = (order[start + place] for start in range(0, len(order), size) for place in mine)
+    for group in grouped(parallel(load, rows, config.threads), len(mine)):
         yield {"image": np.stack([image for image, _ in group]), "labels": np.stack([labels for _, labels in group])}
 
 
@@ -165,7 +165,8 @@ def confusion(
 
     groups = grouped(parallel(load, range(test.size), config.threads), config.batch_size)
     batches = ({"image": np.stack([i for i, _ in group]), "masked": [x for _, x in group]} for group in groups)
-    counts, shown = np.zeros((classes, classes), np.int64), []
+    counts = np.zeros((classes, classes), np.int64)
+    shown: list[list[np.ndarray]] = []
     for tokens, batch in run(model, Patches(), batches):
         for predicted, masked in zip(np.asarray(predict(tokens)), batch["masked"], strict=True):
             labels, predicted = masked.classes, nearest(predicted, *masked.classes.shape)

@@ -92,7 +92,8 @@ def evaluate(
     Raises:
       UserError: at the end, if protocols failed on data that are there; the others were evaluated before.
     """
-    found, failed = find(data), {}
+    found = find(data)
+    failed: dict[str, str] = {}
     for name, part in PARTS.items():
         if name not in found:
             log.info("%s is left out: no %s in %s", name, part.wanted.removeprefix("a "), data)

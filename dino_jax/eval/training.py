@@ -93,9 +93,10 @@ def train_batches(
     def rows() -> Iterator[tuple[int, int] | None]:
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            yield from (batch + [None] * (size - len(batch)))[mine]
+            filled = batch + [None] * (size - len(batch))
+            yield from (filled[row] for row in mine)
 
-    for group in grouped(parallel(load, rows(), threads), mine.stop - mine.start):
+    for group in grouped(parallel(load, rows(), threads), len(mine)):
         shape = next((image.shape for image, _ in group if image is not None), None)
         if shape is None:
             continue

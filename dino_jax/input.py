@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from etils import epath
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dino_jax import sharding
@@ -55,7 +55,7 @@ def device_batches(
     Nothing in that thread is a program of several processes: those must start in the same order everywhere, and here
     they would race with the steps.
     """
-    here, rows = local_rows(mesh, config.batch_size)
+    here, rows = sharding.local_rows(config.batch_size, mesh)
     render = make_renderer(config, here)
 
     def produce() -> Generator[Ready, None, None]:
@@ -64,32 +64,11 @@ def device_batches(
             for batch in batches:
                 bad = batch.pop("bad")
                 crops = render(jax.device_put(_arrays(batch), here))
-                yield Ready([_of_all(x, mesh, config.batch_size) for x in crops], bad)
+                yield Ready([sharding.of_all(x, mesh, config.batch_size) for x in crops], bad)
         finally:
             batches.close()
 
     return in_thread(produce, config.run.prefetch)
-
-
-def local_rows(mesh: Mesh, batch_size: int) -> tuple[NamedSharding, list[int]]:
-    """How a batch's rows lie on this process's devices alone, and which rows of the global batch these are.
-
-    A mesh follows the wires of a pod, so they need not be neighbours in the batch.
-    """
-    devices: dict[int, list[jax.Device]] = {}  # by first row; several where the mesh has axes without rows
-    places = sharding.batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
-    for device, index in places.items():
-        devices.setdefault(index[0].start or 0, []).append(device)
-    each = batch_size // (mesh.shape["data"] * mesh.shape["fsdp"])
-    here = Mesh(np.array([devices[start] for start in sorted(devices)]), ("rows", "copies"))
-    return NamedSharding(here, PartitionSpec("rows")), [start + i for start in sorted(devices) for i in range(each)]
-
-
-def _of_all(x: jax.Array, mesh: Mesh, batch_size: int) -> jax.Array:
-    """This process's rows [rows, ...] as its part of the global array [batch_size, ...], without a copy."""
-    shards = [shard.data for shard in x.addressable_shards]
-    shape = (batch_size, *x.shape[1:])
-    return jax.make_array_from_single_device_arrays(shape, sharding.batch_sharding(mesh), shards)
 
 
 def _arrays(batch: dict[str, Any]) -> dict[str, Any]:

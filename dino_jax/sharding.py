@@ -117,24 +117,32 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return x if mesh.empty else jax.lax.with_sharding_constraint(x, AXES.spec(*names))
 
 
-def process_rows(batch_size: int, mesh: Mesh) -> slice:
-    """The rows of a global batch that this process must load, from the sharding's own index map."""
-    indices = [
-        index[0] for index in batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values() if index
-    ]
-    rows = sorted({(s.start or 0, batch_size if s.stop is None else s.stop) for s in indices})
-    start, stop = rows[0][0], rows[-1][1]
-    covered = sum(b - a for a, b in rows)
-    if covered != stop - start:
-        raise UserError(f"run.mesh gives this process rows {rows}, which are not contiguous: put processes on `data`")
-    return slice(start, stop)
+def local_rows(batch_size: int, mesh: Mesh) -> tuple[NamedSharding, np.ndarray]:
+    """How a batch's rows lie on this process's devices alone, and which rows of the global batch these are.
+
+    A mesh follows the wires between chips, so on a pod a process's rows need not be neighbours in the batch.
+    """
+    devices: dict[int, list[jax.Device]] = {}  # by first row; several where the mesh has axes without rows
+    for device, index in batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).items():
+        assert index is not None
+        devices.setdefault(index[0].start or 0, []).append(device)
+    starts, each = sorted(devices), batch_size // math.prod(mesh.shape[axis] for axis in AXES.batch)
+    here = Mesh(np.array([devices[start] for start in starts]), ("rows", "copies"))
+    return NamedSharding(here, PartitionSpec("rows")), np.concatenate([np.arange(s, s + each) for s in starts])
+
+
+def process_rows(batch_size: int, mesh: Mesh) -> np.ndarray:
+    """The numbers of the rows of a global batch that this process must load, in the order `to_devices` takes them."""
+    return local_rows(batch_size, mesh)[1]
+
+
+def of_all(x: jax.Array, mesh: Mesh, batch_size: int) -> jax.Array:
+    """Rows [rows, ...] laid out by `local_rows` as this process's part of the global [batch_size, ...]; no copy."""
+    shards = [shard.data for shard in x.addressable_shards]
+    return jax.make_array_from_single_device_arrays((batch_size, *x.shape[1:]), batch_sharding(mesh), shards)
 
 
 def to_devices(batch: Any, mesh: Mesh, batch_size: int) -> Any:
     """A pytree of this process's rows, `np.ndarray` [rows, ...] -> global arrays [batch_size, ...] over the mesh."""
-    sharding = batch_sharding(mesh)
-
-    def put(x: np.ndarray) -> jax.Array:
-        return jax.make_array_from_process_local_data(sharding, x, (batch_size, *x.shape[1:]))
-
-    return jax.tree.map(put, batch)
+    here, _ = local_rows(batch_size, mesh)
+    return jax.tree.map(lambda x: of_all(jax.device_put(x, here), mesh, batch_size), batch)

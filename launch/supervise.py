@@ -85,7 +85,7 @@ class Process:
             return f"{name} could not be started: {self.last or f'status {self.status}'}"
         if self.status is None:
             return f"{name} does not answer: it is stuck, or cut off from process 0"
-        if self.status < 0 and not self.error:
+        if self.status < 0 and not (self.error and self.status == -signal.SIGABRT):
             return f"{name} was killed by {signal.Signals(-self.status).name}"
         return f"{name} failed: {self.error or f'status {self.status}; {self.last}'}"
 

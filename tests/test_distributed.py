@@ -10,10 +10,14 @@ import subprocess
 import sys
 import time
 
+import jax
+import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from dino_jax.distributed import Place, find_place, first_host
 from dino_jax.errors import UserError
+from dino_jax.sharding import MESH_AXES, batch_sharding, process_rows, to_devices
 
 ROOT = pathlib.Path(__file__).parent.parent
 SUPERVISE = ROOT / "launch" / "supervise.py"
@@ -82,6 +86,20 @@ def test_first_host(nodes, first):
 def test_half_a_place_is_an_error(flags, variables, named):
     with pytest.raises(UserError, match=named):
         find_place(*flags, variables)
+
+
+def test_rows_find_their_devices_in_any_mesh():
+    batch = {"x": np.arange(16 * 3).reshape(16, 3), "y": np.arange(16)}
+    for order, shape in (([5, 0, 3, 7, 1, 6, 2, 4], (8, 1, 1)), ([7, 0, 6, 1, 5, 2, 4, 3], (2, 2, 2))):
+        mesh = Mesh(np.array(jax.devices())[order].reshape(shape), MESH_AXES)
+        rows = process_rows(16, mesh)
+        assert rows.tolist() == list(range(16))
+        placed = to_devices(batch, mesh, 16)
+        for name, values in batch.items():
+            assert placed[name].sharding == batch_sharding(mesh)
+            np.testing.assert_array_equal(placed[name], values)
+            for shard in placed[name].addressable_shards:
+                np.testing.assert_array_equal(shard.data, values[shard.index])
 
 
 def launch(number: int, script: str, *options: str) -> subprocess.Popen:
@@ -161,7 +179,7 @@ def test_sigterm_reaches_all_and_a_clean_end_is_0():
 
 @pytest.mark.parametrize("victim", ["launcher", "keeper"])
 def test_no_process_outlives_its_launcher(victim):
-    process = launch(2, "echo ready; exec sleep 60")
+    process = launch(2, "echo ready; exec sleep 60", "--patience", "1")
     pids = ready(process, 2)
     keeper = int(pathlib.Path(f"/proc/{pids[1]}/stat").read_text().split()[3])
     os.kill(process.pid if victim == "launcher" else keeper, signal.SIGKILL)
@@ -181,7 +199,7 @@ def test_a_host_that_cannot_be_reached_is_named(tmp_path):
         "ssh",
         'case "$*" in *" b "*) echo "ssh: connect to host b: No route"; exit 255 ;; esac; eval "${@: -1}"',
     )
-    command = [sys.executable, str(SUPERVISE), "--hosts", "u@a,b", "--port", "8476", "--"]
+    command = [sys.executable, str(SUPERVISE), "--hosts", "u@a,b", "--port", "8476", "--patience", "1", "--"]
     command += ["bash", "-c", "echo $JAX_COORDINATOR_ADDRESS $JAX_PROCESS_ID $DINO_X; sleep 60"]
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "DINO_X": "two words"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
@@ -319,7 +337,7 @@ def test_slurm_script_says_what_it_lacks(venv):
     for environment, arguments, words in (
         ({"PATH": os.environ["PATH"]}, ["train"], "submit this with sbatch"),
         (job, [], "nothing to run"),
-        (job, ["train"], "no environment at /.venv"),
+        (job, ["train"], "no environment at /"),
     ):
         done = subprocess.run(["bash", script, *arguments], env=environment, capture_output=True, text=True)
         assert done.returncode == 1

@@ -28,7 +28,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = """
 import json, os
 import numpy as np
-import dino_jax.input, dino_jax.train
+import jax
+import dino_jax.input, dino_jax.sharding, dino_jax.train
 from dino_jax.data.arrays import ArraySource
 from tests.tiny import tiny_config
 
@@ -38,7 +39,12 @@ def get_config():
     config.data.train = {pictures!r}
     config.run.checkpoint_every = 0.25
     config.run.keep = 100
-    odd = os.environ.get("ODD") if os.environ.get("JAX_PROCESS_ID") == "1" else None
+    odd = os.environ.get("ODD")
+    if odd == "mesh":
+        make_mesh = dino_jax.sharding.make_mesh
+        apart = lambda: sorted(jax.devices(), key=lambda device: (device.id % 2, -device.id))
+        dino_jax.sharding.make_mesh = lambda sizes: make_mesh(sizes, apart())
+    odd = odd if os.environ.get("JAX_PROCESS_ID") == "1" else None
     if odd == "config":
         config.optim.lr = 0.25
     if odd == "data":
@@ -102,7 +108,8 @@ class Run:
 
     def __init__(self, number, config_file, workdir, odd="", **variables):
         (workdir / "notes").mkdir(parents=True, exist_ok=True)
-        variables |= {"XLA_FLAGS": "", "NOTES": str(workdir / "notes"), "ODD": odd, "PYTHONPATH": str(ROOT)}
+        fixed = {"NOTES": str(workdir / "notes"), "ODD": odd, "PYTHONPATH": str(ROOT)}
+        variables = {"XLA_FLAGS": ""} | variables | fixed
         command = [sys.executable, str(ROOT / "launch" / "supervise.py"), "--local", str(number), "--"]
         command += [sys.executable, "-m", "dino_jax", "train", f"--config={config_file}", f"--workdir={workdir}"]
         self.workdir, self.lines = workdir, []
@@ -153,7 +160,9 @@ def assert_every_picture_once(workdir):
 
 
 def test_four_processes_equal_one(alone, config_file, tmp_path):
-    status, lines = Run(4, config_file, tmp_path).end()
+    """Two devices each, apart in the mesh as on a TPU pod: so are a process's rows in the batch."""
+    two_devices = "--xla_force_host_platform_device_count=2"
+    status, lines = Run(4, config_file, tmp_path, odd="mesh", XLA_FLAGS=two_devices).end()
     assert status == 0, "\n".join(lines)
     np.testing.assert_allclose(losses(tmp_path), alone, rtol=1e-4)
     assert_every_picture_once(tmp_path)

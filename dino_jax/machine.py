@@ -188,8 +188,8 @@ def probe(config_json: str) -> None:
 
         try:
             make_recipe(config_io.from_json(config_json), 1000)
-        except UserError as error:
-            answer["refused"] = str(error)
+        except Exception as error:
+            answer["refused"] = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
     print(json.dumps(answer))
 
 

@@ -1,7 +1,8 @@
 """A small ViT on the embedded `scenes`, in minutes on a laptop's CPU: what `launch/quickstart.sh` trains.
 
 Colours say nothing about the classes of `scenes`, so they are jittered away. A batch of 64 and a few hundred steps are
-far from the paper's regime: batch norm in the head and a sharp teacher keep so young a run from the uniform collapse.
+far from the paper's regime: batch norm in the head with fixed prototypes and a sharp teacher keep so young a run from
+the uniform collapse.
 Cost and result: docs/benchmarks.md.
 """
 
@@ -11,15 +12,15 @@ from dino_jax.config import default
 def get_config():
     config = default()
     config.data.train = "scenes:train?size=4800&image_size=64"
-    config.epochs = 10
+    config.epochs = 6
     config.batch_size = 64
     config.model.name = "vit_tiny"
     config.model.patch_size = 8
-    config.model.embed_dim = 96
-    config.model.depth = 3
-    config.model.heads = 3
+    config.model.embed_dim = 64
+    config.model.depth = 2
+    config.model.heads = 4
     config.model.drop_path = 0.0
-    config.head.out_dim = 256
+    config.head.out_dim = 1024
     config.head.hidden_dim = 256
     config.head.bottleneck_dim = 64
     config.head.use_bn = True
@@ -29,16 +30,16 @@ def get_config():
     config.crops.local_count = 2
     config.crops.local_scale = (0.2, 0.6)
     config.crops.hue = 0.5
-    config.crops.gray_prob = 0.5
+    config.crops.gray_prob = 0.8
     config.crops.jitter_prob = 1.0
     config.crops.blur_prob = (0.1, 0.1, 0.0)
     config.crops.solarize_prob = (0.0, 0.0, 0.0)
     config.optim.warmup_epochs = 1
-    config.optim.lr = 4e-3
+    config.optim.lr = 1.2e-2
     config.optim.weight_decay_end = 0.04
     config.optim.freeze_last_layer = config.epochs
     config.teacher.momentum = 0.99
-    config.teacher.temp = 0.02
-    config.teacher.warmup_temp = 0.02
+    config.teacher.temp = 0.04
+    config.teacher.warmup_temp = 0.04
     config.run.checkpoint_every = 2.0
     return config

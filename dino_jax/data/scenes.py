@@ -1,13 +1,14 @@
 """`scenes`: embedded, procedurally rendered, labelled pictures with exact object masks, and short clips.
 
-A picture shows one object of twelve classes, lit against a darker, cluttered and textured background. A class is a
-shape with a texture; colours, position, area, tilt, aspect, shear, frequency and phase are drawn alike for every class,
-and the clutter wears the same textures. Everything is a function of (seed, split, index): nothing is on disk.
+A picture shows one object of twelve classes on a cluttered and textured background that is on average as light as it.
+A class is a shape, freely turned, with a texture in strong contrast; colours, position, area, tilt, aspect, shear,
+frequency and phase are drawn alike for every class, and the clutter wears the same textures. Everything is a function
+of (seed, split, index): nothing is on disk.
 
 How hard it is was settled by two measures, neither of them of a self-supervised run: nearest neighbours on raw pixels
-should fail on most pictures, and a small ViT should begin to learn from some ten thousand labelled ones. Objects turned
-freely and as dark as their surroundings taught it nothing; large ones near the centre gave themselves away by their
-outline.
+should fail on most pictures, and a small ViT should learn from some ten thousand labelled ones (docs/benchmarks.md has
+the figures). Dark objects of faint texture taught it nothing; objects lighter than everything else gave themselves away
+by their outline.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from .example import Example
 from .scenes_render import TEXTURES, Background, Pattern, Piece, Scene, enlarge, render
 from .scenes_shapes import SHAPES, Dice, fragment, normalise
 
-TURN = 0.6  # radians: how far an object may turn
-TILT = 0.25  # radians: how far its texture may lean from upright
+TILT = 0.4  # radians: how far an object's texture may lean from upright, however the object is turned
+MIDDLE = (0.48, 0.52)  # lightness, of 0..1, in the middle between the two colours of an object or a background
 CLASSES: dict[str, str] = dict(zip(SHAPES, TEXTURES, strict=True))  # shape -> the texture it wears
 
 
@@ -68,7 +69,7 @@ class Scenes:
     def scene(self, index: int) -> Scene:
         """The description that is rendered: the object is the piece with owner 1."""
         dice = Dice(_generator(self.seed, self.split, "picture", self._check(index)))
-        area = dice.log_uniform(0.1, 0.28)
+        area = dice.log_uniform(0.25, 0.5)
         reach = max(0.06, 0.5 - 0.55 * math.sqrt(area))
         centre = 0.5 + dice.uniform(-reach, reach), 0.5 + dice.uniform(-reach, reach)
         thing = _object(dice, self.class_names[self.label(index)], area, centre, owner=1)
@@ -150,11 +151,11 @@ def _pattern(dice: Dice, texture: str | None, frequency: float, colours: np.ndar
     return Pattern(texture, frequency, dice.uniform(-turn, turn), phase, dice.integer(0, 4096), colours)
 
 
-def _matrix(dice: Dice, area: float, turn: float = math.pi) -> np.ndarray:
-    """A linear map of determinant +-area: aspect, shear and reflection, then a rotation by up to `turn`."""
+def _matrix(dice: Dice, area: float) -> np.ndarray:
+    """A linear map of determinant +-area: aspect, shear and reflection, then any rotation."""
     aspect, shear = math.exp(dice.uniform(-0.15, 0.15)), dice.uniform(-0.15, 0.15)
     stretch = np.array([[dice.sign() * aspect, shear], [0, 1 / aspect]]) * math.sqrt(area)
-    return _rotation(dice.uniform(-turn, turn)) @ stretch
+    return _rotation(dice.uniform(-math.pi, math.pi)) @ stretch
 
 
 def _rotation(angle: float) -> np.ndarray:
@@ -164,13 +165,13 @@ def _rotation(angle: float) -> np.ndarray:
 
 def _object(dice: Dice, name: str, area: float, centre: tuple[float, float], owner: int) -> Piece:
     """The shape of a class in its texture, whose periods are alike in every picture and which stands nearly upright."""
-    matrix = _matrix(dice, area, TURN)
+    matrix = _matrix(dice, area)
     outline = normalise(SHAPES[name](dice))
     if matrix[0, 0] * matrix[1, 1] < matrix[0, 1] * matrix[1, 0]:  # a reflected outline, so that the texture is not
         matrix, outline = matrix * (-1, 1), tuple(polygon * (-1, 1) for polygon in outline)
     upright = math.atan2(matrix[1, 0], matrix[0, 0])
-    frequency = dice.uniform(6.5, 8) * math.sqrt(area)
-    pattern = _pattern(dice, CLASSES[name], frequency, _pair(dice, (0.55, 0.7), (0.35, 0.55), (0.08, 0.3)), TILT)
+    frequency = dice.uniform(8, 10) * math.sqrt(area)
+    pattern = _pattern(dice, CLASSES[name], frequency, _pair(dice, MIDDLE, (0.6, 0.8), (0.05, 0.3)), TILT)
     return Piece(outline, matrix, centre, pattern._replace(angle=pattern.angle + upright), owner)
 
 
@@ -188,9 +189,9 @@ def _background(dice: Dice) -> Background:
     for n, strength in ((3, dice.uniform(0, 0.5)), (6, dice.uniform(0, 0.35)), (12, dice.uniform(0, 0.25)), (32, 0.12)):
         noise = enlarge(noise, n, n) + dice.rng.standard_normal((n, n), np.float32) * np.float32(strength)
     blobs = dice.rng.standard_normal((5, 5), np.float32) * np.float32(0.6) + np.float32(dice.uniform(-0.6, 0.6))
-    pattern = _pattern(dice, None, dice.uniform(4, 12), _pair(dice, (0.15, 0.35), (0.05, 0.2), (0.02, 0.15)))
-    ramp = dice.uniform(-0.8, 0.8), dice.uniform(-0.8, 0.8)
-    return Background(_pair(dice, (0.15, 0.35), (0.05, 0.15), (0.02, 0.15)), ramp, noise, blobs, pattern)
+    pattern = _pattern(dice, None, dice.uniform(4, 12), _pair(dice, MIDDLE, (0.05, 0.15), (0.05, 0.35)))
+    ramp = dice.uniform(-1.5, 1.5), dice.uniform(-1.5, 1.5)
+    return Background(_pair(dice, MIDDLE, (0.3, 0.7), (0.05, 0.35)), ramp, noise, blobs, pattern)
 
 
 def _light(dice: Dice) -> tuple[float, float]:

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from dino_jax.errors import UserError
 from dino_jax.models.vit import resize_pos_embed
 from dino_jax.train_step import TrainState
+from dino_jax.weights import architecture
 from dino_jax.weights.importer import Weights
 from dino_jax.weights.store import open_weights
 
@@ -30,7 +31,8 @@ def start_from(state: TrainState, config: ConfigDict) -> tuple[TrainState, list[
     Raises:
       UserError: the backbone is another one; the message lists the shapes that differ.
     """
-    weights = open_weights(config.init_from, heads=config.model.heads, everything=True)
+    heads = config.model.heads or architecture.MEMBERS[config.model.name].get("heads")  # as this run has them
+    weights = open_weights(config.init_from, heads=heads, everything=True)
     notes = [f"starting from {config.init_from}"]
     head, why = _same_head(weights, state)
     if why:

@@ -172,11 +172,13 @@ def bench_loss(config: ConfigDict, steps: int = 10) -> Results:
         out = compiled(*arguments)
     jax.block_until_ready(out)
     seconds = (time.perf_counter() - begin) / steps
-    return {
+    results: Results = {
         "ms_per_loss": 1e3 * seconds,
         "gb_per_s": (logits.nbytes + target.nbytes) / seconds / 1e9,
-        "temporary_mb": compiled.memory_analysis().temp_size_in_bytes / 1e6,
     }
+    if (memory := compiled.memory_analysis()) is not None:
+        results["temporary_mb"] = memory.temp_size_in_bytes / 1e6
+    return results
 
 
 def print_results(results: Results) -> None:

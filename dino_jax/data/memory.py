@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,7 @@ class BatchMemory:
       together: whether the chunks of a batch are made in this process, and so can share the batch's memory.
     """
 
-    def __init__(self, layout: dict[str, tuple[int, ...]], rows: int, parts: int, together: bool):
+    def __init__(self, layout: Mapping[str, tuple[int, ...]], rows: int, parts: int, together: bool):
         self.layout, self.rows, self.parts, self.together = layout, rows, parts, together
         self._begun: dict[int, Pixels] = {}  # by the batch's number
         self._free: dict[int, list[np.ndarray]] = {}  # by size
@@ -78,6 +78,6 @@ class BatchMemory:
             memory = free.pop()
         except IndexError:
             memory = np.empty(math.prod(shape), np.uint8)
-        array = np.frombuffer(memoryview(memory), np.uint8)  # the base of its views, since its own is not an array
+        array = np.frombuffer(memory.data, np.uint8)  # the base of its views, since its own is not an array
         weakref.finalize(array, free.append, memory).atexit = False
         return array.reshape(shape)

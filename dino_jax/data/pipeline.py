@@ -55,6 +55,7 @@ from dino_jax.errors import UserError
 CHUNK = 16  # examples that one thread prepares at a time; a batch is put together from such chunks
 
 Batch = dict[str, Any]
+Rows = slice | Sequence[int] | np.ndarray  # of the global batch
 
 _log = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ def steps_per_epoch(examples: int, batch_size: int) -> int:
 
 
 def make_dataset(
-    source: Source, config: Any, *, position: int = 0, salt: int = 0, batch_slice: slice | Sequence[int] = slice(None)
+    source: Source, config: Any, *, position: int = 0, salt: int = 0, batch_slice: Rows = slice(None)
 ) -> Generator[Batch, None, None]:
     """The endless stream of training batches (see the module) from `position` on.
 
@@ -101,7 +102,7 @@ def make_eval_dataset(
     resize: int,
     crop: int | tuple[int, int],
     batch_size: int,
-    rows: slice | Sequence[int] = slice(None),
+    rows: Rows = slice(None),
     channels: int = 3,
     workers: int = 0,
     threads: int = 2,
@@ -234,12 +235,15 @@ class EvalChunks(Chunks):
         pixels = self.memory.chunk(batch, part)
         label, valid, bad = np.full(len(index), -1, np.int32), index >= 0, []
         for row, image in enumerate(pixels["image"]):
+            image[:] = 0
+            if not valid[row]:
+                continue
             try:
-                picture, label[row] = self.reader.read(int(index[row])) if valid[row] else (None, -1)
+                picture, label[row] = self.reader.read(int(index[row]))
+                image[:] = centre_crop(resize_shorter(picture, self.resize), image.shape[:2])
             except BadImage as error:
                 valid[row] = False
                 bad.append((int(index[row]), error.name, str(error)))
-            image[:] = centre_crop(resize_shorter(picture, self.resize), image.shape[:2]) if valid[row] else 0
         pieces = {"label": label, "index": index.astype(np.int64), "valid": valid}
         return {"batch": batch, "pixels": pixels, "bad": bad} | pieces
 

@@ -209,7 +209,7 @@ class StopTogether:
         self._place = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
         self._max = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
         self._several = jax.process_count() > 1
-        self._silence = self._array(0) if self._several else None
+        self._silence: Any = self._array(0) if self._several else None
 
     def vote(self, number: int) -> jax.Array | int:
         """Says that this process was asked to stop by signal `number`, or was not: 0. Pass what it gives to `count`."""

@@ -181,7 +181,10 @@ class Peers:
 
     def _failed(self) -> tuple[int, int, str] | None:
         text = self._get(FAILED)
-        return None if text is None else tuple(json.loads(text))
+        if text is None:
+            return None
+        rank, status, reason = json.loads(text)
+        return rank, status, reason
 
     def _all(self) -> range:
         return range(self.count)

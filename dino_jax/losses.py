@@ -15,12 +15,12 @@ HIGHEST = jax.lax.Precision.HIGHEST
 
 
 class LossTerms(NamedTuple):
-    """Scalars of one batch; `cross_entropy = entropy + kl` over the pairs that the loss averages."""
+    """Means over one batch; `cross_entropy = entropy + kl` over the pairs that the loss averages."""
 
     cross_entropy: Array  # the loss
     entropy: Array  # mean entropy of the teacher's distributions, in nats
     kl: Array  # mean Kullback-Leibler divergence from teacher to student, in nats
-    marginal_entropy: Array  # entropy of the teacher's mean distribution over the batch, in nats
+    marginal: Array  # [K], the teacher's mean distribution over the batch
 
 
 def dino_loss(
@@ -49,9 +49,7 @@ def dino_loss(
     loss = jnp.sum(cross_entropy * other / other.sum()) / student.shape[0]
 
     entropy = -jnp.sum(target * log_target, axis=-1).mean()
-    marginal = target.mean((0, 1))  # [K]
-    marginal_entropy = jnp.sum(jax.scipy.special.entr(marginal))
-    return LossTerms(loss, entropy, jax.lax.stop_gradient(loss) - entropy, marginal_entropy)
+    return LossTerms(loss, entropy, jax.lax.stop_gradient(loss) - entropy, target.mean((0, 1)))
 
 
 def update_center(

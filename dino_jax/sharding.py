@@ -26,8 +26,8 @@ class LogicalAxes:
     """Logical axis -> mesh axes. `None` replicates."""
 
     batch: tuple[str, ...] = ("data", "fsdp")
-    parameters: str = "fsdp"  # the longest axis it divides of every large parameter
-    prototypes: str = "model"
+    parameters: tuple[str, ...] = ("fsdp",)  # the longest axis it divides of every large parameter
+    prototypes: tuple[str, ...] = ("model",)
 
     def spec(self, *names: str | None) -> PartitionSpec:
         """The `PartitionSpec` of an array whose axes have these logical names."""
@@ -106,15 +106,62 @@ def _divides(size: int, name: str | None, mesh: Mesh) -> str | None:
     """The logical name, where its mesh axes divide an axis of this size; else None (replicated)."""
     if name is None:
         return None
-    axes = getattr(AXES, name)
-    ways = math.prod(mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes))
-    return name if size % ways == 0 else None
+    return name if size % math.prod(mesh.shape[axis] for axis in getattr(AXES, name)) == 0 else None
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """A sharding constraint by logical names, inside a function jitted over the mesh of the enclosing `use_mesh`."""
+    """A sharding constraint by logical names, over the mesh of the enclosing context; as it is where there is none.
+
+    Under `shard_map` only the axes left to the partitioner count.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    return x if mesh.empty else jax.lax.with_sharding_constraint(x, AXES.spec(*names))
+    if mesh.empty:
+        return x
+    free = [axis for axis in mesh.axis_names if axis not in mesh.manual_axes]
+    return jax.lax.with_sharding_constraint(x, _only(AXES.spec(*names), free))
+
+
+def _only(spec: PartitionSpec, mesh_axes: Sequence[str]) -> PartitionSpec:
+    """The part of a spec that is about these mesh axes."""
+    held = [(axes,) if isinstance(axes, str) else axes or () for axes in spec]
+    return PartitionSpec(*(tuple(axis for axis in axes if axis in mesh_axes) or None for axes in held))
+
+
+def row_specs(shardings: Any) -> Any:
+    """The specs of `shardings` on the mesh axes that hold rows: what `shard_map` over these axes takes and gives."""
+    return jax.tree.map(lambda s: _only(s.spec, AXES.batch), shardings)
+
+
+def gather(tree: Any, specs: Any) -> Any:
+    """Under `shard_map` over the row axes: whole arrays from the shards that `row_specs` describes."""
+
+    def whole(x, spec):
+        for axis, names in enumerate(spec):
+            if names:
+                x = jax.lax.all_gather(x, names, axis=axis, tiled=True)
+        return x
+
+    return jax.tree.map(whole, tree, specs)
+
+
+def mean_over_rows(tree: Any) -> Any:
+    """Under `shard_map` over the row axes: the mean over the devices along them, on each of them."""
+    return jax.tree.map(lambda x: jax.lax.pmean(x, AXES.batch), tree)
+
+
+def scatter_mean(tree: Any, specs: Any) -> Any:
+    """As `mean_over_rows`, with each device keeping its shard: what `gather` inverts."""
+
+    def mean(x, spec):
+        rest = tuple(axis for axis in AXES.batch if jax.lax.axis_size(axis) > 1)
+        ways = math.prod(jax.lax.axis_size(axis) for axis in rest)
+        for axis, names in enumerate(spec):
+            if names:
+                x = jax.lax.psum_scatter(x, names, scatter_dimension=axis, tiled=True)
+                rest = tuple(name for name in rest if name not in names)
+        return (jax.lax.psum(x, rest) if rest else x) / ways
+
+    return jax.tree.map(mean, tree, specs)
 
 
 def local_rows(batch_size: int, mesh: Mesh) -> tuple[NamedSharding, np.ndarray]:

@@ -13,7 +13,7 @@ import flax
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from ml_collections import ConfigDict
 
 from dino_jax import optim, sharding
@@ -132,6 +132,34 @@ def _forward(network, variables, crops, masks=None):
     return sharding.constrain(logits, "batch", None, "prototypes"), new.get("batch_stats", {})
 
 
+def _gradients(recipe: Recipe, state: TrainState, crops: Crops, masks: jax.Array | None) -> tuple[Any, Any]:
+    """`_accumulate`, over the mesh of the enclosing context if that has several devices for the rows.
+
+    Each device works on its own rows with the whole parameters, adds up its gradients in the parameters' type, and
+    then there is one reduction. Left to the partitioner, the TPU's compiler reduced the backbone's gradient once a
+    resolution and once a microbatch, in the compute type. The `model` axis stays with the partitioner.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or math.prod(mesh.shape[axis] for axis in sharding.AXES.batch) == 1:
+        return _accumulate(recipe, state, crops, masks)
+    state = state.replace(opt_state=())
+    places = sharding.row_specs(sharding.state_shardings(state, mesh, LOGICAL_AXES))
+    grad_places = places.student["params"]
+
+    def local(state, crops, masks):
+        stats, (grads, terms, center) = _accumulate(recipe, sharding.gather(state, places), crops, masks)
+        stats, terms, center = sharding.mean_over_rows((stats, terms, center))
+        return stats, (sharding.scatter_mean(grads, grad_places), terms, center)
+
+    return jax.shard_map(
+        local,
+        in_specs=(places, sharding.AXES.spec("batch"), sharding.AXES.spec(None, None, "batch")),
+        out_specs=(PartitionSpec(), (grad_places, PartitionSpec(), PartitionSpec())),
+        axis_names=set(sharding.AXES.batch),
+        check_vma=False,
+    )(state, crops, masks)
+
+
 def _microbatch(
     recipe: Recipe, state: TrainState, stats: tuple[Any, Any], crops: Crops, masks: jax.Array | None
 ) -> tuple[Any, Any]:
@@ -154,7 +182,8 @@ def _microbatch(
 def _accumulate(recipe: Recipe, state: TrainState, crops: Crops, masks: jax.Array | None) -> tuple[Any, Any]:
     """`_microbatch` over `run.accum_steps` microbatches, averaged.
 
-    Rows are dealt out as [B] -> [B / A, A] and axis 1 is scanned: every device keeps its own rows.
+    Rows are dealt out as [B] -> [B / A, A] and axis 1 is scanned: so every device keeps its own rows, and a microbatch
+    holds the same ones on any number of devices.
     """
     stats = (state.student["batch_stats"], state.teacher_stats)
     a = recipe.config.run.accum_steps
@@ -197,7 +226,7 @@ def train_step(recipe: Recipe, state: TrainState, crops: Crops) -> tuple[TrainSt
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), state.salt), step)
     masks = draw_masks(recipe, key, crops[0].shape[0])
 
-    (student_stats, teacher_stats), (grads, terms, batch_center) = _accumulate(recipe, state, crops, masks)
+    (student_stats, teacher_stats), (grads, terms, batch_center) = _gradients(recipe, state, crops, masks)
     updates, opt_state = recipe.optimizer.update(grads, state.opt_state, params, step=step)
     student = optax.apply_updates(params, updates)
     _, ema = recipe.ema.update(student, state.ema, step=step)  # after the student moved
@@ -218,7 +247,7 @@ def train_step(recipe: Recipe, state: TrainState, crops: Crops) -> tuple[TrainSt
         "loss": terms.cross_entropy,
         "teacher_entropy": terms.entropy,
         "kl": terms.kl,
-        "marginal_entropy": terms.marginal_entropy,
+        "marginal_entropy": jnp.sum(jax.scipy.special.entr(terms.marginal)),
         "ln_k_gap": math.log(config.head.out_dim) - terms.cross_entropy,
         "center_norm": jnp.linalg.norm(center),
         "grad_norm": grad_norm,
@@ -243,8 +272,8 @@ def shardings(recipe: Recipe, mesh: Mesh) -> TrainState:
 def jit_train_step(recipe: Recipe, mesh: Mesh) -> Callable[[TrainState, Crops], tuple[TrainState, Metrics]]:
     """`train_step` jitted over a mesh: rows of crops over its devices, state donated.
 
-    Under `jit` a mean over the batch is the mean over all devices: the only collectives are those of gradients, centre,
-    metrics and batch statistics. This is the successor of `pmap`.
+    The only collectives are those of gradients, centre, metrics and batch statistics, of parameters with `fsdp`, and of
+    the softmax with `model`. This is the successor of `pmap`.
     """
     state_shardings, rows, everywhere = (
         shardings(recipe, mesh),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from dino_jax.errors import UserError
@@ -14,7 +16,8 @@ from dino_jax.models.layers import Array, statistics_dtype
 class BatchNorm(nn.Module):
     """Normalises each channel (last axis) over all others; statistics in at least float32, output in `dtype`.
 
-    In training the batch's own statistics are used (under `jit` those of the global batch, however it is sharded), and
+    In training the batch's own statistics are used (those of the global batch, however it is sharded: under `shard_map`
+    the axes in manual mode are taken to hold other rows of it), and
     `batch_stats` `mean` and `var` [D] move by `momentum` toward them, the variance unbiased (n / (n - 1)): torch's
     convention, not Flax's. They move only where the collection is mutable.
     """
@@ -32,10 +35,12 @@ class BatchNorm(nn.Module):
         running_var = self.variable("batch_stats", "var", jnp.ones, width, jnp.float32)
         x = x.astype(statistics_dtype(self.dtype))
         if train:
-            axes, count = tuple(range(x.ndim - 1)), x.size // x.shape[-1]
+            mesh = jax.sharding.get_abstract_mesh()
+            count = x.size // x.shape[-1] * math.prod(mesh.shape[axis] for axis in mesh.manual_axes)
             if count < 2:
                 raise UserError("batch norm needs more than one value per channel in training: raise batch_size")
-            mean, var = x.mean(axes), x.var(axes)
+            mean = _mean(x, mesh.manual_axes)
+            var = _mean(jnp.square(x - mean), mesh.manual_axes)
             if self.is_mutable_collection("batch_stats") and not self.is_initializing():
                 running_mean.value += self.momentum * (mean - running_mean.value)
                 running_var.value += self.momentum * (var * (count / (count - 1)) - running_var.value)
@@ -43,3 +48,9 @@ class BatchNorm(nn.Module):
             mean, var = running_mean.value, running_var.value
         factor = scale / jnp.sqrt(var + self.eps)
         return ((x - mean) * factor + bias).astype(self.dtype)
+
+
+def _mean(x: Array, mesh_axes: tuple[str, ...]) -> Array:
+    """Over all axes but the last, and over mesh axes: [..., D] -> [D]."""
+    mean = x.mean(tuple(range(x.ndim - 1)))
+    return jax.lax.pmean(mean, mesh_axes) if mesh_axes else mean

@@ -1,0 +1,105 @@
+"""Plans for five models on four TPU slices: `python benchmarks/plans.py > docs/scaling.md`.
+
+Each is one call of `dino-jax plan`, minutes of two CPU cores, and needs libtpu (the extra `tpu`) but no TPU. What is
+done is kept in benchmarks/plans.jsonl, so that the command goes on where it was interrupted; remove lines of that file
+to make them anew.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import shlex
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "plans.jsonl"
+TOPOLOGIES = ("v5e:4x4", "v5e:16x16", "v5p:4x4x4", "v6e:4x4")
+REMAT = "run.remat=blocks"
+# Model -> configuration, overrides everywhere, overrides of run.* that make it fit on some slices.
+MODELS: dict[str, tuple[str, tuple[str, ...], dict[str, tuple[str, ...]]]] = {
+    "ViT-S/16": ("vit_s16_800", (), {}),
+    "ViT-B/16": ("vit_b16", (), {"v5e:4x4": (REMAT,)}),
+    "ViT-S/8": ("vit_s8", (), {"v5e:4x4": (REMAT,), "v6e:4x4": (REMAT,)}),
+    "ViT-L/16": ("vit_b16", ("model.name=vit_large",), {"v5e:4x4": (REMAT,), "v6e:4x4": (REMAT,)}),
+    "ViT-B/8": ("vit_b8", ("batch_size=1024",), {"v5e:4x4": (REMAT, "run.accum_steps=2"), "v6e:4x4": (REMAT,)}),
+}
+INTRODUCTION = """\
+# Plans
+
+What `dino-jax plan` says of runs that this project did not make: each train step compiled by libtpu for a slice of
+TPUs, on a machine without any. Made by one command, `python benchmarks/plans.py > docs/scaling.md`.
+
+ImageNet-1k, 2 x 224 + 10 x 96 pixels, 65,536 prototypes, bfloat16, AdamW, a global batch of 1,024. Data parallel;
+`run.*` says what else was set so that the step fits. Sizes, FLOPs and bytes are those of one chip in one step.
+*Roofline* is the largest of three times at the chip's published peaks: of compute, of the memory traffic that the
+compiler counts, of the links. **No step was timed**: the count of traffic includes what stays in the chip's fast
+memory, and no chip reaches its peaks. *Days* and images/s are at the roofline; *input* is what each host's input must
+reach then (as many hosts as libtpu gives the slice: 4 chips each).
+
+| model | slice | images a chip | `run.*` | peak of HBM, GiB | temporaries, GiB | FLOPs, T (analytic) | accessed, GB \
+| collectives | reduced, MB (gradients) | roofline, ms | bound by | images/s | days | input, images/s a host |
+|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|
+"""
+
+
+def main() -> None:
+    """Makes what is missing, one after the other, then prints the page."""
+    done = {}
+    if RESULTS.exists():
+        done = {
+            (entry["name"], entry["topology"]): entry for entry in map(json.loads, RESULTS.read_text().splitlines())
+        }
+    for name, (config, common, special) in MODELS.items():
+        for topology in TOPOLOGIES:
+            if (name, topology) in done:
+                continue
+            settings = ("model.dtype=bfloat16", *common, *special.get(topology, ()))
+            if (entry := make(config, topology, settings)) is not None:
+                done[name, topology] = entry = {"name": name, "settings": settings, **entry}
+                with RESULTS.open("a") as file:
+                    file.write(json.dumps(entry) + "\n")
+    print(INTRODUCTION, end="")
+    for name in MODELS:
+        for topology in TOPOLOGIES:
+            if (name, topology) in done:
+                print(row(done[name, topology]))
+
+
+def make(config: str, topology: str, settings: tuple[str, ...]) -> dict | None:
+    """The JSON of one plan; None where it failed, with the reason on stderr."""
+    command = [sys.executable, "-m", "dino_jax", "plan", f"--config=configs/{config}.py", f"--topology={topology}"]
+    command += [f"--config.{setting}" for setting in settings]
+    print(shlex.join(command[1:]), file=sys.stderr, flush=True)
+    result = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    print(result.stdout, file=sys.stderr, flush=True)
+    return json.loads(result.stdout.splitlines()[-1]) if result.returncode == 0 else None
+
+
+def row(plan: dict) -> str:
+    """One line of the table."""
+    run = " ".join(s.removeprefix("run.") for s in plan["settings"] if s.startswith("run.")) or "-"
+    memory = f"{plan['peak_bytes'] / 2**30:.1f} of {plan['hbm_bytes'] / 2**30:.0f}"
+    if not plan["fits"]:
+        cells = [f"**{memory}: does not fit**", *["-"] * 10]
+    else:
+        times = {kind: plan[f"{kind}_ms"] for kind in ("compute", "memory", "links")}
+        cells = [
+            memory,
+            f"{plan['temp_bytes'] / 2**30:.1f}",
+            f"{plan['flops'] / 1e12:.2f} ({plan['analytic_flops'] / 1e12:.2f})",
+            f"{plan['bytes'] / 1e9:.0f}",
+            ", ".join(f"{entry['count']} {kind}" for kind, entry in plan["collectives"].items()),
+            f"{plan['collective_bytes'] / 1e6:.1f} ({plan['gradient_bytes'] / 1e6:.1f})",
+            f"{plan['roofline_step_ms']:.0f}",
+            max(times, key=lambda kind: times[kind]),
+            f"{plan['images_per_s']:,.0f}",
+            f"{plan['days']:.1f} for {plan['epochs']} epochs",
+            f"{plan['host_images_per_s']:,.0f}",
+        ]
+    return "| " + " | ".join([plan["name"], plan["topology"], f"{plan['images_per_device']:g}", run, *cells]) + " |"
+
+
+if __name__ == "__main__":
+    main()

@@ -55,13 +55,24 @@ def evaluate(
         else:
             yield name, module.evaluate(model, data, config, workdir)
 
-    for part, found in parts():
+    for part, found in _spoken(parts()):
         figures |= {f"{part}/{key}": value for key, value in found.items()} if name == "all" else found
         if jax.process_index() == 0:
             print(table(part, found, model), flush=True)
             if out is not None:
                 _write(out, figures)
     return figures
+
+
+def _spoken(parts: Iterator[tuple[str, dict[str, Any]]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The same; what does not fit the devices is an error in one line."""
+    try:
+        yield from parts
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        mend = "lower --config.batch_size, or --config.crop or --config.size where pictures are seen too large"
+        raise UserError(f"out of memory on the devices: {mend}") from error
 
 
 def _settings(name: str, default: ConfigDict, file: str | None) -> ConfigDict:

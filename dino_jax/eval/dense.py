@@ -24,7 +24,7 @@ from PIL import Image
 
 from dino_jax.errors import UserError
 from dino_jax.eval.draw import SHOWN, palette, save_rows, tile, tinted
-from dino_jax.eval.features import Frozen, Net, Patches, net_of, normalise, run
+from dino_jax.eval.features import Frozen, Net, Patches, net_of, normalise, run, whole_patches
 from dino_jax.eval.masks import IGNORE, Masked, MaskedPictures, train_test_masks
 from dino_jax.eval.pictures import grouped, linear_matrix, nearest, parallel, resize
 from dino_jax.eval.training import cut, data_mesh, draw_crop, rounded
@@ -78,7 +78,7 @@ def fit(model: Frozen, train: MaskedPictures, classes: int, config: ConfigDict) 
     steps = config.epochs * -(-train.size // size)
     schedule = optax.cosine_decay_schedule(config.lr, steps)
     optimizer = optax.adamw(schedule, weight_decay=config.weight_decay)
-    side = _side(model, config)
+    side = whole_patches(model, config.size)
     shape = jax.ShapeDtypeStruct((1, side, side, len(model.mean)), jnp.uint8)
     width = jax.eval_shape(functools.partial(_tokens, net_of(model)), model.variables, shape).shape[-1]
     head = {"kernel": np.zeros((width, classes), np.float32), "bias": np.zeros(classes, np.float32)}
@@ -119,13 +119,6 @@ def _tokens(net: Net, variables: Any, images: jax.Array) -> jax.Array:
     return tokens
 
 
-def _side(model: Frozen, config: ConfigDict) -> int:
-    patch = model.backbone.patch_size
-    if config.size < patch:
-        raise UserError(f"--config.size={config.size} is smaller than a patch of {patch}")
-    return config.size // patch * patch
-
-
 def _train_batches(
     train: MaskedPictures, side: int, size: int, mine: np.ndarray, epoch: int, config: ConfigDict
 ) -> Iterator[dict[str, np.ndarray]]:
@@ -155,7 +148,7 @@ def confusion(
     drawing: epath.Path | None = None,
 ) -> np.ndarray:
     """Pixels by true and predicted class, int64 [K, K]; pixels without a class do not count."""
-    side = _side(model, config)
+    side = whole_patches(model, config.size)
     head = jax.device_get(head)
     predict = jax.jit(lambda tokens: jnp.argmax(_pixels(head, tokens, side), -1).astype(jnp.uint8))
 

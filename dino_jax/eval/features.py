@@ -56,6 +56,14 @@ class Net(NamedTuple):
     std: tuple[float, ...]
 
 
+def whole_patches(model: Frozen, size: int) -> int:
+    """`size` pixels cut down to whole patches; `UserError` where it holds none."""
+    patch = model.backbone.patch_size
+    if size < patch:
+        raise UserError(f"--config.size={size} is smaller than a patch of {patch} pixels")
+    return size // patch * patch
+
+
 def net_of(model: Frozen) -> Net:
     """The model without its weights."""
     return Net(model.backbone, tuple(model.mean), tuple(model.std))

@@ -27,7 +27,7 @@ from dino_jax.data.decode import decode
 from dino_jax.data.sources import open_source
 from dino_jax.errors import UserError
 from dino_jax.eval.draw import GREEN, RED, SHOWN, save_rows, tile
-from dino_jax.eval.features import Frozen, dataset_features
+from dino_jax.eval.features import Frozen, source_features
 from dino_jax.eval.splits import check_labels, train_test
 
 ROUND = 128  # training images in a chunk are a multiple of this
@@ -53,31 +53,31 @@ def evaluate(model: Frozen, data: str, config: ConfigDict, workdir: str | None =
     the same class framed in green.
     """
     train, test = train_test(data)
-    features, labels = dataset_features(model, train, config, workdir=workdir)
-    test_features, test_labels = dataset_features(model, test, config, workdir=workdir)
+    sources = [open_source(spec) for spec in (train, test)]  # both, before the long part
+    features, labels = source_features(model, sources[0], train, config, workdir=workdir)
+    test_features, test_labels = source_features(model, sources[1], test, config, workdir=workdir)
     num_classes = check_labels(labels, test_labels, data)
     ks = [k for k in config.k if k <= len(features)] or list(config.k)
     scores = knn_classify(
         features, labels, test_features, test_labels, ks=ks, temperature=config.temperature, num_classes=num_classes
     )
     if workdir is not None and jax.process_index() == 0:
-        _draw(epath.Path(workdir) / "knn.png", (train, features, labels), (test, test_features, test_labels))
+        _draw(epath.Path(workdir) / "knn.png", (sources[0], features, labels), (sources[1], test_features, test_labels))
     return {f"top{n}_k{k}": value for k, pair in scores.items() for n, value in zip((1, 5), pair, strict=True)}
 
 
 def _draw(path: epath.Path, train: tuple, test: tuple) -> None:
-    """`train` and `test`: a spec, the features of its pictures and their labels."""
-    sources = [open_source(spec) for spec, _, _ in (train, test)]
-    if any(len(source) != len(part[1]) for source, part in zip(sources, (train, test), strict=True)):
+    """`train` and `test`: a source, the features of its pictures and their labels."""
+    if any(len(source) != len(features) for source, features, _ in (train, test)):
         return  # some could not be read, so the rows are not the pictures' numbers
     chosen = np.unique(np.linspace(0, len(test[1]) - 1, SHOWN).astype(int))
     near = nearest(test[1][chosen], train[1], min(SHOWN, len(train[1])), devices=jax.local_devices())[1]
     rows = []
     for query, places in zip(chosen, near, strict=True):
-        row = [tile(decode(sources[1][int(query)].image, 3), 96)]
+        row = [tile(decode(test[0][int(query)].image, 3), 96)]
         for place in places:
             colour = GREEN if train[2][place] == test[2][query] else RED
-            row.append(tile(decode(sources[0][int(place)].image, 3), 96, colour))
+            row.append(tile(decode(train[0][int(place)].image, 3), 96, colour))
         rows.append(row)
     save_rows(path, rows)
 

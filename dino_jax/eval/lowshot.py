@@ -13,6 +13,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from dino_jax.data.files import Files
+from dino_jax.data.sources import open_source
 from dino_jax.errors import UserError
 from dino_jax.eval.features import Frozen, dataset_features, source_features
 from dino_jax.eval.logistic import fit_logistic
@@ -40,6 +41,7 @@ def evaluate(model: Frozen, data: str, config: ConfigDict, workdir: str | None =
     `data` is as in `splits.train_test`; features are kept in `workdir`.
     """
     train, test = train_test(data)
+    open_source(train)  # named as wrong before the long part
     test_features, test_labels = dataset_features(model, test, config, workdir=workdir)
     figures = {}
     for name, (features, labels) in _subsets(model, train, config, workdir):

@@ -23,7 +23,7 @@ from PIL import Image
 
 from dino_jax.errors import UserError
 from dino_jax.eval.draw import GREEN, ORANGE, SHOWN, save_rows, tile, tinted
-from dino_jax.eval.features import ClsAttention, Frozen, run
+from dino_jax.eval.features import ClsAttention, Frozen, run, whole_patches
 from dino_jax.eval.masks import IGNORE, Masked, MaskedPictures, open_masks
 from dino_jax.eval.pictures import grouped, parallel, resize
 from dino_jax.weights.store import open_weights
@@ -61,7 +61,7 @@ def evaluate(model: Frozen, data: str, config: ConfigDict, workdir: str | None =
 
 def _references(model: Frozen, config: ConfigDict) -> dict[str, Frozen]:
     """The networks to compare with, by name."""
-    shape = jnp.zeros((1, *[config.size // model.backbone.patch_size * model.backbone.patch_size] * 2, len(model.mean)))
+    shape = jnp.zeros((1, *[whole_patches(model, config.size)] * 2, len(model.mean)))
     found = {}
     if config.random:
         found["random"] = model._replace(variables=jax.jit(model.backbone.init)(jax.random.key(0), shape))
@@ -76,7 +76,7 @@ def _references(model: Frozen, config: ConfigDict) -> dict[str, Frozen]:
 
 
 def _score(model: Frozen, pictures: MaskedPictures, config: ConfigDict, path: epath.Path | None) -> dict[str, float]:
-    side = config.size // model.backbone.patch_size * model.backbone.patch_size
+    side = whole_patches(model, config.size)
     scores: dict[float, list[float]] = {mass: [] for mass in config.masses}
     shown: list[list[np.ndarray]] = []
     for attention, batch in run(model, ClsAttention(config.block), _batches(pictures, side, config)):

@@ -35,7 +35,9 @@ def read_weights(path: epath.PathLike) -> Any:
     if path.is_dir():
         path = path / "model.safetensors"
         if not path.exists():
-            raise UserError(f"{path.parent}: this folder holds neither a checkpoint nor a model.safetensors")
+            raise UserError(
+                f"{path.parent}: no model.safetensors in this folder; a run needs no import: give it as --checkpoint"
+            )
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     with path.open("rb") as file:

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from dino_jax.errors import UserError
-from dino_jax.eval import draw, knn, lowshot
+from dino_jax.eval import draw, features, knn, lowshot
 from dino_jax.eval.splits import check_labels, train_test
 
 
@@ -38,6 +38,14 @@ def test_lowshot_protocol(vit, class_folders, tmp_path):
     (tmp_path / "2_each.txt").write_text("\n".join(names) + "\n")
     config.lists = (str(tmp_path / "2_each.txt"),)
     assert set(lowshot.evaluate(vit, str(class_folders), config)) == {"top1_2_each", "gap_2_each"}
+
+
+@pytest.mark.parametrize("protocol", [knn, lowshot])
+def test_both_sources_are_opened_before_the_long_part(vit, class_folders, protocol, monkeypatch):
+    monkeypatch.setattr(features, "extract", lambda *_, **__: pytest.fail("features were computed"))
+    for data in (f"{class_folders / 'train'},{class_folders / 'nothing'}", f"absent,{class_folders / 'val'}"):
+        with pytest.raises(UserError, match="no such file or folder"):
+            protocol.evaluate(vit, data, small(protocol.default_config()))
 
 
 def test_subsets_are_per_class_nested_and_seeded():

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from dino_jax.errors import UserError
-from dino_jax.eval import voc
+from dino_jax.eval import dense, voc
 from dino_jax.eval.draw import palette
 from dino_jax.eval.masks import open_masks, train_test_masks
 from dino_jax.weights.keys import VIT, key_table, to_torch
@@ -121,6 +121,14 @@ def test_an_attention_that_follows_the_object_scores_full(vit, voc_folder, monke
     monkeypatch.setattr(voc, "run", perfect)
     config.masses = (0.999,)
     assert voc.evaluate(vit, str(voc_folder), config)["jaccard_100"] > 98
+
+
+@pytest.mark.parametrize("protocol", [voc, dense])
+def test_a_size_below_a_patch_is_named(vit, voc_folder, protocol):
+    config = protocol.default_config()
+    config.size = 3
+    with pytest.raises(UserError, match=r"config\.size=3 is smaller than a patch of 4"):
+        protocol.evaluate(vit, str(voc_folder), config)
 
 
 def test_masks_without_objects_are_an_error(vit, tmp_path):

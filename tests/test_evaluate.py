@@ -1,0 +1,73 @@
+"""The verb `eval` around its protocols."""
+
+from __future__ import annotations
+
+import json
+import types
+
+import jax
+import pytest
+
+from dino_jax import evaluate as verb
+from dino_jax.config import default
+from dino_jax.errors import UserError
+
+
+@pytest.fixture
+def loaded(monkeypatch):
+    """A loaded model of no weight."""
+    backbone = types.SimpleNamespace(embed_dim=8, depth=1, patch_size=4)
+    model = types.SimpleNamespace(backbone=backbone, variables={}, config=default())
+    monkeypatch.setattr(verb, "load", lambda checkpoint, heads: model)
+
+
+def protocol_that(monkeypatch, evaluate):
+    module = verb.protocol("knn")
+    monkeypatch.setattr(module, "evaluate", evaluate)
+
+
+def test_a_file_and_overrides_reach_the_protocol(loaded, monkeypatch, tmp_path, capsys):
+    seen = []
+    protocol_that(
+        monkeypatch, lambda model, data, config, workdir: seen.append((data, config, workdir)) or {"top1": 7.0}
+    )
+    (tmp_path / "mine.py").write_text(
+        "from dino_jax.eval.knn import default_config\n"
+        "def get_config():\n    config = default_config()\n    config.crop = 96\n    return config\n"
+    )
+    options = {
+        "config_file": str(tmp_path / "mine.py"),
+        "overrides": ["--config.k=(3,)"],
+        "out": str(tmp_path / "o.json"),
+    }
+    assert verb.evaluate("knn", "c", "d", workdir="w", **options) == {"top1": 7.0}
+    ((data, config, workdir),) = seen
+    assert (data, workdir, config.crop, config.k, config.temperature) == ("d", "w", 96, (3,), 0.07)
+    assert json.loads((tmp_path / "o.json").read_text()) == {"top1": 7.0}
+    assert capsys.readouterr().out.splitlines()[1].split() == ["top1", "7.00"]
+    (tmp_path / "mine.py").write_text("from dino_jax.config import default as get_config\n")
+    with pytest.raises(UserError, match=r"mine\.py: not a configuration of knn"):
+        verb.evaluate("knn", "c", "d", config_file=str(tmp_path / "mine.py"))
+
+
+def test_no_memory_is_one_line_and_other_failures_stay_what_they_are(loaded, monkeypatch):
+    def full(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 35800146688 bytes.")
+
+    protocol_that(monkeypatch, full)
+    with pytest.raises(UserError, match=r"out of memory on the devices: lower --config\.batch_size"):
+        verb.evaluate("knn", "c", "d")
+
+    def broken(*_):
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+    protocol_that(monkeypatch, broken)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        verb.evaluate("knn", "c", "d")
+
+
+def test_an_output_that_cannot_be_written(loaded, monkeypatch, tmp_path):
+    protocol_that(monkeypatch, lambda *_: {"top1": 7.0})
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"--out=.*cannot write"):
+        verb.evaluate("knn", "c", "d", out=str(tmp_path / "file" / "o.json"))

@@ -224,7 +224,17 @@ def _rates_per_core(works: dict[str, Callable[[], Pictures]], seconds: float) ->
             totals[name][0] += count
             totals[name][1] += time.process_time() - cpu
             pictures.close()
+            _settle()
     return {name: count / cpu for name, (count, cpu) in totals.items()}
+
+
+def _settle() -> None:
+    """Waits until this process is idle: threads of a closed pipeline finish the chunk that they are at."""
+    idle = False
+    while not idle:
+        before = time.process_time()
+        time.sleep(0.1)
+        idle = time.process_time() - before < 0.01
 
 
 def _train_rates(source: Source, config: ConfigDict, steps: int) -> Results:

@@ -42,7 +42,7 @@ def test_input_measures_every_part(tmp_path, capsys):
 
 
 TINY = {
-    "batch_size": 4,
+    "batch_size": 8,
     "model.depth": 1,
     "model.embed_dim": 32,
     "model.heads": 2,

@@ -76,16 +76,16 @@ class Slow(ArraySource):
     """Takes its time for every picture."""
 
     def __getitem__(self, index: int) -> Example:
-        time.sleep(0.02)
+        time.sleep(0.15)
         return super().__getitem__(index)
 
 
 def test_the_log_says_when_the_devices_wait_for_input_and_what_to_change(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("dino_jax.watch.MIN_PATIENCE", 5)
+    monkeypatch.setattr("dino_jax.watch.MIN_PATIENCE", 3)
     config = tiny_config()
-    config.batch_size, config.epochs, config.run.mesh.data = 8, 2, 1
+    config.batch_size, config.epochs, config.run.mesh.data, config.run.threads = 4, 1, 1, 1
     with caplog.at_level(logging.INFO, "dino_jax"):
-        train(config, tmp_path, source=Slow(np.zeros((64, 32, 32, 3), np.uint8)))
+        train(config, tmp_path, source=Slow(np.zeros((80, 32, 32, 3), np.uint8)))
     (line,) = [record.message for record in caplog.records if "waiting for input" in record.message]
     assert "run.workers=4 (now 0); data.render=device" in line and "`dino-jax pack`" in line
 

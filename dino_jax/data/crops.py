@@ -44,49 +44,69 @@ def draw_crops(rng: np.random.Generator, height: int, width: int, crops: Any, co
     `crops` is `config.crops` or anything with its attributes. How many numbers are taken from `rng` depends on the
     count of crops alone. With `colour` off (pictures that are not RGB) only box and flip come out of it.
     """
+    return CropParams(*(values[0] for values in draw_many([rng], np.array([[height, width]]), crops, colour)))
+
+
+def draw_many(rngs: Sequence[np.random.Generator], sizes: np.ndarray, crops: Any, colour: bool = True) -> CropParams:
+    """`draw_crops` of several pictures, each from its own generator; every array has a leading axis for them.
+
+    `sizes`: height and width of each picture [b, 2]. All at once, since NumPy's cost is in the number of its calls.
+    """
     count = 2 + crops.local_count
-    draws = rng.random((count, 4 * TRIES + 14))  # [K, .] uniform in [0, 1)
+    draws = np.stack([rng.random((count, 4 * TRIES + 14)) for rng in rngs])  # [b, K, .] uniform in [0, 1)
     kinds = np.minimum(np.arange(count), 2)  # first global, second global, local
     scale = np.array([crops.global_scale, crops.global_scale, crops.local_scale])[kinds]  # [K, 2]
-    box = draw_boxes(draws[:, 14:].reshape(count, TRIES, 4), height, width, scale, crops.ratio)
-    flip = draws[:, 0] < crops.flip_prob
-    jitter = (draws[:, 1] < crops.jitter_prob) & colour
-    gray = (draws[:, 2] < crops.gray_prob) & colour
-    blurred = (draws[:, 3] < np.array(crops.blur_prob)[kinds]) & colour
+    height, width = np.repeat(sizes, count, axis=0).T  # [b * K]
+    tries = draws[..., 14:].reshape(-1, TRIES, 4)
+    box = draw_boxes(tries, height, width, np.tile(scale, (len(rngs), 1)), crops.ratio).reshape(-1, count, 4)
+    flip = draws[..., 0] < crops.flip_prob
+    jitter = (draws[..., 1] < crops.jitter_prob) & colour
+    gray = (draws[..., 2] < crops.gray_prob) & colour
+    blurred = (draws[..., 3] < np.array(crops.blur_prob)[kinds]) & colour
     low, high = crops.blur_radius
-    blur = np.where(blurred, low + (high - low) * draws[:, 4], 0).astype(np.float32)
-    solarize = (draws[:, 5] < np.array(crops.solarize_prob)[kinds]) & colour
-    order = draws[:, 6:10].argsort(axis=1).astype(np.int32)  # a uniform permutation
+    blur = np.where(blurred, low + (high - low) * draws[..., 4], 0).astype(np.float32)
+    solarize = (draws[..., 5] < np.array(crops.solarize_prob)[kinds]) & colour
+    order = draws[..., 6:10].argsort(axis=-1).astype(np.int32)  # a uniform permutation
     spread = np.array([crops.brightness, crops.contrast, crops.saturation, crops.hue])
     lower = np.array(NEUTRAL) - spread
     lower[:3] = np.maximum(lower[:3], 0)
-    factors = lower + (np.array(NEUTRAL) + spread - lower) * draws[:, 10:14]
-    factors = np.where(jitter[:, None], factors, NEUTRAL).astype(np.float32)
+    factors = lower + (np.array(NEUTRAL) + spread - lower) * draws[..., 10:14]
+    factors = np.where(jitter[..., None], factors, NEUTRAL).astype(np.float32)
     return CropParams(box, flip, order, factors, jitter, gray, blur, solarize)
 
 
-def draw_boxes(draws: np.ndarray, height: int, width: int, scale: np.ndarray, ratio: tuple[float, float]) -> np.ndarray:
+def draw_boxes(
+    draws: np.ndarray,
+    height: int | np.ndarray,
+    width: int | np.ndarray,
+    scale: np.ndarray,
+    ratio: tuple[float, float],
+) -> np.ndarray:
     """The box rule of torchvision's `RandomResizedCrop.get_params`, for K crops at once.
 
     Args:
       draws: uniform numbers in [0, 1) [K, tries, 4]: area, aspect ratio, vertical and horizontal place.
+      height, width: of the picture, or of each crop's picture [K].
       scale: lowest and highest share of the area [K, 2].
       ratio: lowest and highest width / height, drawn log-uniformly.
     Returns:
       int32 [K, 4]: top, left, height, width of the first try that fits, or the centre at the nearest allowed ratio.
     """
-    area = height * width * (scale[:, :1] + (scale[:, 1:] - scale[:, :1]) * draws[..., 0])  # [K, tries]
+    height, width = (np.broadcast_to(side, len(draws)) for side in (height, width))
+    area = (height * width)[:, None] * (scale[:, :1] + (scale[:, 1:] - scale[:, :1]) * draws[..., 0])  # [K, tries]
     low, high = np.log(ratio)
     aspect = np.exp(low + (high - low) * draws[..., 1])
     wide = np.rint(np.sqrt(area * aspect)).astype(np.int64)
     tall = np.rint(np.sqrt(area / aspect)).astype(np.int64)
-    fits = (wide > 0) & (wide <= width) & (tall > 0) & (tall <= height)
+    fits = (wide > 0) & (wide <= width[:, None]) & (tall > 0) & (tall <= height[:, None])
     pick = np.arange(len(draws)), fits.argmax(axis=1)  # the first that fits
     tall, wide, place = tall[pick], wide[pick], draws[pick]
     top = (place[:, 2] * (height - tall + 1)).astype(np.int64)
     left = (place[:, 3] * (width - wide + 1)).astype(np.int64)
     boxes = np.stack([top, left, tall, wide], axis=1)
-    return np.where(fits[pick][:, None], boxes, centre_box(height, width, ratio)).astype(np.int32)
+    for crop in np.flatnonzero(~fits[pick]):
+        boxes[crop] = centre_box(int(height[crop]), int(width[crop]), ratio)
+    return boxes.astype(np.int32)
 
 
 def centre_box(height: int, width: int, ratio: tuple[float, float]) -> tuple[int, int, int, int]:

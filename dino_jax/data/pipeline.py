@@ -38,16 +38,16 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from typing import Any
 
 import grain
 import numpy as np
 from absl import flags
 
-from dino_jax.data.crops import CropParams, crop_resize, draw_crops, render_crops, to_pil
+from dino_jax.data.crops import CropParams, crop_resize, draw_many, render_crops, to_pil
 from dino_jax.data.decode import BadImage
-from dino_jax.data.memory import BatchMemory, Pixels
+from dino_jax.data.memory import BatchMemory
 from dino_jax.data.reader import Reader, mixed_word, shuffled
 from dino_jax.data.sources import Source
 from dino_jax.errors import UserError
@@ -197,25 +197,31 @@ class TrainChunks(Chunks):
         batch, part = divmod(element, self.memory.parts)
         epoch, step = divmod(self.start + batch, self.steps)
         places = step * self.config.batch_size + self.rows[self.memory.part_rows(part)]
-        pixels, labels, indices, drawn, bad = self.memory.chunk(batch, part), [], [], [], []
-        for row, wanted in enumerate(epoch_order(len(self.reader.source), self.config.seed, epoch, places)):
-            picture, label, index, met = self.reader.read_or_replace(wanted)
-            params = self._draw(epoch, wanted, picture)
-            _render({name: array[row] for name, array in pixels.items()}, picture, params, self.config)
-            labels.append(label)
-            indices.append(index)
-            drawn.append((picture.shape[:2], params))
-            bad.extend(met)
-        chunk = {"batch": batch, "pixels": pixels, "bad": bad}
-        if self.config.data.render == "device":
-            chunk["size"] = np.array([size for size, _ in drawn], np.int32)
-            chunk["params"] = CropParams(*map(np.stack, zip(*(params for _, params in drawn), strict=True)))
-        return chunk | {"label": np.array(labels, np.int32), "index": np.array(indices, np.int64)}
-
-    def _draw(self, epoch: int, index: int, picture: np.ndarray) -> CropParams:
-        rng = example_rng(self.config.seed, self.salt, epoch, index)
-        height, width, channels = picture.shape
-        return draw_crops(rng, height, width, self.config.crops, colour=channels == 3)
+        wanted = epoch_order(len(self.reader.source), self.config.seed, epoch, places)
+        pixels = self.memory.chunk(batch, part)
+        rows, pictures = [], []
+        for row, index in enumerate(wanted):
+            picture, *read = self.reader.read_or_replace(index)
+            rows.append((picture.shape[:2], *read))
+            if "canvas" in pixels:
+                _place(pixels["canvas"][row], picture)
+            else:
+                pictures.append(picture)
+        sizes, labels, indices, met = zip(*rows, strict=True)
+        rngs = [example_rng(self.config.seed, self.salt, epoch, index) for index in wanted]
+        size, colour = np.array(sizes, np.int32), self.config.model.in_chans == 3
+        params = draw_many(rngs, size, self.config.crops, colour)
+        for row, picture in enumerate(pictures):
+            one = CropParams(*(values[row] for values in params))
+            pixels["globals"][row], pixels["locals"][row] = render_crops(picture, one, self.config.crops)
+        return {
+            "batch": batch,
+            "pixels": pixels,
+            **({} if pictures else {"size": size, "params": params}),
+            "label": np.array(labels, np.int32),
+            "index": np.array(indices, np.int64),
+            "bad": list(itertools.chain.from_iterable(met)),
+        }
 
 
 @dataclasses.dataclass
@@ -263,18 +269,15 @@ def _layout(config: Any) -> dict[str, tuple[int, ...]]:
     return layouts[config.data.render]
 
 
-def _render(row: Pixels, picture: np.ndarray, params: CropParams, config: Any) -> None:
-    """Writes the pixels of one example: its crops rendered by PIL, or the picture on the canvas."""
-    if config.data.render == "host":
-        row["globals"][:], row["locals"][:] = render_crops(picture, params, config.crops)
-    else:
-        height, width = picture.shape[:2]
-        row["canvas"][:height, :width] = picture
-        row["canvas"][:height, width:] = 0
-        row["canvas"][height:] = 0
+def _place(canvas: np.ndarray, picture: np.ndarray) -> None:
+    """Puts a picture into the canvas's top left corner, and zeros around it."""
+    height, width = picture.shape[:2]
+    canvas[:height, :width] = picture
+    canvas[:height, width:] = 0
+    canvas[height:] = 0
 
 
-def epoch_order(count: int, seed: int, epoch: int, places: Sequence[int]) -> list[int]:
+def epoch_order(count: int, seed: int, epoch: int, places: Iterable[int]) -> list[int]:
     """The examples at some places of an epoch's order: a permutation of 0..count-1 without holding it."""
     key = mixed_word(seed, epoch, 0)
     return [shuffled(int(place), count, key) for place in places]

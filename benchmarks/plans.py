@@ -2,7 +2,7 @@
 
 Each is one call of `dino-jax plan`, minutes of two CPU cores, and needs libtpu (the extra `tpu`) but no TPU. What is
 done is kept in benchmarks/plans.jsonl, so that the command goes on where it was interrupted; remove lines of that file
-to make them anew.
+to make them anew. `--done` makes nothing and prints the page of what is there.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ def main() -> None:
         done = {
             (entry["name"], entry["topology"]): entry for entry in map(json.loads, RESULTS.read_text().splitlines())
         }
-    for name, (config, common, special) in MODELS.items():
-        for topology in TOPOLOGIES:
-            if (name, topology) in done:
-                continue
+    wanted = [(name, topology) for topology in TOPOLOGIES for name in MODELS]
+    for name, topology in wanted:
+        if (name, topology) not in done and "--done" not in sys.argv:
+            config, common, special = MODELS[name]
             settings = ("model.dtype=bfloat16", *common, *special.get(topology, ()))
             if (entry := make(config, topology, settings)) is not None:
                 done[name, topology] = entry = {"name": name, "settings": settings, **entry}
@@ -65,6 +65,8 @@ def main() -> None:
         for topology in TOPOLOGIES:
             if (name, topology) in done:
                 print(row(done[name, topology]))
+    if missing := [f"{name} on {topology}" for name, topology in wanted if (name, topology) not in done]:
+        print(f"\nNot made yet: {', '.join(missing)}.")
 
 
 def make(config: str, topology: str, settings: tuple[str, ...]) -> dict | None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dino_jax.errors import UserError
 
@@ -79,7 +79,9 @@ def check_batch(batch_size: int, mesh: Mesh, microbatches: int = 1) -> None:
         )
 
 
-def state_shardings(abstract: Any, mesh: Mesh, rules: Sequence[tuple[str, tuple[str | None, ...]]]) -> Any:
+def state_shardings(
+    abstract: Any, mesh: Mesh | AbstractMesh, rules: Sequence[tuple[str, tuple[str | None, ...]]]
+) -> Any:
     """A sharding for every array of a state (a pytree of shapes).
 
     `rules` pairs a regular expression, searched in the array's path, with the logical names of its leading axes. Where
@@ -102,7 +104,7 @@ def state_shardings(abstract: Any, mesh: Mesh, rules: Sequence[tuple[str, tuple[
     return jax.tree_util.tree_map_with_path(sharding, abstract)
 
 
-def _divides(size: int, name: str | None, mesh: Mesh) -> str | None:
+def _divides(size: int, name: str | None, mesh: Mesh | AbstractMesh) -> str | None:
     """The logical name, where its mesh axes divide an axis of this size; else None (replicated)."""
     if name is None:
         return None

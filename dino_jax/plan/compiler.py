@@ -107,13 +107,14 @@ def abstract_step(config: ConfigDict, devices: Sequence[Any], steps_per_epoch: i
     sharding.check_batch(config.batch_size, mesh, config.run.accum_steps)
     recipe = make_recipe(config, steps_per_epoch)
     state = abstract_state(recipe, mesh)
+    step: Any = jit_train_step(recipe, mesh)
     groups = ((2, config.crops.global_size), (config.crops.local_count, config.crops.local_size))
     crops = [
         jax.ShapeDtypeStruct((config.batch_size, count, *size, config.model.in_chans), jnp.dtype(config.model.dtype))
         for count, size in groups
         if count
     ]
-    return mesh, state, jit_train_step(recipe, mesh).lower(state, crops)
+    return mesh, state, step.lower(state, crops)
 
 
 def compile_step(lowered: Any) -> Program:
@@ -142,7 +143,7 @@ def shard_bytes(tree: Any) -> int:
 
 def _shard_bytes(x: jax.ShapeDtypeStruct) -> int:
     size = 1
-    for n in x.sharding.shard_shape(x.shape):  # type: ignore[union-attr]
+    for n in x.sharding.shard_shape(x.shape):
         size *= n
     return size * x.dtype.itemsize
 

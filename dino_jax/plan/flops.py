@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from dino_jax.models import ViT, build_network
-from dino_jax.models.head import Head
 
 
 def step_flops(config: ConfigDict, rows: float, model_ways: int = 1) -> float | None:
@@ -19,16 +19,17 @@ def step_flops(config: ConfigDict, rows: float, model_ways: int = 1) -> float | 
     blocks with `run.remat=blocks`. The prototypes are shared by `model_ways` devices.
     """
     network, crops = build_network(config), config.crops
-    if not isinstance(network.backbone, ViT):
+    vit, head = network.backbone, network.head
+    if not isinstance(vit, ViT):
         return None
     sizes = [tuple(crops.global_size)] * 2
     crop_sizes = sizes + [tuple(crops.local_size)] * crops.local_count
-    patches, blocks = _backbone(network.backbone, crop_sizes)
-    head = _head(network.head, network.backbone.embed_dim, model_ways) * len(crop_sizes)
-    loss = 2 * 2 * len(crop_sizes) * network.head.out_dim / model_ways  # each crop against both targets
+    patches, blocks = _backbone(vit, crop_sizes)
+    crop_head = _head(head, vit.embed_dim, model_ways)
+    loss = 2 * 2 * len(crop_sizes) * head.out_dim / model_ways  # each crop against both targets
     recomputed = blocks if config.run.remat == "blocks" else 0
-    student = 2 * patches + 3 * (blocks + head) + 2 * loss + recomputed
-    teacher = sum(_backbone(network.backbone, sizes)) + _head(network.head, network.backbone.embed_dim, model_ways) * 2
+    student = 2 * patches + 3 * (blocks + crop_head * len(crop_sizes)) + 2 * loss + recomputed
+    teacher = sum(_backbone(vit, sizes)) + 2 * crop_head
     return rows * (student + teacher)
 
 
@@ -43,7 +44,7 @@ def _backbone(vit: ViT, crop_sizes: Sequence[tuple[int, int]]) -> tuple[float, f
     return patches, vit.depth * (linear + attention)
 
 
-def _head(head: Head, width: int, model_ways: int) -> float:
+def _head(head: Any, width: int, model_ways: int) -> float:
     """Forward FLOPs of the projection head on one crop."""
     sizes = [width, *[head.hidden_dim] * (head.layers - 1), head.bottleneck_dim]
     mlp = sum(a * b for a, b in itertools.pairwise(sizes))

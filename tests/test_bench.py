@@ -54,6 +54,7 @@ TINY = {
 }
 
 
+@pytest.mark.extra
 @pytest.mark.parametrize(("what", "rate"), [("step", "images_per_s"), ("loss", "gb_per_s")])
 def test_the_step_and_the_loss_alone(what, rate, capsys):
     overrides = [f"--config.{key}={value}" for key, value in TINY.items()]

@@ -80,6 +80,7 @@ class Slow(ArraySource):
         return super().__getitem__(index)
 
 
+@pytest.mark.extra
 def test_the_log_says_when_the_devices_wait_for_input_and_what_to_change(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("dino_jax.watch.MIN_PATIENCE", 3)
     config = tiny_config()

@@ -33,9 +33,9 @@ class Reader:
     bad: dict[int, tuple[str, str]] = dataclasses.field(default_factory=dict)  # index -> name, reason; those seen here
 
     def probe(self) -> None:
-        """Raises `UserError` if none of up to `PROBES` pictures spread over the data set can be read."""
-        count = len(self.source)
-        tried = [index * count // min(count, PROBES) for index in range(min(count, PROBES))]
+        """Raises `UserError` if none of up to `PROBES` pictures chosen at random can be read."""
+        count, key = len(self.source), mixed_word(self.seed, 2)
+        tried = sorted(shuffled(place, count, key) for place in range(min(count, PROBES)))
         for index in tried:
             try:
                 self.read(index)

@@ -37,7 +37,7 @@ check "ruff format" "$venv_python" -m ruff format --check .
 check "mypy" "$venv_python" -m mypy
 check "lint-imports" "$venv/bin/lint-imports" --no-logo
 if [[ -x "$venv/bin/shellcheck" ]]; then
-  check "shellcheck" "$venv/bin/shellcheck" -x launch/*.sh .ci/run
+  check "shellcheck" "$venv/bin/shellcheck" -x launch/*.sh launch/*.sbatch .ci/run
 fi
 check "pytest" "$venv_python" -m pytest -n 2 --dist loadfile -m "$marker" ${arguments[@]+"${arguments[@]}"}
 

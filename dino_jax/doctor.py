@@ -62,8 +62,8 @@ def doctor(
     `devices`: how many the run will have, where that is not this machine. `launch`: how it will be started from here;
     the machine itself then only needs what starts others.
     """
-    loaded, check = _config(config, overrides)
-    yield from check
+    loaded, checks = _config(config, overrides)
+    yield from checks
     yield machine.python()
     found = 0
     if launch not in AWAY:

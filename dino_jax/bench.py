@@ -30,6 +30,7 @@ Results = dict[str, float | str]
 Pictures = Generator[int, None, None]  # yields the number of pictures since the last yield
 
 ROUNDS = 2  # alternations of the host parts, since a shared machine's speed drifts
+WARM_UP = 1.0  # CPU seconds before each measurement, until memory is used again
 HOST_BATCH = 64  # pictures in a batch where the host parts are measured, if there are as many
 
 
@@ -109,7 +110,7 @@ def bench_input(config: ConfigDict, source: str | None = None, seconds: float = 
     Args:
       config: of the run; `data.render` is set to either mode in turn.
       source: what to read, as for `data.train`; None: generated JPEGs (`JpegSource`).
-      seconds: how long each host part is measured.
+      seconds: of CPU time, how long each host part is measured.
       steps: train steps for each rate with training; 0: no training.
 
     Returns images a second. `*_per_core` are images per second of CPU time, all threads of this process together, so
@@ -212,20 +213,26 @@ def _prepared(source: Source, config: ConfigDict) -> Pictures:
 
 
 def _rates_per_core(works: dict[str, Callable[[], Pictures]], seconds: float) -> dict[str, float]:
-    """Pictures per second of this process's CPU time, each kind of work measured for so many seconds, in rounds."""
+    """Pictures per second of this process's CPU time, each kind of work measured for so many of those, in rounds."""
     totals = {name: [0, 0.0] for name in works}  # pictures, CPU seconds
     for _ in range(ROUNDS):
         for name, work in works.items():
             pictures = work()
-            next(pictures)
-            begin, cpu, count = time.perf_counter(), time.process_time(), 0
-            while time.perf_counter() - begin < seconds / ROUNDS or not count:
-                count += next(pictures)
+            _work(pictures, WARM_UP)
+            count, cpu = _work(pictures, seconds / ROUNDS)
             totals[name][0] += count
-            totals[name][1] += time.process_time() - cpu
+            totals[name][1] += cpu
             pictures.close()
             _settle()
     return {name: count / cpu for name, (count, cpu) in totals.items()}
+
+
+def _work(pictures: Pictures, seconds: float) -> tuple[int, float]:
+    """Works for some seconds of CPU time, or four times as long by the clock; the pictures, and the CPU time used."""
+    begin, cpu, count = time.perf_counter(), time.process_time(), 0
+    while not count or (time.process_time() - cpu < seconds and time.perf_counter() - begin < 4 * seconds):
+        count += next(pictures)
+    return count, time.process_time() - cpu
 
 
 def _settle() -> None:

@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("what", choices=("input", "step", "loss"), help="the part")
     bench.add_argument("--config", help="a file with get_config(); without it, the defaults with a batch of 64")
     bench.add_argument("--source", help="pictures to read (input); without it, generated JPEGs of 500 x 375 pixels")
-    bench.add_argument("--seconds", type=float, default=5.0, help="how long each host part is measured (input)")
+    bench.add_argument("--seconds", type=float, default=5.0, help="CPU time for each host part (input)")
     bench.add_argument("--steps", type=int, help="for each rate, by default 10 (a CPU: 3); input: 0 for no training")
     return parser
 

@@ -22,8 +22,9 @@ def test_generated_jpegs_are_like_imagenets():
     assert source[0].image == source[2].image != source[1].image
 
 
-def test_input_measures_every_part(tmp_path, capsys):
+def test_input_measures_every_part(tmp_path, capsys, monkeypatch):
     """On small pictures and crops, so that it takes a second."""
+    monkeypatch.setattr("dino_jax.bench.WARM_UP", 0.05)
     rng = np.random.default_rng(0)
     for index in range(20):
         Image.fromarray(rng.integers(0, 256, (90, 120, 3), dtype=np.uint8)).save(tmp_path / f"{index}.jpg", quality=90)
@@ -80,7 +81,8 @@ def test_mistakes_get_one_clear_line(arguments, message, capsys):
 
 
 @pytest.mark.extra
-def test_input_with_training():
+def test_input_with_training(monkeypatch):
+    monkeypatch.setattr("dino_jax.bench.WARM_UP", 0.05)
     config = default()
     config.batch_size, config.model.name, config.head.out_dim, config.head.hidden_dim = 8, "vit_tiny", 64, 32
     config.crops.global_size, config.crops.local_size, config.crops.local_count = (32, 32), (16, 16), 2

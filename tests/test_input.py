@@ -171,16 +171,16 @@ def test_a_folder_of_hostile_pictures_trains_to_the_end_and_resumes_exactly(host
     root, broken = hostile
     config = tiny_config()
     config.data.train, config.data.render, config.data.canvas = str(root), render, 64
-    config.batch_size, config.epochs, config.data.max_bad_share, config.run.log_every = 100, 2, 0.25, 5
+    config.batch_size, config.epochs, config.data.max_bad_share, config.run.log_every = 100, 1, 0.25, 5
     config.run.mesh.data = 1
     whole = train(config, tmp_path / "whole")
-    assert int(whole.step) == 20
+    assert int(whole.step) == 10
     listed = [line.split("\t") for line in (tmp_path / "whole" / "bad_files.txt").read_text().splitlines()]
     assert sorted(name for name, _ in listed) == broken
     assert all(reason for _, reason in listed)
-    config.run.stop_after = 7
-    for _ in range(3):
+    config.run.stop_after = 6
+    for _ in range(2):
         resumed = train(config, tmp_path / "parts")
-    assert int(resumed.step) == 20
+    assert int(resumed.step) == 10
     for one, other in zip(jax.tree.leaves(whole.student), jax.tree.leaves(resumed.student), strict=True):
         np.testing.assert_array_equal(one, other)

@@ -33,7 +33,9 @@ SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=20", "-o", "ServerAli
 CARRIED = re.compile(r"(DINO|GRAIN|HF|JAX|LIBTPU|NCCL|TPU|XLA)_|(GOOGLE_APPLICATION_CREDENTIALS|PYTHONPATH)$")
 ERROR = re.compile(r"dino-jax: error: (?:process (\d+) \(\S+\):? )?(.*)")
 UNHEALTHY = "stopped sending heartbeats"  # the runtime's words; the next line is the number of a process
-STARTED, ENDED = "keeper: started ", "keeper: ended "  # the keeper's own lines: the process, its status
+STARTED, ENDED = "keeper: started", "keeper: ended"  # the keeper's own words: the process, its status
+# They may follow the beginning of a line of the command, which writes to the same pipe.
+KEEPER = re.compile(rf"(.*?)(?:({STARTED}|{ENDED}) (-?\d+))?", re.DOTALL)
 
 
 class Event(NamedTuple):
@@ -121,7 +123,7 @@ class Launch:
             pass
         left = [f"process {process.rank} on {process.host}" for process in self.running() if process.started]
         others = f"of {' and '.join(left)} no end was seen" if left else f"all {len(self.processes)} are ended"
-        print(f"multihost: {words}; {others}, and the same command resumes", flush=True)
+        say(f"multihost: {words}; {others}, and the same command resumes")
         return status if status > 0 else 128 - status
 
     def running(self) -> list[Process]:
@@ -142,16 +144,16 @@ class Launch:
         if event.line is None:
             if process.status is None:  # else its keeper said it before
                 self._end(process, event.status)
-        elif event.line.startswith(STARTED):
+            return True
+        said, keeper_word, number = KEEPER.fullmatch(event.line).groups()  # type: ignore[union-attr]
+        if said or not keeper_word:
+            say(f"[{event.rank}] {said}")
+            self._understand(process, said)
+        if keeper_word == STARTED:
             process.started = True
-            print(
-                f"multihost: process {event.rank} is {event.line.removeprefix(STARTED)} on {process.host}", flush=True
-            )
-        elif event.line.startswith(ENDED):
-            self._end(process, int(event.line.removeprefix(ENDED)))
-        else:
-            print(f"[{event.rank}] {event.line}", flush=True)
-            self._understand(process, event.line)
+            say(f"multihost: process {event.rank} is {number} on {process.host}")
+        elif keeper_word == ENDED:
+            self._end(process, int(number))
         return True
 
     def _end(self, process: Process, status: int) -> None:
@@ -174,22 +176,27 @@ class Launch:
             process.tell(signal.Signals(number).name.removeprefix("SIG"))
 
 
+def say(line: str) -> None:
+    """Writes a line in one piece: `print` may write its end apart, and what others write to the same pipe between."""
+    os.write(1, line.encode() + b"\n")
+
+
 def keep(arguments: argparse.Namespace) -> int:
     """The keeper: runs the command, hands it the signals that it hears of, and ends it when its input closes."""
     os.chdir(arguments.directory)
     environment = os.environ | dict(setting.split("=", 1) for setting in arguments.set)
     parent = os.getpid()
 
-    def die_with_parent() -> None:
+    def in_child() -> None:
         with contextlib.suppress(OSError, AttributeError):  # Linux only
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(1)
+        say(f"{STARTED} {os.getpid()}")  # before anything that the command says
 
     child = subprocess.Popen(
-        arguments.command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=die_with_parent
+        arguments.command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=in_child
     )
-    print(f"{STARTED}{child.pid}", flush=True)
 
     def send(name: str) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -206,7 +213,7 @@ def keep(arguments: argparse.Namespace) -> int:
 
     threading.Thread(target=listen, daemon=True).start()
     status = child.wait()
-    print(f"{ENDED}{status}", flush=True)
+    say(f"{ENDED} {status}")
     return status if status >= 0 else 128 - status
 
 

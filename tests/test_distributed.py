@@ -133,7 +133,7 @@ def test_output_comes_behind_the_number_and_success_is_0():
             2,
             "failed: no such",
         ),
-        ("[ $JAX_PROCESS_ID = 1 ] && { echo oh; exit 3; }; sleep 60", 3, "failed: status 3; oh"),
+        ("[ $JAX_PROCESS_ID = 1 ] && { printf oh; exit 3; }; sleep 60", 3, "failed: status 3; oh"),
         # the runtime aborts the others where one is silent
         (
             "[ $JAX_PROCESS_ID = 1 ] && kill -STOP $$; echo 'tasks (stopped sending heartbeats):'; echo 1; kill -6 $$",

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,9 @@ from dino_jax.eval.features import Frozen, source_features
 from dino_jax.eval.splits import check_labels, train_test
 
 ROUND = 128  # training images in a chunk are a multiple of this
-QUERY_BLOCK = 512  # queries compared at once on one device
+QUERY_BLOCK = 5120  # queries on a device in one call
+QUERY_ROWS = 512  # of them compared at once
+AT_ONCE = 2  # calls: a CPU ranks for one while it multiplies for another
 
 
 def default_config() -> ConfigDict:
@@ -158,21 +161,27 @@ def nearest(
     mesh = Mesh(np.array(devices), ("data",))
     dtype = jax.dtypes.canonicalize_dtype(np.promote_types(queries.dtype, np.float32))
     put = functools.partial(_put, mesh=mesh, dtype=dtype)
-    rows = min(QUERY_BLOCK, -(-len(queries) // len(devices))) * len(devices)  # in a block, over all devices
+    share = _equal(_equal(-(-len(queries) // len(devices)), QUERY_BLOCK)[1], QUERY_ROWS)
+    rows = math.prod(share) * len(devices)  # in a block, over all devices
     blocks = [_normalise(put(queries[i : i + rows], rows, P("data"))) for i in range(0, len(queries), rows)]
-    nowhere = put(np.zeros((rows, k)), rows, P("data"), dtype=np.dtype(np.int32))
-    empty = put(np.full((rows, k), -np.inf), rows, P("data")), nowhere
-    best = [empty] * len(blocks)
-    chunk = -(-min(chunk, max(len(bank), k)) // ROUND) * ROUND
-    search = _search(mesh)
-    for start in range(0, len(bank), chunk):
-        part = _normalise(put(bank[start : start + chunk], chunk, P()))
-        valid = np.int32(min(chunk, len(bank) - start))
-        jax.block_until_ready(best)  # no more than two chunks wait on the devices
-        best = [search(block, part, np.int32(start), valid, *found) for block, found in zip(blocks, best, strict=True)]
+    best: list[tuple[jax.Array, ...]] = [()] * len(blocks)
+    chunk = -(-max(min(chunk, len(bank)), k) // ROUND) * ROUND
+    search = _search(mesh, k)
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        for start in range(0, len(bank), chunk):
+            part = _normalise(put(bank[start : start + chunk], chunk, P()))
+            place = np.int32(start), np.int32(min(chunk, len(bank) - start))
+            work = lambda block, found: jax.block_until_ready(search(part, *place, block, *found))  # noqa: B023, E731
+            best = list(pool.map(work, blocks, best))
     best = [_gather(mesh)(*found) for found in best]
     similarities, indices = (np.concatenate(column)[: len(queries)] for column in zip(*best, strict=True))
     return similarities, indices
+
+
+def _equal(number: int, most: int) -> tuple[int, int]:
+    """The fewest equal parts with at most so many each: how many, and how many in each (rounded up)."""
+    parts = -(-number // most)
+    return parts, -(-number // parts)
 
 
 @functools.lru_cache(maxsize=8)
@@ -189,21 +198,30 @@ def _put(array: np.ndarray, rows: int, spec: P, *, mesh: Mesh, dtype: np.dtype) 
 
 
 @functools.lru_cache(maxsize=8)
-def _search(mesh: Mesh) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """The jitted step: the best k of a block of queries, so far and among the rows `part` [M, D] of the bank."""
+def _search(mesh: Mesh, k: int) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """The jitted step: the best k of a block of queries among rows `part` [M, D] of the bank and those found before."""
 
-    def local(
-        queries: jax.Array, part: jax.Array, start: jax.Array, valid: jax.Array, best: jax.Array, index: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        similarity = jnp.matmul(queries, part.T, precision="highest")  # [Q, M]
-        value, column = candidates(similarity, min(best.shape[1], part.shape[0]), valid)
-        value = jnp.concatenate([best, value], 1)
-        column = jnp.concatenate([index, column + start], 1)
-        value, order = jax.lax.top_k(value, best.shape[1])  # [Q, K]
-        return value, jnp.take_along_axis(column, order, 1)
+    def local(part: jax.Array, start: jax.Array, valid: jax.Array, *block: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def rows(block: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+            queries, *before = block
+            similarity = jnp.matmul(queries, part.T, precision="highest")  # [Q, M]
+            value, column = candidates(similarity, k, valid)
+            column += start
+            if before:
+                value = jnp.concatenate([before[0], value], 1)
+                column = jnp.concatenate([before[1], column], 1)
+            value, order = jax.lax.top_k(value, k)  # [Q, K]
+            return value, jnp.take_along_axis(column, order, 1)
 
-    specs = (P("data"), P(), P(), P(), P("data"), P("data"))
-    return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(P("data"), P("data"))))
+        split = lambda x: x.reshape(*_equal(len(x), QUERY_ROWS), x.shape[1])  # noqa: E731
+        found = jax.lax.map(rows, jax.tree.map(split, block))
+        return jax.tree.map(lambda x: x.reshape(-1, k), found)
+
+    def search(part: jax.Array, start: jax.Array, valid: jax.Array, *block: jax.Array) -> tuple[jax.Array, jax.Array]:
+        specs = (P(), P(), P(), *[P("data")] * len(block))
+        return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P("data"))(part, start, valid, *block)
+
+    return jax.jit(search)
 
 
 def candidates(values: jax.Array, k: int, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -211,18 +229,23 @@ def candidates(values: jax.Array, k: int, valid: jax.Array) -> tuple[jax.Array, 
 
     The k largest lie in the k blocks of columns with the largest maxima. Blocks are of about sqrt(M / k) columns, so
     that there are as many maxima to rank now as entries later. Other entries are -inf; `values` is never masked as a
-    whole, which would cost as much as the ranking.
+    whole, which would cost as much as the ranking: only the one block where the valid columns end.
     """
     width = values.shape[1]
     block = min(2 ** round(math.log2(width / k) / 2), ROUND)
     mask = lambda x, columns: jnp.where(columns < valid, x, -jnp.inf)  # noqa: E731
-    columns = jnp.arange(width, dtype=jnp.int32)
+    inside = jnp.arange(block, dtype=jnp.int32)
     if block == 1 or width % block:
+        columns = jnp.arange(width, dtype=jnp.int32)
         return mask(values, columns), jnp.broadcast_to(columns, values.shape)
-    maxima = mask(values, columns).reshape(len(values), -1, block).max(-1)  # [B, M / block]
+    blocks, last = values.reshape(len(values), -1, block), valid // block
+    maxima = blocks.max(-1)  # [B, M / block]
+    end = mask(jax.lax.dynamic_index_in_dim(blocks, last, 1, keepdims=False), last * block + inside).max(-1)
+    number = jnp.arange(width // block)
+    maxima = jnp.where(number < last, maxima, jnp.where(number == last, end[:, None], -jnp.inf))
     _, chosen = jax.lax.top_k(maxima, k)  # [B, k]
-    held = jnp.take_along_axis(values.reshape(len(values), -1, block), chosen[:, :, None], 1)  # [B, k, block]
-    columns = (chosen[:, :, None] * block + jnp.arange(block)).astype(jnp.int32)
+    held = jax.vmap(lambda row, places: row.at[places].get(mode="promise_in_bounds"))(blocks, chosen)  # [B, k, block]
+    columns = (chosen[:, :, None] * block + inside).astype(jnp.int32)
     return mask(held, columns).reshape(len(values), -1), columns.reshape(len(values), -1)
 
 

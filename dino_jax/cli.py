@@ -43,6 +43,8 @@ def _parser() -> argparse.ArgumentParser:
     _processes(train)
 
     evaluate = _verb(verbs, "eval", _eval, "evaluate a checkpoint by a protocol of the paper, or all")
+    evaluate.conflict_handler = "resolve"  # of two -h, the last
+    evaluate.add_argument("-h", "--help", action=_EvalHelp, nargs=0, help="this, and the keys of the protocol")
     evaluate.add_argument("protocol", help="knn linear lowshot finetune retrieval copydetection vos voc dense, or all")
     _checkpoint(evaluate)
     evaluate.add_argument("--data", required=True, help="a source or folder, as the protocol takes it")
@@ -113,6 +115,21 @@ def _processes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--process", type=int, metavar="I", help="which one this is, 0 to N - 1")
 
 
+class _EvalHelp(argparse.Action):
+    """`eval PROTOCOL --help`: with the protocol's keys."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *_: Any) -> None:
+        parser.print_help()
+        if name := getattr(namespace, "protocol", None):
+            from dino_jax.evaluate import keys
+
+            try:
+                print(f"\n{keys(name)}")
+            except UserError as error:
+                parser.error(str(error))
+        parser.exit()
+
+
 def _verb(verbs: Any, name: str, run: Callable[..., None], description: str) -> argparse.ArgumentParser:
     epilog = "train, eval, plan and bench: any key of the configuration can be set with --config.KEY=VALUE."
     parser = verbs.add_parser(name, help=description, description=description, epilog=epilog, allow_abbrev=False)
@@ -146,9 +163,11 @@ def _eval(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _features(args: argparse.Namespace, overrides: list[str]) -> None:
+    from dino_jax import distributed
     from dino_jax.features import write_features
 
     _none(overrides)
+    distributed.check_alone("features")
     options = {"heads": args.heads, "resize": args.resize, "crop": args.crop, "patches": args.patches}
     print(write_features(args.checkpoint, args.images, args.out, **options))
 

@@ -149,6 +149,14 @@ def several() -> bool:
     return _peers is not None
 
 
+def check_alone(verb: str) -> None:
+    """Raises `UserError` where the environment says that this is one of several processes."""
+    place = find_place(None, None, None, os.environ)
+    count = jax.process_count() if place is None else place.processes
+    if count > 1:
+        raise UserError(f"{verb} runs in one process, here are {count}: start it alone, or set JAX_NUM_PROCESSES=1")
+
+
 def check_same(facts: Mapping[str, str]) -> None:
     """Raises the same `UserError` on every process unless all give the same facts: it names who differs in what."""
     if _peers is not None:

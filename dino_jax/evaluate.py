@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -16,6 +17,23 @@ from dino_jax.eval import everything, protocol
 from dino_jax.eval.features import Frozen
 from dino_jax.eval.published import table
 from dino_jax.features import load
+
+# Keys, by their last part, whose values are more than 0; that are shares of 1; that are shares below 1.
+POSITIVE = {
+    "batch_size",
+    "crop",
+    "epochs",
+    "eval_every",
+    "k",
+    "layer_decay",
+    "lr",
+    "lrs",
+    "masses",
+    "multiple",
+    "penalty",
+}
+POSITIVE |= {"repeats", "scale", "size", "temperature", "threads", "tolerance", "topk"}
+SHARES, PARTS = {"erasing", "masses", "scale", "smoothing"}, {"drop_path", "ema", "holdout"}
 
 
 def evaluate(
@@ -42,7 +60,7 @@ def evaluate(
       out: the figures as JSON; those of `all` are written after every protocol.
     """
     module = everything if name == "all" else protocol(name)
-    config = config_io.override(_settings(name, module.default_config(), config_file), overrides)
+    config = check(config_io.override(_settings(name, module.default_config(), config_file), overrides))
     if name == "all":
         everything.find(data)  # before anything is loaded
     loaded = load(checkpoint, heads=heads)
@@ -62,6 +80,27 @@ def evaluate(
             if out is not None:
                 _write(out, figures)
     return figures
+
+
+def keys(name: str) -> str:
+    """What `dino-jax eval NAME --help` adds: what the protocol is, and its keys with their defaults and comments."""
+    if name == "all":
+        return "Keys of every protocol: --config.PROTOCOL.KEY=VALUE; `dino-jax eval PROTOCOL --help` has them."
+    module = protocol(name)
+    lines = [line.strip() for line in inspect.getsource(module.default_config).splitlines()]
+    found = [f"  --{line}" for line in lines if line.startswith("config.")]
+    return "\n".join([str(module.__doc__).strip(), "", f"Keys of {name} with their defaults:", *found])
+
+
+def check(config: ConfigDict) -> ConfigDict:
+    """Returns a protocol's configuration; raises `UserError` for numbers that none could use."""
+    for key, value in config_io.flatten(config).items():
+        name, values = key.rpartition(".")[2], value if isinstance(value, tuple) else (value,)
+        if name in POSITIVE and not (values and all(x is None or x > 0 for x in values)):
+            raise UserError(f"--config.{key}={value}: must be greater than 0")
+        if (name in SHARES and max(values) > 1) or (name in PARTS and not 0 <= max(values) < 1):
+            raise UserError(f"--config.{key}={value}: must lie between 0 and 1")
+    return config
 
 
 def _spoken(parts: Iterator[tuple[str, dict[str, Any]]]) -> Iterator[tuple[str, dict[str, Any]]]:

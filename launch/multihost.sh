@@ -8,7 +8,7 @@
 # --hosts A,B  one process on each host, which has all of its devices. The first is process 0, and listens on --port
 #              (8476). Each host needs: ssh without a password; this checkout and its environment at the same path; a
 #              workdir that all share (or gs://)
-# --dry-run    prints the command of each process
+# --dry-run    prints the command of each process; installs and runs nothing
 #
 # What follows are the arguments of dino-jax: train or eval. Output comes behind [PROCESS]. SIGTERM and Ctrl-C go to all:
 # they save a checkpoint after the same step and end with status 0. When a process dies or hangs, all are ended, the last
@@ -20,6 +20,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 options=()
+dry_run=""
 hosts=""
 port=""
 while (($#)); do
@@ -33,6 +34,7 @@ while (($#)); do
       shift 2
       ;;
     --dry-run)
+      dry_run=yes
       options+=("$1")
       shift
       ;;
@@ -45,7 +47,13 @@ while (($#)); do
   esac
 done
 (($#)) || die "nothing to run: add a verb of dino-jax and its arguments, such as train --config=... --workdir=..."
+[[ "$1" == train || "$1" == eval ]] || die "several processes run train or eval, not $1: start that alone, as dino-jax $1 ..."
 [[ -z "$hosts" || -n "$port" ]] || options+=(--port 8476)
 
-ensure base
-exec "$venv_python" "$root/launch/supervise.py" "${options[@]}" -- "$venv_python" -m dino_jax "$@"
+python="$venv_python"
+if [[ -z "$dry_run" ]]; then
+  ensure base
+elif [[ ! -x "$python" ]]; then
+  find_python
+fi
+exec "$python" "$root/launch/supervise.py" "${options[@]}" -- "$venv_python" -m dino_jax "$@"

@@ -93,6 +93,17 @@ def test_bad_input_is_one_line_and_status_2(arguments, message, capsys, monkeypa
     assert message in said[0]
 
 
+def test_help_of_a_protocol_lists_its_keys(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["eval", "vos", "--help"])
+    assert exit_.value.code == 0
+    said = capsys.readouterr().out
+    assert "usage: dino-jax eval" in said and "--config.radius = 12  # reach of a patch, in rows and in columns" in said
+    with pytest.raises(SystemExit) as exit_:
+        main(["eval", "vso", "--help"])
+    assert exit_.value.code == 2 and "did you mean" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("arguments", [[], ["trian"], ["train"], ["train", "--workdir=x", "--config=y", "--lr=3"]])
 def test_misspelt_commands_exit_with_status_2(arguments, capsys):
     with pytest.raises(SystemExit) as exit_:

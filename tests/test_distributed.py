@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from dino_jax.distributed import Place, find_place, first_host
+from dino_jax.distributed import Place, check_alone, find_place, first_host
 from dino_jax.errors import UserError
 from dino_jax.sharding import MESH_AXES, batch_sharding, process_rows, to_devices
 
@@ -247,6 +247,24 @@ def test_dry_run_prints_every_command(venv):
     assert len(multihost(venv, "--local", "2", "--dry-run", "train").stdout.splitlines()) == 2
 
 
+def test_a_dry_run_installs_nothing(tmp_path):
+    done = multihost(tmp_path / "none", "--local", "2", "--dry-run", "train")
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 2
+    assert f"{tmp_path / 'none'}/bin/python -m dino_jax train" in done.stdout
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_verb_of_one_process_is_refused_by_several(monkeypatch):
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "1")
+    check_alone("features")
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    check_alone("features")
+    monkeypatch.delenv("JAX_NUM_PROCESSES")
+    with pytest.raises(UserError, match="features runs in one process, here are 2"):
+        check_alone("features")
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -255,6 +273,7 @@ def test_dry_run_prints_every_command(venv):
         (("--local",), "--local needs a value"),
         (("--locl", "2", "train"), "unknown option --locl"),
         (("--local", "0", "train"), "give --local N"),
+        (("--local", "2", "features", "--images=x"), "several processes run train or eval, not features"),
     ],
 )
 def test_bad_calls_get_one_clear_line(venv, arguments, words):
@@ -342,3 +361,6 @@ def test_slurm_script_says_what_it_lacks(venv):
         done = subprocess.run(["bash", script, *arguments], env=environment, capture_output=True, text=True)
         assert done.returncode == 1
         assert words in done.stderr
+    done = subprocess.run(["bash", script, "--dry-run", "train", "--config=c d.py"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("srun --label ")
+    assert done.stdout.strip().endswith("-m dino_jax train --config=c\\ d.py")

@@ -11,6 +11,7 @@ import pytest
 from dino_jax import evaluate as verb
 from dino_jax.config import default
 from dino_jax.errors import UserError
+from dino_jax.eval import PROTOCOLS
 
 
 @pytest.fixture
@@ -64,6 +65,37 @@ def test_no_memory_is_one_line_and_other_failures_stay_what_they_are(loaded, mon
     protocol_that(monkeypatch, broken)
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
         verb.evaluate("knn", "c", "d")
+
+
+@pytest.mark.parametrize("name", [*PROTOCOLS, "all"])
+def test_defaults_pass_the_check_and_the_keys_are_listed(name):
+    module = verb.everything if name == "all" else verb.protocol(name)
+    config = module.default_config()
+    assert verb.check(config) is config
+    listed = verb.keys(name)
+    assert name == "all" or all(f"  --config.{key} = " in listed for key in config)
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [
+        ("knn", "k=(0,)"),
+        ("knn", "k=()"),
+        ("knn", "batch_size=0"),
+        ("linear", "lrs=()"),
+        ("linear", "epochs=0"),
+        ("linear", "holdout=1.0"),
+        ("finetune", "drop_path=1.0"),
+        ("lowshot", "penalty=0.0"),
+        ("vos", "topk=0"),
+        ("voc", "masses=(1.5,)"),
+        ("all", "voc.masses=(0.6,0.0)"),
+    ],
+)
+def test_numbers_that_no_protocol_can_use_are_named_before_anything_is_loaded(name, setting):
+    key = setting.partition("=")[0]
+    with pytest.raises(UserError, match=rf"--config\.{key}=.*must"):
+        verb.evaluate(name, "absent", "absent", overrides=[f"--config.{setting}"])
 
 
 def test_an_output_that_cannot_be_written(loaded, monkeypatch, tmp_path):

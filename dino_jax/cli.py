@@ -42,8 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--workdir", required=True, help="where checkpoints and metrics go; local or gs://")
     _processes(train)
 
-    evaluate = _verb(verbs, "eval", _eval, "evaluate a checkpoint by a protocol of the paper, or all")
-    evaluate.conflict_handler = "resolve"  # of two -h, the last
+    evaluate = _verb(verbs, "eval", _eval, "evaluate a checkpoint by a protocol of the paper, or all", add_help=False)
     evaluate.add_argument("-h", "--help", action=_EvalHelp, nargs=0, help="this, and the keys of the protocol")
     evaluate.add_argument("protocol", help="knn linear lowshot finetune retrieval copydetection vos voc dense, or all")
     _checkpoint(evaluate)
@@ -130,9 +129,13 @@ class _EvalHelp(argparse.Action):
         parser.exit()
 
 
-def _verb(verbs: Any, name: str, run: Callable[..., None], description: str) -> argparse.ArgumentParser:
+def _verb(
+    verbs: Any, name: str, run: Callable[..., None], description: str, add_help: bool = True
+) -> argparse.ArgumentParser:
     epilog = "train, eval, plan and bench: any key of the configuration can be set with --config.KEY=VALUE."
-    parser = verbs.add_parser(name, help=description, description=description, epilog=epilog, allow_abbrev=False)
+    parser = verbs.add_parser(
+        name, help=description, description=description, epilog=epilog, allow_abbrev=False, add_help=add_help
+    )
     parser.set_defaults(run=run)
     return parser
 

@@ -13,6 +13,7 @@ import math
 import os
 import pathlib
 import shutil
+import subprocess
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
@@ -25,7 +26,7 @@ from dino_jax.data.sources import open_source
 from dino_jax.errors import UserError
 from dino_jax.machine import Check, within
 
-STORE_SECONDS, DATA_SECONDS = 45.0, 120.0  # to give up on: a workdir, a data set
+STORE_SECONDS, DATA_SECONDS, ACCOUNT_SECONDS = 45.0, 120.0, 60.0  # to give up on: a workdir, a data set, gcloud
 # Commands that a way of launching calls (launch/*.sh), and what they read from the environment.
 COMMANDS = {
     "tpu": ("gcloud", "tar"),
@@ -208,6 +209,8 @@ def _launch(launch: str) -> Iterator[Check]:
         else:
             state = "warn" if command == "docker" else "missing"
             yield Check(command, state, "not on PATH", SOURCES.get(command, f"install {command}"))
+    if "gcloud" in COMMANDS[launch] and shutil.which("gcloud") is not None:
+        yield _account()
     names = [name for name in SETTINGS.get(launch, ()) if not os.environ.get(name)]
     if "TOPOLOGY" in names and os.environ.get("TYPE"):
         names.remove("TOPOLOGY")
@@ -217,3 +220,15 @@ def _launch(launch: str) -> Iterator[Check]:
         yield Check(
             "settings", "warn" if names else "ok", found, f"{script} --help says what they are" if names else ""
         )
+
+
+def _account() -> Check:
+    """Whether gcloud has an account to act for, by what it keeps on this machine."""
+    command = ["gcloud", "auth", "list", "--filter=status:ACTIVE", "--format=value(account)"]
+    try:
+        account = subprocess.run(command, capture_output=True, text=True, timeout=ACCOUNT_SECONDS).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return Check("account", "warn", f"gcloud does not say: {machine.line(error)}", "try: gcloud auth list")
+    if account:
+        return Check("account", "ok", account)
+    return Check("account", "missing", "gcloud is not logged in", "gcloud auth login")

@@ -18,22 +18,18 @@ from dino_jax.eval.features import Frozen
 from dino_jax.eval.published import table
 from dino_jax.features import load
 
-# Keys, by their last part, whose values are more than 0; that are shares of 1; that are shares below 1.
-POSITIVE = {
-    "batch_size",
-    "crop",
-    "epochs",
-    "eval_every",
-    "k",
-    "layer_decay",
-    "lr",
-    "lrs",
-    "masses",
-    "multiple",
-    "penalty",
-}
-POSITIVE |= {"repeats", "scale", "size", "temperature", "threads", "tolerance", "topk"}
+# Keys, by their last part: values are more than 0; shares of 1; shares below 1.
+POSITIVE = {"batch_size", "crop", "epochs", "eval_every", "k", "layer_decay", "lr", "lrs", "masses", "multiple"}
+POSITIVE |= {"penalty", "repeats", "scale", "size", "temperature", "threads", "tolerance", "topk"}
 SHARES, PARTS = {"erasing", "masses", "scale", "smoothing"}, {"drop_path", "ema", "holdout"}
+# of a protocol, the sizes in pixels that the patches must divide
+WHOLE = {
+    "knn": ["crop"],
+    "linear": ["crop"],
+    "lowshot": ["crop"],
+    "finetune": ["size", "crop"],
+    "copydetection": ["size"],
+}
 
 
 def evaluate(
@@ -64,6 +60,8 @@ def evaluate(
     if name == "all":
         everything.find(data)  # before anything is loaded
     loaded = load(checkpoint, heads=heads)
+    _check_patches(name, config, loaded.backbone.patch_size)
+    workdir = None if workdir is None else _made(workdir)
     model = Frozen(loaded.backbone, loaded.variables, loaded.config.data.mean, loaded.config.data.std)
     figures: dict[str, Any] = {}
 
@@ -103,6 +101,15 @@ def check(config: ConfigDict) -> ConfigDict:
     return config
 
 
+def _check_patches(name: str, config: ConfigDict, patch: int | None) -> None:
+    """Raises `UserError` for a size in pixels that the patches do not divide, where it is not cut to whole ones."""
+    for key, value in config_io.flatten(config).items():
+        part, size = key.split(".") if name == "all" else (name, key)
+        if patch and size in WHOLE.get(part, ()) and value % patch:
+            near = max(patch, value // patch * patch)
+            raise UserError(f"--config.{key}={value}: not divisible into patches of {patch} pixels: give {near}, say")
+
+
 def _spoken(parts: Iterator[tuple[str, dict[str, Any]]]) -> Iterator[tuple[str, dict[str, Any]]]:
     """The same; what does not fit the devices is an error in one line."""
     try:
@@ -122,6 +129,19 @@ def _settings(name: str, default: ConfigDict, file: str | None) -> ConfigDict:
     if foreign := sorted(config_io.flatten(config).keys() ^ config_io.flatten(default).keys()):
         raise UserError(f"--config={file}: not a configuration of {name}: it differs in the key {foreign[0]!r}")
     return config
+
+
+def _made(workdir: str) -> str:
+    """The folder, made and tried by process 0 before the long part."""
+    folder = epath.Path(workdir).expanduser()
+    try:
+        if jax.process_index() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / ".tried").write_text("")
+            (folder / ".tried").unlink()
+    except OSError as error:
+        raise UserError(f"--workdir={workdir}: cannot be written: {error.strerror or error}") from error
+    return str(folder)
 
 
 def _write(out: str, figures: dict[str, Any]) -> None:

@@ -397,6 +397,24 @@ def test_commands_of_a_launch(monkeypatch, launch):
         assert found[command].mend
     assert ("settings" in found) == (launch in doctor.SETTINGS)
     monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(doctor, "_account", lambda: machine.Check("account", "ok", "me@example.com"))
     for name in doctor.SETTINGS.get(launch, ()):
         monkeypatch.setenv(name, "x")
     assert {check.state for check in doctor._launch(launch)} == {"ok"}
+
+
+@pytest.mark.parametrize(
+    ("script", "state", "found"),
+    [
+        ("echo me@example.com", "ok", "me@example.com"),
+        ("echo 'No credentialed accounts.' >&2", "missing", "gcloud is not logged in"),
+        (None, "warn", "gcloud does not say"),
+    ],
+)
+def test_the_account_of_gcloud(monkeypatch, tmp_path, script, state, found):
+    if script is not None:
+        (tmp_path / "gcloud").write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "gcloud").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    check = doctor._account()
+    assert check.state == state and found in check.found

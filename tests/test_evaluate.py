@@ -41,9 +41,10 @@ def test_a_file_and_overrides_reach_the_protocol(loaded, monkeypatch, tmp_path, 
         "overrides": ["--config.k=(3,)"],
         "out": str(tmp_path / "o.json"),
     }
-    assert verb.evaluate("knn", "c", "d", workdir="w", **options) == {"top1": 7.0}
+    work = str(tmp_path / "w")
+    assert verb.evaluate("knn", "c", "d", workdir=work, **options) == {"top1": 7.0}
     ((data, config, workdir),) = seen
-    assert (data, workdir, config.crop, config.k, config.temperature) == ("d", "w", 96, (3,), 0.07)
+    assert (data, workdir, config.crop, config.k, config.temperature) == ("d", work, 96, (3,), 0.07)
     assert json.loads((tmp_path / "o.json").read_text()) == {"top1": 7.0}
     assert capsys.readouterr().out.splitlines()[1].split() == ["top1", "7.00"]
     (tmp_path / "mine.py").write_text("from dino_jax.config import default as get_config\n")
@@ -98,8 +99,26 @@ def test_numbers_that_no_protocol_can_use_are_named_before_anything_is_loaded(na
         verb.evaluate(name, "absent", "absent", overrides=[f"--config.{setting}"])
 
 
+def test_sizes_that_the_patches_do_not_divide_are_named_by_their_key(loaded, monkeypatch, tmp_path):
+    protocol_that(monkeypatch, lambda *_: {"top1": 7.0})
+    assert verb.evaluate("knn", "c", "d", overrides=["--config.crop=32"]) == {"top1": 7.0}
+    with pytest.raises(UserError, match=r"--config\.crop=35: not divisible into patches of 4 pixels: give 32"):
+        verb.evaluate("knn", "c", "d", overrides=["--config.crop=35"])
+    (tmp_path / "train").mkdir()
+    (tmp_path / "val").mkdir()
+    with pytest.raises(UserError, match=r"--config\.linear\.crop=35: not divisible"):
+        verb.evaluate("all", "c", str(tmp_path), overrides=["--config.linear.crop=35"])
+
+
 def test_an_output_that_cannot_be_written(loaded, monkeypatch, tmp_path):
     protocol_that(monkeypatch, lambda *_: {"top1": 7.0})
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--out=.*cannot write"):
         verb.evaluate("knn", "c", "d", out=str(tmp_path / "file" / "o.json"))
+
+
+def test_a_workdir_that_cannot_be_written_is_named_before_the_long_part(loaded, monkeypatch, tmp_path):
+    protocol_that(monkeypatch, lambda *_: pytest.fail("evaluated"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"--workdir=.*file/x: cannot be written: "):
+        verb.evaluate("knn", "c", "d", workdir=str(tmp_path / "file" / "x"))

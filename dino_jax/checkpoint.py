@@ -12,10 +12,8 @@ Saving and restoring are collective: every process of a run makes the same calls
 from __future__ import annotations
 
 import dataclasses
-import errno
 import json
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -26,7 +24,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from dino_jax.errors import UserError
+from dino_jax.errors import UserError, cause, unwritable
 
 PyTree = Any
 T = TypeVar("T")
@@ -123,7 +121,7 @@ class Checkpointer:
             return action()
         except Exception as error:  # a full disk is a ValueError of TensorStore's; storage clients have their own
             self._manager = None  # it counts the lost step as saved
-            raise UserError(f"{self.directory}: cannot write a checkpoint: {_cause(error)}") from error
+            raise unwritable(f"{self.directory}: cannot write a checkpoint", error) from error
 
     def _set_aside(self, step: int) -> None:
         self.close()  # Orbax has listed the step
@@ -231,13 +229,13 @@ def _damage(folder: epath.Path, deep: bool) -> str | None:
             if deep:
                 _read_item(folder, name, tree, alone=True)
     except Exception as error:  # what parses may still be nonsense
-        return str(error) if isinstance(error, UserError) else f"{folder}: {_cause(error)}"
+        return str(error) if isinstance(error, UserError) else f"{folder}: {cause(error)}"
     return None
 
 
 def _half_written(directory: epath.Path, after: int) -> list[str]:
     """Steps above `after` that a killed process left behind."""
-    names = [path.name for path in directory.iterdir()] if directory.exists() else []
+    names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
     heads = {name.split(".")[0] for name in names if not name.endswith(".damaged")}
     left = sorted(int(head) for head in heads if head.isdigit())
     complete = steps(directory)
@@ -255,7 +253,7 @@ def _read(folder: epath.Path, item: str, action: Callable[[epath.Path], T]) -> T
     try:
         return action(folder / item)
     except Exception as error:  # broken files raise nearly anything: JSON, key, value and OS errors
-        raise UserError(f"{folder / item}: cannot be read: {_cause(error)}") from error
+        raise UserError(f"{folder / item}: cannot be read: {cause(error)}") from error
 
 
 def _json(path: epath.Path) -> Any:
@@ -347,13 +345,6 @@ def _absolute(path: epath.PathLike) -> epath.Path:
 
 def _first(keys: Sequence[str], count: int = 3) -> str:
     return ", ".join(keys[:count]) + (f" and {len(keys) - count} more" if len(keys) > count else "")
-
-
-def _cause(error: Exception) -> str:
-    """The error in a line; the system's words alone where TensorStore wraps them in long ones."""
-    text = " ".join(str(error).split())
-    known = [os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)]
-    return next((words for words in known if words in text), text[:300] or type(error).__name__)
 
 
 def _not_ours(record: logging.LogRecord) -> bool:

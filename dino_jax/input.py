@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from dino_jax import sharding
 from dino_jax.data.pipeline import make_dataset
 from dino_jax.data.sources import Source
+from dino_jax.errors import writing
 from dino_jax.render import make_renderer
 
 
@@ -40,8 +41,9 @@ class BadFiles:
         new = {name: reason for _, name, reason in bad if name not in self._known}
         if new:
             self._known.update(new)
-            before = self._path.read_text() if self._path.exists() else ""
-            self._path.write_text(before + "".join(f"{name}\t{reason}\n" for name, reason in new.items()))
+            with writing(f"{self._path}: cannot write"):
+                before = self._path.read_text() if self._path.exists() else ""
+                self._path.write_text(before + "".join(f"{name}\t{reason}\n" for name, reason in new.items()))
 
 
 def device_batches(

@@ -25,7 +25,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
-from dino_jax.errors import UserError
+from dino_jax.errors import UserError, cause, writing
 
 JSONL = "metrics.jsonl"
 FLUSH_SECONDS = 30.0
@@ -48,7 +48,8 @@ class MetricWriter:
         wandb_project: also report to this Weights & Biases project; "": do not.
         config_json: the configuration, for Weights & Biases.
 
-    Raises `UserError` where the workdir cannot be written (`write` and `flush` too) or wandb is not installed.
+    Raises `UserError` where the workdir cannot be written (`write` and `flush` too: then the writing is over), or wandb
+    is not installed or does not start.
     """
 
     def __init__(
@@ -127,12 +128,19 @@ class MetricWriter:
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         try:
-            yield
-        except Exception as error:
-            if not (isinstance(error, OSError) or _in_bucket(self._workdir)):  # a bucket's errors are of many kinds
-                raise
-            cause = getattr(error, "strerror", None) or " ".join(str(error).split())
-            raise UserError(f"{self._workdir}: cannot write: {cause}") from error
+            with writing(f"{self._workdir}: cannot write"):
+                yield
+        except UserError:
+            self._abandon()
+            raise
+
+    def _abandon(self) -> None:
+        """Lets go of the files, and of what they could not write: nothing is tried again later."""
+        for file in (self._lines, self._board):
+            with contextlib.suppress(Exception):
+                if file:
+                    file.close()
+        self._lines = self._board = None
 
 
 def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
@@ -174,6 +182,9 @@ class _Lines:
     def flush(self) -> None:
         self._file.flush()
 
+    def close(self) -> None:
+        self._file.close()
+
 
 class _ObjectLines(_Lines):
     """Keeps the lines of an object and puts it up whole."""
@@ -187,6 +198,9 @@ class _ObjectLines(_Lines):
 
     def flush(self) -> None:
         self._path.write_text(self._text.getvalue())
+
+    def close(self) -> None:
+        pass
 
 
 def _lines(path: epath.Path, resume_step: int | None) -> _Lines:
@@ -225,6 +239,9 @@ class _Board:
             for path in self._local.iterdir():
                 (self._folder / path.name).write_bytes(path.read_bytes())
 
+    def close(self) -> None:
+        self._events._py_recordio_writer.close()  # EventsWriter.close leaves the file open where flushing fails
+
 
 def _start_wandb(workdir: epath.Path, project: str, config_json: str, resume: bool) -> Any:
     """A W&B run; a resumed one goes on under the id that the workdir remembers."""
@@ -234,8 +251,13 @@ def _start_wandb(workdir: epath.Path, project: str, config_json: str, resume: bo
         raise UserError(f"run.wandb={project}: wandb is not installed; `pip install wandb`, or set it to ''") from error
     remembered = workdir / "wandb_id"
     name = remembered.read_text() if resume and remembered.exists() else None
-    run = wandb.init(project=project, config=json.loads(config_json), id=name, resume="allow" if name else None)
-    remembered.write_text(run.id)
+    try:
+        run = wandb.init(project=project, config=json.loads(config_json), id=name, resume="allow" if name else None)
+    except Exception as error:  # no account, no network: wandb's own kinds
+        mend = "`wandb login`, set WANDB_MODE=offline, or set it to ''"
+        raise UserError(f"run.wandb={project}: wandb does not start: {cause(error)}; {mend}") from error
+    with writing(f"{remembered}: cannot write"):
+        remembered.write_text(run.id)
     return run
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import logging
 from collections.abc import Generator
 from typing import Any
@@ -14,13 +15,14 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dino_jax import config_io, distributed, online, sharding
-from dino_jax.checkpoint import Checkpointer
+from dino_jax.checkpoint import Checkpointer, steps
 from dino_jax.data.pipeline import steps_per_epoch
 from dino_jax.data.sources import Source, fingerprint, open_source
-from dino_jax.errors import UserError
+from dino_jax.errors import UserError, writing
 from dino_jax.input import BadFiles, Ready, device_batches
 from dino_jax.metrics import MetricWriter, Progress, Throughput
 from dino_jax.stop import StopSignal
+from dino_jax.trace import Trace
 from dino_jax.train_step import (
     Metrics,
     Recipe,
@@ -69,7 +71,7 @@ def train(config: ConfigDict, workdir: str | epath.Path, *, source: Source | Non
 def claim(workdir: epath.Path, config: ConfigDict) -> None:
     """Writes `workdir/config.json`, or compares with it: a workdir belongs to one configuration, `run.*` apart."""
     path = workdir / "config.json"
-    try:
+    with writing(f"--workdir={workdir}: cannot write there"):
         saved = config_io.from_json(path.read_text(), str(path)) if path.exists() else config
         if differences := config_io.differences(saved, config):
             raise UserError(
@@ -81,8 +83,6 @@ def claim(workdir: epath.Path, config: ConfigDict) -> None:
             fresh = workdir / "config.json.new"
             fresh.write_text(config_io.to_json(config))
             fresh.replace(path)
-    except OSError as error:
-        raise UserError(f"--workdir={workdir}: cannot write there: {error.strerror or error}") from error
 
 
 def facts(config: ConfigDict, workdir: epath.Path, source: Source) -> dict[str, str]:
@@ -115,7 +115,7 @@ class _Session:
         self.bad_files = BadFiles(workdir)
         self.stopping = distributed.StopTogether(mesh)
         self.steady = False  # whether the first step of this session, with its compilation, is over
-        self.profiling = False
+        self.trace = Trace(workdir / "profile")
 
     def __enter__(self) -> _Session:
         run = self.config.run
@@ -125,17 +125,21 @@ class _Session:
             keep_every_steps=run.keep_every * self.epoch_steps,
             asynchronous=run.async_checkpoint,
         )
-        self.state, restored = self.restore()
-        self.step = int(self.state.step)
-        self.writer = self.open_writer(self.step if restored else None)
-        self.progress = Progress(self.total, self.step, "train", active=self.lead and run.progress)
-        self.say(self.introduction(restored))
+        with contextlib.ExitStack() as stack:  # each is closed, whatever the others say
+            stack.callback(self.checkpoints.close)
+            self.state, restored = self.restore()
+            self.step = int(self.state.step)
+            self.writer = self.open_writer(self.step if restored else None)
+            stack.callback(lambda: self.writer.close())  # a rewind opens another one
+            self.progress = Progress(self.total, self.step, "train", active=self.lead and run.progress)
+            stack.callback(self.progress.close)
+            stack.callback(self.trace.stop, save=False)
+            self.say(self.introduction(restored))
+            self._open = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.progress.close()
-        self.writer.close()
-        self.checkpoints.close()
+        self._open.close()
 
     def loop(self, stop: StopSignal) -> TrainState:
         """Steps until the end, a signal, or `run.stop_after`; after a rewind, on from the restored step."""
@@ -163,7 +167,7 @@ class _Session:
                 self.see(*step)
         finally:
             batches.close()
-            self.profile(over=True)
+        self.profile(over=True)
         self.save()
         self.say(self.conclusion())
         return self.state
@@ -172,6 +176,11 @@ class _Session:
         """The latest good checkpoint's state, or a fresh one; and whether it was restored."""
         step = self.checkpoints.latest_step()
         if step is None:
+            if damaged := ", ".join(map(str, steps(self.checkpoints.directory))):
+                raise UserError(
+                    f"{self.checkpoints.directory}: none of the checkpoints there can be used ({damaged}): "
+                    "bring them back from a copy, or give another --workdir to start afresh"
+                )
             state = jit_init_state(self.recipe, self.mesh)
             if self.config.init_from is not None:
                 state, notes = start_from(state, self.config)
@@ -260,14 +269,12 @@ class _Session:
     def profile(self, over: bool = False) -> None:
         """Starts and ends the trace of `run.profile_steps`; `over`: there are no more steps."""
         first, last = self.config.run.profile_steps if self.lead else (0, 0)
-        if self.profiling and (over or self.step >= last):
+        if self.trace.running and (over or self.step >= last):
             jax.block_until_ready(self.state.step)
-            jax.profiler.stop_trace()
-            self.profiling = False
-            self.say(f"{self.workdir / 'profile'}: a trace of steps {first} to {self.step}, for xprof or TensorBoard")
-        elif self.step == first < last and not over:
-            jax.profiler.start_trace(str(self.workdir / "profile"))
-            self.profiling = True
+            self.trace.stop()
+            self.say(f"{self.trace.folder}: a trace of steps {first} to {self.step}, for xprof or TensorBoard")
+        elif self.step == first < last and not (over or self.trace.running):
+            self.trace.start()
 
     def say(self, line: str) -> None:
         """A line for the person at the terminal, above the progress bar."""

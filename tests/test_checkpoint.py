@@ -268,7 +268,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, asynchronous, capfd
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))  # no file may grow beyond: writes fail midway
     try:
-        with pytest.raises(UserError, match=rf"^{tmp_path}: cannot write a checkpoint: File too large$"):
+        with pytest.raises(UserError, match=rf"^{tmp_path}: cannot write a checkpoint: File too large; make room"):
             _ = checkpointer.save(2, random_items(1_000_000), CONFIG), checkpointer.wait()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -129,14 +129,17 @@ def test_only_the_active_process_writes(tmp_path):
 
 def test_unwritable_workdir_and_full_disk(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=rf"^{tmp_path}/file/run: cannot write: Not a directory$"):
+    with pytest.raises(
+        UserError,
+        match=rf"^{tmp_path}/file/run: cannot write: Not a directory; make it writable or name another folder$",
+    ):
         MetricWriter(tmp_path / "file" / "run")
     writer = MetricWriter(tmp_path / "run")
     writer.write(1, {"loss": 1.0})
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:
-        with pytest.raises(UserError, match=rf"^{tmp_path}/run: cannot write: File too large$"):
+        with pytest.raises(UserError, match=rf"^{tmp_path}/run: cannot write: File too large; make room"):
             _ = [writer.write(step, {"note": "x" * 100}) for step in range(2, 1000)]
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -171,6 +174,13 @@ def test_wandb(tmp_path, monkeypatch):
     calls.clear()
     MetricWriter(tmp_path, wandb_project="dino", resume_step=5).close()  # goes on as the same run
     assert calls[0][1]["id"] == "run7" and calls[0][1]["resume"] == "allow"
+
+    def refuse(**arguments):
+        raise RuntimeError("no account\nis known")
+
+    stand_in.init = refuse
+    with pytest.raises(UserError, match=r"^run\.wandb=dino: wandb does not start: no account is known; `wandb login`"):
+        MetricWriter(tmp_path, wandb_project="dino")
 
 
 class Clock:

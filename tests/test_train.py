@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import pathlib
+import resource
 import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 
 import jax
@@ -21,6 +23,7 @@ from dino_jax.data.arrays import ArraySource
 from dino_jax.errors import UserError
 from dino_jax.metrics import read_metrics
 from dino_jax.train import train
+from tests.gcs_stand_in import serve
 from tests.tiny import tiny_config
 
 TIMING = ("images_per_second", "input_wait")  # what may differ between two equal runs
@@ -83,10 +86,56 @@ def test_resuming_on_other_devices_is_the_same_run(uninterrupted, pictures, tmp_
 def test_damaged_newest_checkpoint_falls_back(uninterrupted, pictures, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(uninterrupted[1], workdir)
-    for path in (workdir / "checkpoints" / "12").rglob("*"):
+    damage(workdir / "checkpoints" / "12")
+    assert_same_run(train(tiny_config(), workdir, source=pictures), workdir, uninterrupted)
+
+
+def damage(folder):
+    for path in folder.rglob("*"):
         if path.is_file() and path.stat().st_size > 1000:
             path.write_bytes(path.read_bytes()[:100])
-    assert_same_run(train(tiny_config(), workdir, source=pictures), workdir, uninterrupted)
+
+
+def test_where_every_checkpoint_is_damaged_the_run_does_not_start_afresh(uninterrupted, pictures, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(uninterrupted[1], workdir)
+    damage(workdir / "checkpoints")
+    expected = (
+        rf"^{workdir}/checkpoints: none of the checkpoints there can be used \(8, 12\): bring .* another --workdir"
+    )
+    with pytest.raises(UserError, match=expected):
+        train(tiny_config(), workdir, source=pictures)
+    assert untimed(workdir) == untimed(uninterrupted[1])
+    assert steps(workdir / "checkpoints") == [8, 12]
+
+
+@pytest.mark.parametrize("asynchronous", [True, pytest.param(False, marks=pytest.mark.extra)])
+def test_a_full_disk_is_one_line_and_loses_nothing(uninterrupted, pictures, tmp_path, asynchronous, capfd):
+    config = tiny_config()
+    config.run.async_checkpoint, config.run.stop_after = asynchronous, 4
+    train(config, tmp_path, source=pictures)
+    config.run.stop_after = 0
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # room for the metrics, not for a checkpoint
+    try:
+        with pytest.raises(UserError) as caught:
+            train(config, tmp_path, source=pictures)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    mend = "make room there, then the same command goes on from what was saved"
+    assert str(caught.value) == f"{tmp_path}/checkpoints: cannot write a checkpoint: File too large; {mend}"
+    assert "Traceback" not in capfd.readouterr().err
+    assert resolve(tmp_path)[1] == 4
+    assert_same_run(train(config, tmp_path, source=pictures), tmp_path, uninterrupted)
+
+
+def test_a_trace_of_some_steps(uninterrupted, pictures, tmp_path):
+    config = tiny_config()
+    config.run.stop_after, config.run.profile_steps = 4, (1, 3)
+    train(config, tmp_path, source=pictures)
+    (trace,) = (tmp_path / "profile").glob("plugins/profile/*/*.xplane.pb")
+    assert b"train_step" in trace.read_bytes()
+    assert not (uninterrupted[1] / "profile").exists()  # off by default
 
 
 def test_several_non_finite_steps_rewind_then_stop_with_a_reason(pictures, tmp_path, monkeypatch, capsys):
@@ -184,6 +233,46 @@ def test_kill_9_at_any_moment_loses_nothing(config_file, tmp_path):
     (metrics, state), (expected_metrics, expected_state) = finish(killed), finish(tmp_path / "straight")
     assert metrics == expected_metrics
     jax.tree.map(np.testing.assert_array_equal, state, expected_state)
+
+
+IN_A_BUCKET = """
+    import sys
+    import jax
+    import numpy as np
+    from dino_jax.errors import UserError
+    from dino_jax.metrics import read_metrics
+    from dino_jax.train import train
+    from tests.tiny import tiny_config
+
+    config, local, bucket = tiny_config(), sys.argv[1], "gs://bucket/runs/1"
+    config.epochs = 2
+    config.run.tensorboard = config.run.async_checkpoint = True
+    straight = train(config, local)
+    for run in ({"stop_after": 6, "profile_steps": (1, 2)}, {"stop_after": 0}):  # 4 and 6 are saved
+        config.run.update(run)
+        resumed = train(config, bucket)
+    jax.tree.map(np.testing.assert_array_equal, resumed, straight)
+    losses, expected = ([(r["step"], r["loss"]) for r in read_metrics(workdir)] for workdir in (bucket, local))
+    assert losses == expected and len(losses) == 8, losses
+    config.optim.lr = 0.1
+    try:
+        train(config, bucket)
+    except UserError as error:
+        print(error)
+"""
+
+
+@pytest.mark.extra
+def test_a_workdir_in_a_bucket(tmp_path):
+    with serve() as (store, variables):
+        call = [sys.executable, "-c", textwrap.dedent(IN_A_BUCKET), str(tmp_path)]
+        child = subprocess.run(call, env=environment() | variables, capture_output=True, text=True, timeout=500)
+    assert child.returncode == 0, child.stderr
+    assert child.stdout.startswith("gs://bucket/runs/1/config.json: this workdir belongs to a run of another")
+    names = {name.removeprefix("bucket/runs/1/") for name in store.objects}
+    assert {"config.json", "metrics.jsonl", "checkpoints/8/teacher/_METADATA"} <= names
+    for part in ("tensorboard/events", "profile/plugins/profile/"):
+        assert any(name.startswith(part) for name in names), names
 
 
 def run_command(*arguments):

@@ -6,7 +6,7 @@ import ast
 import difflib
 import json
 import runpy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from absl import flags
@@ -16,6 +16,44 @@ from dino_jax.config import default
 from dino_jax.errors import UserError
 
 PER_CHANNEL = ("data.mean", "data.std")
+CHOICES = {
+    "model.dtype": ("float32", "bfloat16", "float64"),
+    "model.precision": ("default", "high", "highest"),
+    "optim.name": ("adamw", "sgd", "lars"),
+    "data.render": ("host", "device"),
+    "run.remat": ("none", "blocks"),
+}
+RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (  # keys; each of their values, unless None; in words
+    (
+        "epochs batch_size model.patch_size model.in_chans model.embed_dim model.depth model.heads head.out_dim "
+        "head.hidden_dim head.bottleneck_dim head.layers crops.global_size crops.local_size data.canvas eval.knn_k "
+        "eval.voc_size eval.crop eval.batch_size run.accum_steps run.threads run.log_every run.keep run.max_bad_steps",
+        lambda value: value >= 1,
+        "at least 1",
+    ),
+    (
+        "loss.student_temp teacher.temp teacher.warmup_temp crops.ratio data.std eval.knn_temperature "
+        "run.checkpoint_every",
+        lambda value: value > 0,
+        "greater than 0",
+    ),
+    (
+        "crops.local_count crops.brightness crops.contrast crops.saturation crops.blur_radius optim.lr optim.min_lr "
+        "optim.warmup_epochs optim.weight_decay optim.weight_decay_end optim.clip_grad optim.freeze_last_layer "
+        "optim.eps teacher.warmup_temp_epochs eval.knn_every eval.voc_every eval.resize run.workers run.prefetch "
+        "run.keep_every run.stall_timeout run.profile_steps run.max_rewinds run.stop_after",
+        lambda value: value >= 0,
+        "0 or more",
+    ),
+    (
+        "crops.flip_prob crops.jitter_prob crops.gray_prob crops.blur_prob crops.solarize_prob data.max_bad_share "
+        "optim.momentum optim.b1 optim.b2 teacher.momentum teacher.momentum_end loss.center_momentum",
+        lambda value: 0 <= value <= 1,
+        "between 0 and 1",
+    ),
+    ("crops.hue", lambda value: 0 <= value <= 0.5, "between 0 and 0.5"),
+    ("model.drop_path", lambda value: 0 <= value < 1, "at least 0 and less than 1"),
+)
 
 
 def load(path: str, overrides: Iterable[str] = ()) -> ConfigDict:
@@ -63,7 +101,8 @@ def override(config: ConfigDict, overrides: Iterable[str]) -> ConfigDict:
         try:
             values([argv[0], argument])
         except (flags.Error, TypeError, ValueError) as error:
-            kind = type(known[key]).__name__ if known[key] is not None else config.get_type(key).__name__
+            owner, name = _place(config, key)
+            kind = type(known[key]).__name__ if known[key] is not None else owner.get_type(name).__name__
             raise UserError(f"--config.{key}={value}: this key takes a value of type {kind}") from error
     return config
 
@@ -112,18 +151,24 @@ def from_json(text: str, where: str = "the saved configuration") -> ConfigDict:
     try:
         flat = flatten(ConfigDict(json.loads(text)))
     except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{where}: not the JSON of a configuration ({error})") from error
+        raise UserError(f"{where}: not the JSON of a configuration ({error}); bring it back or remove it") from error
     config = default()
     known = flatten(config)
     for key, value in flat.items():
         if key not in known:
             raise UserError(f"{where}: there is no key {key!r} in this version{suggest(key, known)}")
-        *groups, name = key.split(".")
-        owner: Any = config
-        for group in groups:
-            owner = owner[group]
+        owner, name = _place(config, key)
         owner[name] = tuple(value) if isinstance(value, list | tuple) else value
     return config
+
+
+def _place(config: ConfigDict, key: str) -> tuple[Any, str]:
+    """The group that holds a dotted key, and the key's name there."""
+    *groups, name = key.split(".")
+    owner: Any = config
+    for group in groups:
+        owner = owner[group]
+    return owner, name
 
 
 def differences(saved: ConfigDict, wanted: ConfigDict) -> list[str]:
@@ -138,33 +183,17 @@ def check(config: ConfigDict) -> ConfigDict:
     for key, value in flatten(default()).items():
         if isinstance(value, tuple) and key not in PER_CHANNEL and len(flat[key]) != len(value):
             raise UserError(f"{key}={flat[key]}: {len(value)} values are needed, such as {value}")
+        if isinstance(value, tuple) and not _alike(flat[key], value):
+            raise UserError(f"{key}={flat[key]}: {type(value[0]).__name__} values are needed, such as {value}")
     for key in PER_CHANNEL:
         if len(flat[key]) != config.model.in_chans:
             raise UserError(f"{key}={flat[key]}: one value for each of the {config.model.in_chans} channels is needed")
-    at_least_one: tuple[str, ...] = (
-        "epochs",
-        "batch_size",
-        "model.patch_size",
-        "model.in_chans",
-        "head.out_dim",
-        "head.hidden_dim",
-    )
-    at_least_one += ("head.bottleneck_dim", "head.layers", "run.accum_steps", "run.log_every", "run.keep")
-    for key in at_least_one:
-        if flat[key] < 1:
-            raise UserError(f"{key}={flat[key]}: must be at least 1")
-    positive = ("loss.student_temp", "teacher.temp", "teacher.warmup_temp", "run.checkpoint_every")
-    for key in positive:
-        if not flat[key] > 0:
-            raise UserError(f"{key}={flat[key]}: must be greater than 0")
-    choices = {
-        "model.dtype": ("float32", "bfloat16", "float64"),
-        "model.precision": ("default", "high", "highest"),
-        "optim.name": ("adamw", "sgd", "lars"),
-        "data.render": ("host", "device"),
-        "run.remat": ("none", "blocks"),
-    }
-    for key, allowed in choices.items():
+    for keys, holds, what in RANGES:
+        for key in keys.split():
+            values = flat[key] if isinstance(flat[key], tuple) else (flat[key],)
+            if not all(value is None or holds(value) for value in values):
+                raise UserError(f"{key}={flat[key]}: must be {what}")
+    for key, allowed in CHOICES.items():
         if flat[key] not in allowed:
             raise UserError(f"{key}={flat[key]!r}: choose one of {', '.join(allowed)}{suggest(flat[key], allowed)}")
     for key in ("crops.global_scale", "crops.local_scale"):
@@ -174,3 +203,9 @@ def check(config: ConfigDict) -> ConfigDict:
     if config.run.mesh.fsdp == 0 or config.run.mesh.model == 0 or config.run.mesh.data == 0:
         raise UserError("run.mesh: an axis cannot have 0 devices; use 1, or -1 for the rest")
     return config
+
+
+def _alike(values: tuple[Any, ...], examples: tuple[Any, ...]) -> bool:
+    """Whether all are numbers, and whole ones where the examples are."""
+    kinds: tuple[type, ...] = (int,) if all(isinstance(example, int) for example in examples) else (int, float)
+    return all(isinstance(value, kinds) for value in values)

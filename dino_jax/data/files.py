@@ -70,7 +70,7 @@ class FolderSource(Files):
         else:
             empty = not folders and not any(root.iterdir())
             what = "the folder is empty" if empty else f"no pictures in it ({' '.join(SUFFIXES)})"
-            raise UserError(f"{path}: {what}")
+            raise UserError(f"{path}: {what}; put pictures there or name another folder")
 
     @staticmethod
     def _notice(path: str, flat: list[str], empty: list[str]) -> None:

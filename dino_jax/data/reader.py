@@ -42,7 +42,10 @@ class Reader:
                 return
             except BadImage as error:
                 reason = f"{error.name}: {error}"
-        raise UserError(f"{self.where}: none of the {len(tried)} pictures tried can be read; the last is {reason}")
+        raise UserError(
+            f"{self.where}: none of the {len(tried)} pictures tried can be read; the last is {reason}; "
+            "mend them or name another data set"
+        )
 
     def read(self, index: int) -> tuple[np.ndarray, int]:
         """Pixels uint8 [H, W, C] and label. Raises `BadImage`, with the picture's name."""

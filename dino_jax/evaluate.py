@@ -61,7 +61,9 @@ def evaluate(
         everything.find(data)  # before anything is loaded
     loaded = load(checkpoint, heads=heads)
     _check_patches(name, config, loaded.backbone.patch_size)
-    workdir = None if workdir is None else _made(workdir)
+    workdir = None if workdir is None else _made("workdir", workdir)
+    if out is not None:
+        _made("out", str(epath.Path(out).parent))
     model = Frozen(loaded.backbone, loaded.variables, loaded.config.data.mean, loaded.config.data.std)
     figures: dict[str, Any] = {}
 
@@ -131,16 +133,16 @@ def _settings(name: str, default: ConfigDict, file: str | None) -> ConfigDict:
     return config
 
 
-def _made(workdir: str) -> str:
-    """The folder, made and tried by process 0 before the long part."""
-    folder = epath.Path(workdir).expanduser()
+def _made(option: str, path: str) -> str:
+    """The folder at `path`, made and tried by process 0 before the long part."""
+    folder = epath.Path(path).expanduser()
     try:
         if jax.process_index() == 0:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / ".tried").write_text("")
             (folder / ".tried").unlink()
     except OSError as error:
-        raise UserError(f"--workdir={workdir}: cannot be written: {error.strerror or error}") from error
+        raise UserError(f"--{option}={path}: cannot be written: {error.strerror or error}") from error
     return str(folder)
 
 

@@ -110,15 +110,10 @@ def test_sizes_that_the_patches_do_not_divide_are_named_by_their_key(loaded, mon
         verb.evaluate("all", "c", str(tmp_path), overrides=["--config.linear.crop=35"])
 
 
-def test_an_output_that_cannot_be_written(loaded, monkeypatch, tmp_path):
-    protocol_that(monkeypatch, lambda *_: {"top1": 7.0})
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"--out=.*cannot write"):
-        verb.evaluate("knn", "c", "d", out=str(tmp_path / "file" / "o.json"))
-
-
-def test_a_workdir_that_cannot_be_written_is_named_before_the_long_part(loaded, monkeypatch, tmp_path):
+def test_what_cannot_be_written_is_named_before_the_long_part(loaded, monkeypatch, tmp_path):
     protocol_that(monkeypatch, lambda *_: pytest.fail("evaluated"))
     (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"--out=.*file: cannot be written"):
+        verb.evaluate("knn", "c", "d", out=str(tmp_path / "file" / "o.json"))
     with pytest.raises(UserError, match=r"--workdir=.*file/x: cannot be written: "):
         verb.evaluate("knn", "c", "d", workdir=str(tmp_path / "file" / "x"))

@@ -261,7 +261,7 @@ def source_features(
     with tqdm(total=len(source), desc=spec, unit="picture", disable=None) as bar:  # on a terminal only
         features, labels = extract(
             model,
-            _counted(batches, spec, len(source)),
+            counted(batches, spec, len(source)),
             view=view,
             progress=lambda done: bar.update(min(done * jax.process_count(), len(source)) - bar.n),
         )
@@ -270,7 +270,7 @@ def source_features(
     return features, labels
 
 
-def _counted(batches: Iterable[Batch], spec: str, total: int) -> Iterator[Batch]:
+def counted(batches: Iterable[Batch], spec: str, total: int) -> Iterator[Batch]:
     """The batches; unreadable pictures are logged by name and left out, too many are an error."""
     bad: list[tuple] = []
     for batch in batches:

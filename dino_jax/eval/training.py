@@ -21,7 +21,7 @@ from dino_jax.data.example import Example
 from dino_jax.data.pipeline import make_eval_dataset
 from dino_jax.data.sources import Source
 from dino_jax.errors import UserError
-from dino_jax.eval.features import MAX_BAD_SHARE
+from dino_jax.eval.features import MAX_BAD_SHARE, counted
 from dino_jax.eval.pictures import grouped, parallel
 from dino_jax.sharding import make_mesh, process_rows, to_devices
 
@@ -121,9 +121,7 @@ def test_batches(source: Source, config: Any, mesh: Mesh, channels: int) -> Iter
         channels=channels,
         threads=config.threads,
     )
-    for batch in batches:
-        for _, name, reason in batch["bad"]:
-            _log.warning("%s is left out: %s", name, reason)
+    for batch in counted(batches, "test pictures", len(source)):
         yield to_devices({key: batch[key] for key in ("image", "label", "valid")}, mesh, size)
 
 

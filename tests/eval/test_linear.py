@@ -7,7 +7,7 @@ from PIL import Image
 
 from dino_jax.data.sources import open_source
 from dino_jax.errors import UserError
-from dino_jax.eval import linear
+from dino_jax.eval import linear, training
 from dino_jax.eval.features import Frozen, net_of
 from dino_jax.eval.splits import class_count
 from dino_jax.eval.training import crop_and_flip, data_mesh, train_batches
@@ -173,6 +173,12 @@ def test_batches_are_the_same_on_any_number_of_threads_and_skip_broken_files(cla
     assert sum(int(batch["valid"].sum()) for batch in one) == 23
     assert not np.array_equal(one[0]["image"], other[0]["image"])
     assert one[0]["image"].shape == (16, 8, 8, 3)  # 10 filled up to a multiple of 8 devices
+
+
+def test_too_many_unreadable_test_pictures_are_an_error(class_folders):
+    (class_folders / "val" / "n01" / "n01_3.JPEG").write_bytes(b"broken")
+    with pytest.raises(UserError, match=r"test pictures: 1 of 12 pictures cannot be read, first n01/n01_3\.JPEG"):
+        list(training.test_batches(open_source(str(class_folders / "val")), small(), data_mesh(), 3))
 
 
 def test_classes_of_the_splits_must_agree(class_folders):

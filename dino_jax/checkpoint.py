@@ -348,8 +348,9 @@ def _first(keys: Sequence[str], count: int = 3) -> str:
 
 
 def _not_ours(record: logging.LogRecord) -> bool:
-    """Drops the tracebacks that Orbax logs of errors which it also raises, and which become one line here."""
-    return not (record.levelno >= logging.ERROR and "orbax" in record.pathname)
+    """Drops the tracebacks that Orbax, or asyncio of Orbax's tasks, logs of errors which become one line here."""
+    return not (record.levelno >= logging.ERROR and "orbax" in record.pathname + record.getMessage())
 
 
-logging.getLogger("absl").addFilter(_not_ours)
+for _name in ("absl", "asyncio"):
+    logging.getLogger(_name).addFilter(_not_ours)

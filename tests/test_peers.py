@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -38,11 +39,13 @@ class Store:
 def two(monkeypatch):
     monkeypatch.setattr(jax.distributed, "shutdown", lambda: None)
     monkeypatch.setattr(peers, "LOOK", 0.01)
-    store = Store()
+    logger = logging.getLogger("dino_jax")  # other processes than the first are quieter
+    level, store = logger.level, Store()
     pair = [Peers(rank, 2, store, patience=2.0) for rank in (0, 1)]
     yield pair
     for peer in pair:
         peer.end()
+    logger.setLevel(level)
 
 
 def both(pair: list[Peers], check: Callable[[Peers], None]) -> list[str]:
@@ -104,7 +107,7 @@ def test_a_process_that_does_not_come_is_named(two):
 
 
 def test_a_workdir_that_is_not_shared_is_named(two, monkeypatch, tmp_path):
-    monkeypatch.setattr(peers, "_appears", lambda path: path.exists())
+    monkeypatch.setattr(peers, "_appears", lambda path: any(path.exists() or time.sleep(0.05) for _ in range(20)))
     folders = [tmp_path / "a", tmp_path / "b"]
     for folder in folders:
         folder.mkdir()

@@ -19,7 +19,7 @@ def ones(*shape):
 
 
 PROGRAMS = {
-    "knn": lambda: (knn._search(MESH), ones(8, 4), ones(128, 4), 0, 100, ones(8, 3), jnp.ones((8, 3), jnp.int32)),
+    "knn": lambda: (knn._search(MESH, 3), ones(128, 4), 0, 100, ones(8, 4), ones(8, 3), jnp.ones((8, 3), jnp.int32)),
     "propagation": lambda: (
         propagation._compiled(MESH, 9, 9, 2, 3, 0.1),
         *(ones(2, 9, 9, 4), ones(9, 9, 4), ones(2, 9, 9, 3), jnp.ones(2, bool)),

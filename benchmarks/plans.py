@@ -16,14 +16,14 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "plans.jsonl"
 TOPOLOGIES = ("v5e:4x4", "v5e:16x16", "v5p:4x4x4", "v6e:4x4")
-REMAT = "run.remat=blocks"
+REMAT, TWICE, FOUR_TIMES = "run.remat=blocks", "run.accum_steps=2", "run.accum_steps=4"
 # Model -> configuration, overrides everywhere, overrides of run.* that make it fit on some slices.
 MODELS: dict[str, tuple[str, tuple[str, ...], dict[str, tuple[str, ...]]]] = {
     "ViT-S/16": ("vit_s16_800", (), {}),
     "ViT-B/16": ("vit_b16", (), {"v5e:4x4": (REMAT,)}),
-    "ViT-S/8": ("vit_s8", (), {"v5e:4x4": (REMAT,), "v6e:4x4": (REMAT,)}),
-    "ViT-L/16": ("vit_b16", ("model.name=vit_large",), {"v5e:4x4": (REMAT,), "v6e:4x4": (REMAT,)}),
-    "ViT-B/8": ("vit_b8", ("batch_size=1024",), {"v5e:4x4": (REMAT, "run.accum_steps=2"), "v6e:4x4": (REMAT,)}),
+    "ViT-S/8": ("vit_s8", (), {"v5e:4x4": (REMAT, TWICE), "v6e:4x4": (REMAT,)}),
+    "ViT-L/16": ("vit_b16", ("model.name=vit_large",), {"v5e:4x4": (REMAT, TWICE), "v6e:4x4": (REMAT,)}),
+    "ViT-B/8": ("vit_b8", ("batch_size=1024",), {"v5e:4x4": (REMAT, FOUR_TIMES), "v6e:4x4": (REMAT,)}),
 }
 INTRODUCTION = """\
 # Plans

@@ -117,16 +117,17 @@ def abstract_step(config: ConfigDict, devices: Sequence[Any], steps_per_epoch: i
     return mesh, state, step.lower(state, crops)
 
 
-def compile_step(lowered: Any) -> Program:
-    """Compiles; a program that its device's memory cannot hold is a `Program` too, without text, FLOPs and bytes."""
+def compile_step(lowered: Any, state_bytes: int) -> Program:
+    """Compiles; a program that its device's memory cannot hold is a `Program` too, without text, FLOPs and bytes.
+
+    `state_bytes`: of a device, for the refusals that tell of the temporaries only.
+    """
     begin = time.perf_counter()
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        used = re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", str(error))
-        if used is None:
+        if (peak := _refused(str(error), state_bytes)) is None:
             raise
-        peak = int(float(used[1]) * _UNITS[used[2]])
         return Program(0, 0, 0, 0, peak, "", time.perf_counter() - begin)
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
     arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
@@ -134,6 +135,14 @@ def compile_step(lowered: Any) -> Program:
     peak = arguments + outputs + temporary + memory.generated_code_size_in_bytes
     seconds = time.perf_counter() - begin
     return Program(cost["flops"], cost["bytes accessed"], arguments, temporary, peak, compiled.as_text(), seconds)
+
+
+def _refused(message: str, state_bytes: int) -> int | None:
+    """The bytes that a program would have needed, from libtpu's refusal; None where it says something else."""
+    for pattern, more in ((r"Used {} of {} hbm", 0), (r"HLO temporaries \({}\) exceeds", state_bytes)):
+        if found := re.search(pattern.replace("{}", r"([\d.]+)([KMGT]?)"), message):
+            return int(float(found[1]) * _UNITS[found[2]]) + more
+    return None
 
 
 def shard_bytes(tree: Any) -> int:

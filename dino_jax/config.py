@@ -49,6 +49,7 @@ def _model() -> ConfigDict:
     model.embed_dim = placeholder(int)  # width; null: the named model's own (likewise the next two; ViT and XCiT)
     model.depth = placeholder(int)  # blocks
     model.heads = placeholder(int)  # attention heads; must divide the width
+    model.init_std = placeholder(float)  # of the blocks' linear layers; null: 0.02, too little for a narrow ViT (ViT)
     model.small_stem = False  # ResNet: begin with a 3 x 3 convolution and no pooling, for pictures of 32 pixels or so
     model.drop_path = 0.1  # stochastic depth rate of the last block, student only; linear from 0 at the first
     model.dtype = "float32"  # compute type: float32, bfloat16 (parameters, norms, softmax and loss stay float32)

@@ -32,7 +32,7 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (  # keys; each o
         "at least 1",
     ),
     (
-        "loss.student_temp teacher.temp teacher.warmup_temp crops.ratio data.std eval.knn_temperature "
+        "model.init_std loss.student_temp teacher.temp teacher.warmup_temp crops.ratio data.std eval.knn_temperature "
         "run.checkpoint_every",
         lambda value: value > 0,
         "greater than 0",

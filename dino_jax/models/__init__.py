@@ -50,7 +50,7 @@ BACKBONES = {
     "xcit_medium_24": partial(XCiT, embed_dim=512, depth=24, heads=8, eta=1e-5),
 }
 
-_VARIATIONS = ("embed_dim", "depth", "heads", "small_stem")  # config keys that not every family has
+_VARIATIONS = ("embed_dim", "depth", "heads", "init_std", "small_stem")  # config keys that not every family has
 
 
 def build_backbone(model: ConfigDict, image_size: int | tuple[int, int], remat: str = "none") -> nn.Module:

@@ -18,7 +18,8 @@ from dino_jax.errors import UserError
 Array = jax.Array
 
 # The official `trunc_normal_(std=.02)` cuts at +-2 absolute, a hundred deviations away: a plain normal.
-normal_init = nn.initializers.normal(0.02)
+INIT_STD = 0.02
+normal_init = nn.initializers.normal(INIT_STD)
 
 
 def patch_grid(height: int, width: int, patch_size: int) -> tuple[int, int]:
@@ -58,11 +59,11 @@ def gelu(x: Array) -> Array:
 
 
 def dense(features: int, module: nn.Module, name: str | None = None, use_bias: bool = True) -> nn.Dense:
-    """Linear layer N(0, .02), bias 0, with the dtype and matmul precision of `module`."""
+    """Linear layer, bias 0, with the dtype and matmul precision of `module` and its `init_std`, if it has one."""
     return nn.Dense(
         features,
         use_bias=use_bias,
-        kernel_init=normal_init,
+        kernel_init=nn.initializers.normal(getattr(module, "init_std", INIT_STD)),
         dtype=module.dtype,
         precision=module.precision,
         name=name,
@@ -100,6 +101,7 @@ class Mlp(nn.Module):
     hidden: int
     dtype: Any = jnp.float32
     precision: Any = None
+    init_std: float = INIT_STD
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -119,6 +121,7 @@ class Attention(nn.Module):
     dtype: Any = jnp.float32
     precision: Any = None
     class_only: bool = False
+    init_std: float = INIT_STD
 
     def setup(self) -> None:
         self.qkv = dense(3 * self.width, self)

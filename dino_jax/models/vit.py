@@ -15,6 +15,7 @@ import numpy as np
 
 from dino_jax.errors import UserError
 from dino_jax.models.layers import (
+    INIT_STD,
     Array,
     Attention,
     Mlp,
@@ -99,12 +100,13 @@ class Block(nn.Module):
     width: int
     dtype: Any = jnp.float32
     precision: Any = None
+    init_std: float = INIT_STD
 
     def setup(self) -> None:
         self.norm1 = layer_norm(self)
-        self.attn = Attention(self.heads, self.width, self.dtype, self.precision)
+        self.attn = Attention(self.heads, self.width, self.dtype, self.precision, init_std=self.init_std)
         self.norm2 = layer_norm(self)
-        self.mlp = Mlp(4 * self.width, self.dtype, self.precision)
+        self.mlp = Mlp(4 * self.width, self.dtype, self.precision, self.init_std)
 
     def __call__(self, x: Array, keep: Array | None = None, valid: Array | None = None) -> Array:
         x = add_branch(x, self.attn(self.norm1(x), valid), None if keep is None else keep[0])
@@ -119,7 +121,8 @@ class ViT(nn.Module):
     """Vision transformer; see `dino_jax.models.BACKBONES` for the sizes.
 
     `image_size` (height, width) fixes the size of the position table; any other input that the patch divides works.
-    `dtype` is the compute type, parameters are float32. `remat` recomputes each block in the backward pass.
+    `dtype` is the compute type, parameters are float32. `remat` recomputes each block in the backward pass. `init_std`:
+    standard deviation of the blocks' linear layers at first; the official 0.02 suits a width of some hundreds.
     """
 
     embed_dim: int
@@ -131,6 +134,7 @@ class ViT(nn.Module):
     dtype: Any = jnp.float32
     precision: Any = None
     remat: bool = False
+    init_std: float = INIT_STD
 
     def setup(self) -> None:
         rows, columns = patch_grid(*self.image_size, self.patch_size)
@@ -138,7 +142,8 @@ class ViT(nn.Module):
         self.cls_token = self.param("cls_token", normal_init, (1, 1, self.embed_dim))
         self.pos_embed = self.param("pos_embed", normal_init, (1, 1 + rows * columns, self.embed_dim))
         block = nn.remat(Block) if self.remat else Block
-        self.blocks = [block(self.heads, self.embed_dim, self.dtype, self.precision) for _ in range(self.depth)]
+        numerics = self.dtype, self.precision, self.init_std
+        self.blocks = [block(self.heads, self.embed_dim, *numerics) for _ in range(self.depth)]
         self.norm = layer_norm(self)
 
     def __call__(self, images: Array, drop_path: Array | None = None, train: bool = False) -> Array:

@@ -93,6 +93,7 @@ def test_network_reads_every_group():
         ({"patch_size": 15}, "224 x 224 pixels .* patches of 15"),
         ({"name": "resnet50", "depth": 3}, "model.depth does not apply to resnet50"),
         ({"small_stem": True}, "model.small_stem does not apply to vit_small"),
+        ({"name": "xcit_small_12", "init_std": 0.1}, "model.init_std does not apply to xcit_small_12"),
     ],
 )
 def test_what_is_wrong_is_named(changes, message):

@@ -34,6 +34,16 @@ def variables(images):
     return jax.jit(tiny().init)(jax.random.key(0), images)
 
 
+def test_init_std_is_that_of_the_blocks_alone(variables, images):
+    """Official `trunc_normal_(std=.02)` unless said otherwise; embeddings stay at it."""
+    other = tiny(init_std=0.15).init(jax.random.key(0), images)
+    for params, std in ((variables["params"], 0.02), (other["params"], 0.15)):
+        kernels = [x for x in jax.tree.leaves(params["blocks_1"]) if x.ndim == 2]
+        assert len(kernels) == 4
+        np.testing.assert_allclose([x.std() for x in kernels], std, rtol=0.1)
+        np.testing.assert_allclose(params["pos_embed"].std(), 0.02, rtol=0.2)
+
+
 def test_one_interface(variables, images):
     model = tiny()
     tokens = model.apply(variables, images, method="tokens")

@@ -2,8 +2,8 @@
 
 Colours say nothing about the classes of `scenes`, so they are jittered away. A batch of 64 and a few hundred steps are
 far from the paper's regime: batch norm in the head with fixed prototypes and a sharp teacher keep so young a run from
-the uniform collapse. At a width of 64 linear layers drawn with the official deviation of 0.02 shrink what they are given
-to a sixth, so that such a network hardly sees its input and learns nothing; `model.init_std` is what mattered most.
+the uniform collapse. At a width of 64, linear layers of the official deviation 0.02 shrink what they are given to a
+sixth, so that such a network hardly sees its input and learns little: `model.init_std` is what mattered most.
 Cost and result: docs/benchmarks.md.
 """
 

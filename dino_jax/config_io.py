@@ -200,6 +200,9 @@ def check(config: ConfigDict) -> ConfigDict:
         low, high = flat[key]
         if not 0 < low <= high <= 1:
             raise UserError(f"{key}={flat[key]}: two shares of the area are needed, 0 < low <= high <= 1")
+    first, last = config.run.profile_steps
+    if first > last:
+        raise UserError(f"run.profile_steps=({first}, {last}): the first step and the last one are needed")
     if config.run.mesh.fsdp == 0 or config.run.mesh.model == 0 or config.run.mesh.data == 0:
         raise UserError("run.mesh: an axis cannot have 0 devices; use 1, or -1 for the rest")
     return config

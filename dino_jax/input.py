@@ -33,8 +33,9 @@ class BadFiles:
     def __init__(self, workdir: epath.Path):
         name = "bad_files.txt" if jax.process_index() == 0 else f"bad_files-{jax.process_index()}.txt"
         self._path, self._known = workdir / name, set()
-        if self._path.exists():
-            self._known = {line.split("\t")[0] for line in self._path.read_text().splitlines()}
+        with writing(f"{self._path}: cannot be read"):
+            if self._path.exists():
+                self._known = {line.split("\t")[0] for line in self._path.read_text().splitlines()}
 
     def note(self, bad: list[tuple[int, str, str]]) -> None:
         """Adds the (index, name, reason) that are new."""

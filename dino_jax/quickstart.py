@@ -26,7 +26,7 @@ from dino_jax.data.arrays import ArraySource
 from dino_jax.data.pipeline import make_eval_dataset, steps_per_epoch
 from dino_jax.data.scenes import Scenes
 from dino_jax.data.sources import Source, open_source
-from dino_jax.errors import UserError
+from dino_jax.errors import UserError, writing
 from dino_jax.eval import voc
 from dino_jax.eval.features import Frozen, extract, run
 from dino_jax.eval.knn import knn_classify
@@ -75,7 +75,8 @@ def quickstart(config: ConfigDict, workdir: pathlib.Path) -> dict[str, float]:
         "jaccard_trained": attention_jaccard(trained, masked),
     }
     picture = attention_picture(trained, masked)
-    Image.fromarray(picture).save(workdir / "attention.png")
+    with writing(f"{workdir / 'attention.png'}: cannot write"):
+        Image.fromarray(picture).save(workdir / "attention.png")
     figures = {name: round(value, 1) for name, value in figures.items()}
     figures["seconds"] = round(time.monotonic() - start, 1)
     print(report(figures, workdir))

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dino_jax import config_io, distributed, online, sharding
-from dino_jax.checkpoint import Checkpointer, steps
+from dino_jax.checkpoint import Checkpointer, restore_config, steps
 from dino_jax.data.pipeline import steps_per_epoch
 from dino_jax.data.sources import Source, fingerprint, open_source
 from dino_jax.errors import UserError, writing
@@ -72,8 +72,10 @@ def claim(workdir: epath.Path, config: ConfigDict) -> None:
     """Writes `workdir/config.json`, or compares with it: a workdir belongs to one configuration, `run.*` apart."""
     path = workdir / "config.json"
     with writing(f"--workdir={workdir}: cannot write there"):
-        saved = config_io.from_json(path.read_text(), str(path)) if path.exists() else config
-        if differences := config_io.differences(saved, config):
+        saved = path.read_text() if path.exists() else None
+        if saved is None and (found := steps(workdir / "checkpoints")):  # someone removed it
+            saved = restore_config(workdir / "checkpoints", found[-1])
+        if saved is not None and (differences := config_io.differences(config_io.from_json(saved, str(path)), config)):
             raise UserError(
                 f"{path}: this workdir belongs to a run of another configuration ({'; '.join(differences)}): "
                 "give another --workdir, or the same values to resume"

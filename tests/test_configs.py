@@ -95,6 +95,7 @@ def test_defaults_are_the_official_ones():
         ("--config.crops.flip_prob=50", r"crops\.flip_prob=50\.0: must be between 0 and 1"),
         ("--config.model.drop_path=1", r"model\.drop_path=1\.0: must be at least 0 and less than 1"),
         ("--config.model.in_chans=4", r"data\.mean=.*one value for each of the 4 channels"),
+        ("--config.run.profile_steps=(5,2)", r"run\.profile_steps=\(5, 2\): the first step and the last one"),
         ("--config.run.mesh.fsdp=0", r"run\.mesh: an axis cannot have 0 devices"),
         ("--config.lr", r"--config\.lr: overrides have the form --config\.KEY=VALUE"),
     ],

@@ -22,6 +22,7 @@ from dino_jax.data.arrays import ArraySource
 from dino_jax.data.crops import CropParams, render_crops
 from dino_jax.data.example import Example
 from dino_jax.data.pipeline import make_dataset
+from dino_jax.errors import UserError
 from dino_jax.input import BadFiles, device_batches, in_thread
 from dino_jax.train import train
 from tests.tiny import tiny_config
@@ -47,6 +48,9 @@ def test_bad_files_are_listed_once_also_after_a_restart(tmp_path):
     again = BadFiles(epath.Path(tmp_path))
     again.note([(3, "é.jpg", "empty"), (9, "b.jpg", "damaged: x")])
     assert (tmp_path / "bad_files.txt").read_text() == "é.jpg\tempty\nb.jpg\tdamaged: x\n"
+    (tmp_path / "folder" / "bad_files.txt").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"bad_files.txt: cannot be read: Is a directory"):
+        BadFiles(epath.Path(tmp_path / "folder"))
 
 
 def test_crops_on_the_devices_are_those_of_the_pipeline():

@@ -327,6 +327,9 @@ def test_workdirs_that_cannot_serve_get_one_clear_line(bad_input, uninterrupted,
     other = bad_input(["optim.lr=0.1"], workdir=uninterrupted[1])
     assert "another configuration" in other
     assert "optim.lr: 0.0005 -> 0.1" in other
+    lost = shutil.copytree(uninterrupted[1], tmp_path / "lost")
+    (lost / "config.json").unlink()  # the checkpoints know it too
+    assert bad_input(["optim.lr=0.1"], workdir=lost) == other.replace(str(uninterrupted[1]), str(lost))
     garbled = tmp_path / "garbled"
     garbled.mkdir()
     (garbled / "config.json").write_text('{"seed":')

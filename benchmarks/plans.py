@@ -22,7 +22,7 @@ MODELS: dict[str, tuple[str, tuple[str, ...], dict[str, tuple[str, ...]]]] = {
     "ViT-S/16": ("vit_s16_800", (), {}),
     "ViT-B/16": ("vit_b16", (), {"v5e:4x4": (REMAT,)}),
     "ViT-S/8": ("vit_s8", (), {"v5e:4x4": (REMAT, TWICE), "v6e:4x4": (REMAT,)}),
-    "ViT-L/16": ("vit_b16", ("model.name=vit_large",), {"v5e:4x4": (REMAT, TWICE), "v6e:4x4": (REMAT,)}),
+    "ViT-L/16": ("vit_b16", ("model.name=vit_large",), {"v5e:4x4": (REMAT, FOUR_TIMES), "v6e:4x4": (REMAT,)}),
     "ViT-B/8": ("vit_b8", ("batch_size=1024",), {"v5e:4x4": (REMAT, FOUR_TIMES), "v6e:4x4": (REMAT,)}),
 }
 INTRODUCTION = """\

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -352,5 +353,12 @@ def _not_ours(record: logging.LogRecord) -> bool:
     return not (record.levelno >= logging.ERROR and "orbax" in record.pathname + record.getMessage())
 
 
+def _unraised(lost: sys.UnraisableHookArgs, hook: Callable[[sys.UnraisableHookArgs], Any] = sys.unraisablehook) -> None:
+    """TensorStore's threads answer tasks that Orbax has given up after such an error, each with a traceback."""
+    if str(lost.exc_value) != "Event loop is closed":
+        hook(lost)
+
+
+sys.unraisablehook = _unraised
 for _name in ("absl", "asyncio"):
     logging.getLogger(_name).addFilter(_not_ours)

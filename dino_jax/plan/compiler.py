@@ -117,7 +117,7 @@ def abstract_step(config: ConfigDict, devices: Sequence[Any], steps_per_epoch: i
     return mesh, state, step.lower(state, crops)
 
 
-def compile_step(lowered: Any, state_bytes: int) -> Program:
+def compile_step(lowered: Any, state_bytes: int = 0) -> Program:
     """Compiles; a program that its device's memory cannot hold is a `Program` too, without text, FLOPs and bytes.
 
     `state_bytes`: of a device, for the refusals that tell of the temporaries only.

@@ -136,8 +136,8 @@ def vote(
         rows = slice(start, start + step)
         truth = labels[rows, None]  # [q, 1]
         cells = np.arange(len(truth))[:, None] * num_classes + neighbour_labels[rows]
-        votes = np.bincount(cells.ravel(), weights[rows].ravel(), len(truth) * num_classes)
-        votes = votes.reshape(-1, num_classes)  # [q, classes]
+        flat = np.bincount(cells.ravel(), weights[rows].ravel(), len(truth) * num_classes)
+        votes = flat.reshape(-1, num_classes)  # [q, classes]
         own = np.take_along_axis(votes, truth, axis=1)
         ranks.append(np.sum((votes > own) | ((votes == own) & (classes < truth)), axis=1))
     rank = np.concatenate(ranks)  # [Q] 0: most votes

@@ -115,15 +115,16 @@ def bench_input(config: ConfigDict, source: str | None = None, seconds: float = 
 
     Returns images a second. `*_per_core` are images per second of CPU time, all threads of this process together, so
     that other load on the machine matters little; waiting for storage is not in them. `ratio` is the device mode's host
-    part over host rendering. `train_*`: on all devices together, `resident` with the same crops again and again;
-    `share_*`: the part of the resident rate that training from the data reaches.
+    part over host rendering. `train_*`: on all devices together, with the config's `run.workers` and
+    `run.threads`, `resident` with the same crops again and again; `share_*`: the part of the resident rate that
+    training from the data reaches.
     """
     pictures: Source = open_source(source) if source else JpegSource()
     batch_size = min(HOST_BATCH, len(pictures))
     works: dict[str, Callable[[], Pictures]] = {
         "decode": lambda: _decoded(pictures, config),
-        "host": lambda: _prepared(pictures, _in_mode(config, "host", batch_size)),
-        "device": lambda: _prepared(pictures, _in_mode(config, "device", batch_size)),
+        "host": lambda: _prepared(pictures, _in_process(_in_mode(config, "host"), batch_size)),
+        "device": lambda: _prepared(pictures, _in_process(_in_mode(config, "device"), batch_size)),
     }
     rates = _rates_per_core(works, seconds)
     results: Results = {f"{name}_images_per_s_per_core": rate for name, rate in rates.items()}
@@ -132,14 +133,18 @@ def bench_input(config: ConfigDict, source: str | None = None, seconds: float = 
 
 
 def bench_step(config: ConfigDict, steps: int = 10) -> Results:
-    """The train step on resident crops: images/s over all devices, milliseconds, and seconds of compilation."""
+    """The train step on resident crops of noise: images/s over all devices, milliseconds, seconds of compilation, and,
+    where the devices tell, the peak of the first one's memory in GB."""
     mesh = sharding.make_mesh(config.run.mesh)
     sharding.check_batch(config.batch_size, mesh, config.run.accum_steps)
     recipe = make_recipe(config, 1000)
     state, train_step = jit_init_state(recipe, mesh), jit_train_step(recipe, mesh)
     groups = [(2, config.crops.global_size), (config.crops.local_count, config.crops.local_size)]
+    rng = np.random.default_rng(0)  # zeros would flatter a GPU, whose clock depends on what it computes
     crops = [
-        np.zeros((config.batch_size, count, *size, config.model.in_chans), jnp.dtype(config.model.dtype))
+        rng.standard_normal((config.batch_size, count, *size, config.model.in_chans), np.float32).astype(
+            jnp.dtype(config.model.dtype)
+        )
         for count, size in groups
         if count
     ]
@@ -148,11 +153,14 @@ def bench_step(config: ConfigDict, steps: int = 10) -> Results:
     state, _ = _timed(train_step, state, batches, 1)
     first = time.perf_counter() - begin
     state, seconds = _timed(train_step, state, batches, steps)
-    return {
+    results: Results = {
         "images_per_s": steps * config.batch_size / seconds,
         "ms_per_step": 1e3 * seconds / steps,
         "compile_s": first - seconds / steps,
     }
+    if memory := jax.devices()[0].memory_stats():
+        results["peak_gb"] = memory["peak_bytes_in_use"] / 1e9
+    return results
 
 
 def bench_loss(config: ConfigDict, steps: int = 10) -> Results:
@@ -190,11 +198,15 @@ def print_results(results: Results) -> None:
     print(json.dumps({name: round(value, 4) if isinstance(value, float) else value for name, value in results.items()}))
 
 
-def _in_mode(config: ConfigDict, mode: str, batch_size: int | None = None) -> ConfigDict:
+def _in_mode(config: ConfigDict, mode: str) -> ConfigDict:
     config = config.copy_and_resolve_references()
     config.data.render = mode
-    config.run.workers = 0  # threads of this process, whose CPU time it knows
-    config.batch_size = batch_size or config.batch_size
+    return config
+
+
+def _in_process(config: ConfigDict, batch_size: int) -> ConfigDict:
+    """With threads of this process, whose CPU time it knows."""
+    config.run.workers, config.batch_size = 0, batch_size
     return config
 
 

@@ -156,6 +156,7 @@ def _run() -> ConfigDict:
     run.mesh = ConfigDict({"data": -1, "fsdp": 1, "model": 1})  # devices per axis; -1: all that remain
     run.accum_steps = 1  # microbatches per step
     run.remat = "none"  # none, blocks: recompute each block's activations in the backward pass
+    run.attention = "auto"  # plain, fused: by cuDNN (NVIDIA, bfloat16), auto: fused where that can be (ViT)
     run.workers = 0  # grain worker processes; 0: threads of this process
     run.threads = 2  # reading threads in each process
     run.prefetch = 2  # batches on the device ahead of the step

@@ -22,6 +22,7 @@ CHOICES = {
     "optim.name": ("adamw", "sgd", "lars"),
     "data.render": ("host", "device"),
     "run.remat": ("none", "blocks"),
+    "run.attention": ("auto", "plain", "fused"),
 }
 RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (  # keys; each of their values, unless None; in words
     (

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from dino_jax.errors import UserError
 from dino_jax.models.head import Head
-from dino_jax.models.layers import patch_grid
+from dino_jax.models.layers import can_fuse_attention, patch_grid
 from dino_jax.models.network import Network
 from dino_jax.models.resnet import ResNet
 from dino_jax.models.vit import ViT, resize_pos_embed
@@ -53,11 +53,13 @@ BACKBONES = {
 _VARIATIONS = ("embed_dim", "depth", "heads", "init_std", "small_stem")  # config keys that not every family has
 
 
-def build_backbone(model: ConfigDict, image_size: int | tuple[int, int], remat: str = "none") -> nn.Module:
+def build_backbone(
+    model: ConfigDict, image_size: int | tuple[int, int], remat: str = "none", attention: str = "plain"
+) -> nn.Module:
     """The backbone that `config.model` describes, for inputs of `image_size` (height, width) and others.
 
-    `remat`: `none` or `blocks` (`config.run.remat`). Raises `UserError` for an unknown name, a key that the named
-    model lacks, or a size that does not fit the patch.
+    `remat` and `attention` are those of `config.run`. Raises `UserError` for an unknown name, a key that the named
+    model lacks, a size that does not fit the patch, or `attention=fused` where that cannot be.
     """
     constructor = _choice("model.name", model.name, BACKBONES)
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
@@ -78,6 +80,15 @@ def build_backbone(model: ConfigDict, image_size: int | tuple[int, int], remat: 
         patch_grid(height, width, backbone.patch_size)
         if backbone.embed_dim % backbone.heads:
             raise UserError(f"model.embed_dim {backbone.embed_dim} is not divisible by model.heads {backbone.heads}")
+    if "fused" in fields:
+        possible = can_fuse_attention(backbone.dtype, backbone.embed_dim // backbone.heads)
+        fused = _choice("run.attention", attention, {"auto": possible, "plain": False, "fused": True})
+        if fused and not possible:
+            raise UserError(
+                "run.attention=fused needs an NVIDIA GPU (Ampere or newer), model.dtype=bfloat16 and heads whose width "
+                "is a multiple of 8 up to 128: set it to auto"
+            )
+        backbone = backbone.clone(fused=fused)
     return backbone
 
 
@@ -88,7 +99,10 @@ def build_head(config: ConfigDict) -> Head:
 
 def build_network(config: ConfigDict) -> Network:
     """Backbone and head of a whole run's configuration; the position table fits `config.crops.global_size`."""
-    return Network(build_backbone(config.model, config.crops.global_size, config.run.remat), build_head(config))
+    run = config.run
+    whole = run.attention != "auto" or run.mesh.model == 1  # over that axis it would have to add up gradients
+    backbone = build_backbone(config.model, config.crops.global_size, run.remat, run.attention if whole else "plain")
+    return Network(backbone, build_head(config))
 
 
 def _numerics(model: ConfigDict) -> dict:

@@ -53,9 +53,14 @@ def statistics_dtype(dtype: Any) -> np.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
+@jax.checkpoint
 def gelu(x: Array) -> Array:
-    """GELU with the exact error function, torch's default; same shape and dtype."""
-    return jax.nn.gelu(x, approximate=False)
+    """GELU with the exact error function, torch's default, in at least float32 inside; same shape and dtype.
+
+    The backward pass keeps `x` alone and computes the rest again, which costs less than to write and read it.
+    """
+    exact = x.astype(statistics_dtype(x.dtype))
+    return (exact * (0.5 + 0.5 * jax.lax.erf(exact * 2**-0.5))).astype(x.dtype)
 
 
 def dense(features: int, module: nn.Module, name: str | None = None, use_bias: bool = True) -> nn.Dense:
@@ -109,11 +114,41 @@ class Mlp(nn.Module):
         return dense(x.shape[-1], self, "fc2")(hidden)
 
 
+def can_fuse_attention(dtype: Any, head_width: int) -> bool:
+    """Whether cuDNN's fused attention runs on the devices here: an Ampere GPU or newer, bfloat16, heads that fit."""
+    device = jax.devices()[0]
+    if device.platform != "gpu" or dtype != jnp.bfloat16 or head_width % 8 or head_width > 128:
+        return False
+    return float(getattr(device, "compute_capability", 0)) >= 8.0
+
+
+def fused_attention(query: Array, key: Array, value: Array) -> Array:
+    """Attention of [B, N, H, D/H] by cuDNN, which keeps no [N, N]; in bfloat16, its softmax in float32.
+
+    Over a mesh it works on the rows that a device holds: XLA cannot share out a cuDNN kernel by itself.
+    """
+    batch, tokens = query.shape[:2]
+    odd = tokens % 2  # JAX asks for an even number in training: one that nobody attends is added
+    lengths = {"query_seq_lengths", "key_value_seq_lengths"} if odd else ()
+
+    def attend(query: Array, key: Array, value: Array) -> Array:
+        padded = [jnp.pad(x, ((0, 0), (0, odd), (0, 0), (0, 0))) for x in (query, key, value)]
+        there = jnp.full((batch,), tokens, jnp.int32)
+        out = jax.nn.dot_product_attention(*padded, **dict.fromkeys(lengths, there), implementation="cudnn")
+        return out[:, :tokens]
+
+    mesh, all_of_it = jax.sharding.get_abstract_mesh(), jax.sharding.PartitionSpec()
+    if mesh.size > 1 and (rest := set(mesh.axis_names) - set(mesh.manual_axes)):
+        attend = jax.shard_map(attend, in_specs=all_of_it, out_specs=all_of_it, axis_names=rest, check_vma=False)
+    return attend(query, key, value)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention [B, N, D] -> [B, N, D]; softmax in at least float32.
 
     `valid` bool [B, N]: the tokens that may be attended; None: all.
     With `class_only` the first token alone asks (class attention of CaiT and XCiT): [B, N, D] -> [B, 1, D].
+    `fused`: by `fused_attention`, where all tokens attend to all.
     """
 
     heads: int
@@ -122,24 +157,31 @@ class Attention(nn.Module):
     precision: Any = None
     class_only: bool = False
     init_std: float = INIT_STD
+    fused: bool = False
 
     def setup(self) -> None:
         self.qkv = dense(3 * self.width, self)
         self.proj = dense(self.width, self)
 
     def __call__(self, x: Array, valid: Array | None = None) -> Array:
-        weights, value = self._attend(x, valid)
-        out = jnp.einsum("bhnm,bmhd->bnhd", weights.astype(self.dtype), value, precision=self.precision)
+        if self.fused and valid is None and not self.class_only:
+            out = fused_attention(*self._project(x))
+        else:
+            weights, value = self._attend(x, valid)
+            out = jnp.einsum("bhnm,bmhd->bnhd", weights.astype(self.dtype), value, precision=self.precision)
         return self.proj(out.reshape(x.shape[0], -1, self.width))  # [B, N, H, D/H] -> [B, N, D]
 
     def weights(self, x: Array) -> Array:
         """The attention [B, H, N, N], or [B, H, 1, N] with `class_only`; rows sum to 1."""
         return self._attend(x)[0]
 
+    def _project(self, x: Array) -> tuple[Array, Array, Array]:
+        """Queries, keys and values, each [B, N, H, D/H]."""
+        qkv = self.qkv(x).reshape(*x.shape[:2], 3, self.heads, -1)  # [B, N, 3, H, D/H]
+        return qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+
     def _attend(self, x: Array, valid: Array | None = None) -> tuple[Array, Array]:
-        batch, tokens, width = x.shape
-        qkv = self.qkv(x).reshape(batch, tokens, 3, self.heads, width // self.heads)  # [B, N, 3, H, D/H]
-        query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        query, key, value = self._project(x)
         if self.class_only:
             query = query[:, :1]
         logits = jnp.einsum(
@@ -151,4 +193,4 @@ class Attention(nn.Module):
         )
         if valid is not None:
             logits = jnp.where(valid[:, None, None, :], logits, -jnp.inf)
-        return jax.nn.softmax(logits * (width // self.heads) ** -0.5, axis=-1), value
+        return jax.nn.softmax(logits * (self.width // self.heads) ** -0.5, axis=-1), value

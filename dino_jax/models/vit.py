@@ -101,10 +101,12 @@ class Block(nn.Module):
     dtype: Any = jnp.float32
     precision: Any = None
     init_std: float = INIT_STD
+    fused: bool = False
 
     def setup(self) -> None:
         self.norm1 = layer_norm(self)
-        self.attn = Attention(self.heads, self.width, self.dtype, self.precision, init_std=self.init_std)
+        numerics = self.dtype, self.precision
+        self.attn = Attention(self.heads, self.width, *numerics, init_std=self.init_std, fused=self.fused)
         self.norm2 = layer_norm(self)
         self.mlp = Mlp(4 * self.width, self.dtype, self.precision, self.init_std)
 
@@ -121,8 +123,9 @@ class ViT(nn.Module):
     """Vision transformer; see `dino_jax.models.BACKBONES` for the sizes.
 
     `image_size` (height, width) fixes the size of the position table; any other input that the patch divides works.
-    `dtype` is the compute type, parameters are float32. `remat` recomputes each block in the backward pass. `init_std`:
-    standard deviation of the blocks' linear layers at first; the official 0.02 suits a width of some hundreds.
+    `dtype` is the compute type, parameters are float32. `remat` recomputes each block in the backward pass.
+    `fused`: attention by cuDNN (`layers.fused_attention`). `init_std`: standard deviation of the blocks' linear layers
+    at first; the official 0.02 suits a width of some hundreds.
     """
 
     embed_dim: int
@@ -135,6 +138,7 @@ class ViT(nn.Module):
     precision: Any = None
     remat: bool = False
     init_std: float = INIT_STD
+    fused: bool = False
 
     def setup(self) -> None:
         rows, columns = patch_grid(*self.image_size, self.patch_size)
@@ -142,7 +146,7 @@ class ViT(nn.Module):
         self.cls_token = self.param("cls_token", normal_init, (1, 1, self.embed_dim))
         self.pos_embed = self.param("pos_embed", normal_init, (1, 1 + rows * columns, self.embed_dim))
         block = nn.remat(Block) if self.remat else Block
-        numerics = self.dtype, self.precision, self.init_std
+        numerics = self.dtype, self.precision, self.init_std, self.fused
         self.blocks = [block(self.heads, self.embed_dim, *numerics) for _ in range(self.depth)]
         self.norm = layer_norm(self)
 

@@ -103,6 +103,9 @@ def abstract_step(config: ConfigDict, devices: Sequence[Any], steps_per_epoch: i
 
     The same functions as in training. Raises `UserError` for a mesh or batch that does not fit the devices.
     """
+    if devices[0].platform != jax.default_backend():  # `auto` looks at the devices that are here
+        config = config.copy_and_resolve_references()
+        config.run.attention = "plain"
     mesh = sharding.make_mesh(config.run.mesh, devices)
     sharding.check_batch(config.batch_size, mesh, config.run.accum_steps)
     recipe = make_recipe(config, steps_per_epoch)

@@ -34,8 +34,8 @@ from dino_jax.train import train
 from dino_jax.train_step import jit_init_state, make_recipe
 
 CONFIG = pathlib.Path(__file__).parent.parent / "configs" / "quickstart.py"
-BANK, QUERIES, MASKED = 2400, 1200, 240  # pictures: k-NN neighbours, k-NN queries, pictures with masks
-SIZE, ATTENTION_SIZE = 64, 96  # pixels: of the pictures, and of those whose attention is looked at, on a finer grid
+BANK, QUERIES, MASKED = 2400, 1200, 240  # pictures: k-NN neighbours (of those trained on), queries, those with masks
+SIZE, ATTENTION_SIZE = 96, 144  # pixels: of the pictures, and of those whose attention is looked at, on a finer grid
 SHOWN = 8  # pictures in attention.png
 
 
@@ -65,7 +65,7 @@ def quickstart(config: ConfigDict, workdir: pathlib.Path) -> dict[str, float]:
     fresh = jit_init_state(recipe, sharding.make_mesh(config.run.mesh))
     trained, untrained = (online.frozen_teacher(config, recipe, s) for s in (state, fresh))
     print("quickstart: k-NN and attention, before and after", file=sys.stderr)
-    sets = [in_memory(Scenes(split, size, image_size=SIZE)) for split, size in (("train", BANK), ("test", QUERIES))]
+    sets = [in_memory(source, BANK), in_memory(Scenes("test", QUERIES, image_size=SIZE))]
     masked = Scenes("test", MASKED, image_size=ATTENTION_SIZE)
     figures = {
         "knn_pixels": knn_pixels(config, sets),
@@ -93,9 +93,9 @@ def report(figures: dict[str, float], workdir: pathlib.Path) -> str:
     return "\n".join([*lines, f"{figures['seconds']:.0f} seconds; pictures: {workdir / 'attention.png'}"])
 
 
-def in_memory(source: Source) -> ArraySource:
-    """A source whose pictures are drawn once."""
-    images, labels, _ = zip(*(source[i] for i in range(len(source))), strict=True)
+def in_memory(source: Source, most: int | None = None) -> ArraySource:
+    """A source, or the first pictures of it, drawn once."""
+    images, labels, _ = zip(*(source[i] for i in range(len(source))[:most]), strict=True)
     return ArraySource(np.stack(images), labels)
 
 

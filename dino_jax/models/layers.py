@@ -129,12 +129,13 @@ def fused_attention(query: Array, key: Array, value: Array) -> Array:
     """
     batch, tokens = query.shape[:2]
     odd = tokens % 2  # JAX asks for an even number in training: one that nobody attends is added
-    lengths = {"query_seq_lengths", "key_value_seq_lengths"} if odd else ()
 
     def attend(query: Array, key: Array, value: Array) -> Array:
         padded = [jnp.pad(x, ((0, 0), (0, odd), (0, 0), (0, 0))) for x in (query, key, value)]
-        there = jnp.full((batch,), tokens, jnp.int32)
-        out = jax.nn.dot_product_attention(*padded, **dict.fromkeys(lengths, there), implementation="cudnn")
+        there = jnp.full((batch,), tokens, jnp.int32) if odd else None
+        out = jax.nn.dot_product_attention(
+            *padded, query_seq_lengths=there, key_value_seq_lengths=there, implementation="cudnn"
+        )
         return out[:, :tokens]
 
     mesh, all_of_it = jax.sharding.get_abstract_mesh(), jax.sharding.PartitionSpec()

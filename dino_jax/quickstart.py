@@ -35,7 +35,7 @@ from dino_jax.train_step import jit_init_state, make_recipe
 
 CONFIG = pathlib.Path(__file__).parent.parent / "configs" / "quickstart.py"
 BANK, QUERIES, MASKED = 2400, 1200, 240  # pictures: k-NN neighbours (of those trained on), queries, those with masks
-SIZE, ATTENTION_SIZE = 96, 144  # pixels: of the pictures, and of those whose attention is looked at, on a finer grid
+SIZE, ATTENTION_SIZE = 96, 192  # pixels: of the pictures, and of those whose attention is looked at, on a finer grid
 SHOWN = 8  # pictures in attention.png
 
 

@@ -80,7 +80,8 @@ def test_remat_wraps_every_block_and_changes_no_name(variables, images):
     assert jax.tree.structure(same) == jax.tree.structure(jax.eval_shape(remat.init, jax.random.key(0), images))
     run = partial(remat.apply, train=True, mutable=["batch_stats"])
     program, (_, moved) = jax.make_jaxpr(run, return_shape=True)(same, images, jnp.ones((2, 3, 4)))
-    assert sum("remat" in eqn.primitive.name or "checkpoint" in eqn.primitive.name for eqn in program.eqns) == 2
+    saved = [e for e in program.eqns if "remat" in e.primitive.name or "checkpoint" in e.primitive.name]
+    assert sum("dot_general" in str(e.params["jaxpr"]) for e in saved) == 2  # the others are GELUs
     assert jax.tree.structure(moved["batch_stats"]) == jax.tree.structure(same["batch_stats"])
 
 

@@ -72,6 +72,8 @@ def measure_ours(args: argparse.Namespace, batch: int, dtype: str, overrides: li
 
 def measure_official(args: argparse.Namespace, batch: int, dtype: str, overrides: list[str]) -> dict[str, Any]:
     """The official loop over resident batches, as its `train_dino` sets it up for one GPU."""
+    if dtype not in ("float16", "float32"):
+        sys.exit("--types: the official code knows float16 and float32")
     sys.path.insert(0, str(args.official))
     import main_dino
     import torch
@@ -106,8 +108,6 @@ def measure_official(args: argparse.Namespace, batch: int, dtype: str, overrides
         freeze_last_layer=config.optim.freeze_last_layer,
     )
     scaler = torch.amp.GradScaler("cuda") if dtype == "float16" else None
-    if dtype not in ("float16", "float32"):
-        sys.exit("--types: the official code knows float16 and float32")
 
     def epoch(number: int, steps: int) -> float:
         schedules = [[value] * (2 * args.steps + 2 * WARM_UP) for value in (1e-4, 0.04, 0.996)]

@@ -1,4 +1,4 @@
-"""The train step beside the official PyTorch code's on the same GPU: images a second, memory, each in its own process.
+"""The train step beside the official PyTorch code's on the same machine: images a second, memory, a process for each.
 
     git clone https://github.com/facebookresearch/dino
     python benchmarks/official.py --official=dino [--config=configs/vit_s16.py] [--batches=64,128] [--steps=20]
@@ -6,8 +6,9 @@
 
 The official side is its own `train_one_epoch`, unchanged, over batches that lie on the GPU already: forward passes of
 both networks under autocast, loss and centre, backward pass, clipping, AdamW, teacher. Ours is the jitted step that
-`dino-jax train` runs, in bfloat16, over the same sizes of crops. Neither includes input. Needs torch and torchvision
-with CUDA, and JAX with CUDA. Prints a line for each run and, last, one JSON object; `ratio` is ours over theirs.
+`dino-jax train` runs, in bfloat16, over the same sizes of crops. Neither includes input. Needs torch, torchvision and
+JAX, all with CUDA or all without: on a CPU, with `--types=float32,float32`, the official calls of `.cuda()` do nothing.
+Prints a line for each run and, last, one JSON object; `ratio` is ours over theirs.
 """
 
 from __future__ import annotations
@@ -85,23 +86,28 @@ def measure_official(args: argparse.Namespace, batch: int, dtype: str, overrides
     from dino_jax import config_io
 
     config = config_io.load(args.config, overrides)
+    device, backend = (torch.device("cuda", 0), "nccl") if torch.cuda.is_available() else (None, "gloo")
+    if device is None:  # the official code asks for a GPU without looking
+        torch.Tensor.cuda = lambda tensor, *_, **__: tensor
+        torch.cuda.synchronize = lambda *_: None
+        utils.SmoothedValue.synchronize_between_processes = lambda _: None
     torch.backends.cudnn.benchmark = True
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
-    torch.distributed.init_process_group("nccl", rank=0, world_size=1, device_id=torch.device("cuda", 0))
+    torch.distributed.init_process_group(backend, rank=0, world_size=1, device_id=device)
     build = getattr(vision_transformer, config.model.name)
     networks = []
     for options in ({"drop_path_rate": config.model.drop_path}, {}):
         backbone = build(patch_size=config.model.patch_size, **options)
         head = main_dino.DINOHead(backbone.embed_dim, config.head.out_dim, config.head.use_bn)
         networks.append(utils.MultiCropWrapper(backbone, head).cuda())
-    student, teacher = nn.parallel.DistributedDataParallel(networks[0], device_ids=[0]), networks[1]
+    student, teacher = nn.parallel.DistributedDataParallel(networks[0], device_ids=device and [0]), networks[1]
     teacher.load_state_dict(student.module.state_dict())
     for parameter in teacher.parameters():
         parameter.requires_grad = False
     loss = main_dino.DINOLoss(config.head.out_dim, 2 + config.crops.local_count, 0.04, 0.04, 0, 2).cuda()
     optimizer = torch.optim.AdamW(utils.get_params_groups(student))
     sizes = [config.crops.global_size] * 2 + [config.crops.local_size] * config.crops.local_count
-    crops = [torch.randn(batch, config.model.in_chans, *size, device="cuda") for size in sizes]
+    crops = [torch.randn(batch, config.model.in_chans, *size).cuda() for size in sizes]
     options = argparse.Namespace(
         epochs=2,
         clip_grad=config.optim.clip_grad,
@@ -126,7 +132,7 @@ def measure_official(args: argparse.Namespace, batch: int, dtype: str, overrides
     return {
         "images_per_s": round(args.steps * batch / seconds, 1),
         "ms_per_step": round(1e3 * seconds / args.steps, 2),
-        "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),
+        "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2) if device else None,
     }
 
 

@@ -21,6 +21,7 @@ from dino_jax.models.layers import (
     Mlp,
     add_branch,
     layer_norm,
+    linear_map,
     normal_init,
     patch_grid,
     statistics_dtype,
@@ -87,7 +88,7 @@ class PatchEmbed(nn.Module):
         x = images.astype(self.dtype).reshape(batch, rows, p, columns, p, channels)
         x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, p * p * channels)  # [B, N, p*p*c]
         kernel = kernel.astype(self.dtype).reshape(-1, self.embed_dim)
-        return jnp.dot(x, kernel, precision=self.precision) + bias.astype(self.dtype)
+        return linear_map(x, kernel, self.precision) + bias.astype(self.dtype)
 
 
 class Block(nn.Module):

@@ -12,7 +12,7 @@ from scipy.special import ndtr
 
 from dino_jax import models, sharding
 from dino_jax.errors import UserError
-from dino_jax.models.layers import fused_attention, gelu
+from dino_jax.models.layers import fused_attention, gelu, linear_map
 from dino_jax.train_step import jit_init_state, jit_train_step, make_recipe
 from tests.tiny import random_crops, tiny_config
 
@@ -37,6 +37,24 @@ def test_gelu_keeps_only_its_input_for_the_backward_pass():
     _, backward = jax.vjp(gelu, jnp.zeros((4, 8), jnp.bfloat16))
     kept = jax.tree.leaves(backward)
     assert [(x.shape, x.dtype) for x in kept] == [((4, 8), jnp.bfloat16)]
+
+
+def test_the_linear_map_has_the_gradients_of_a_matrix_product():
+    rng = np.random.default_rng(0)
+    x, kernel, out = rng.normal(size=(2, 5, 3)), rng.normal(size=(3, 4)), rng.normal(size=(2, 5, 4))
+    with jax.enable_x64(True):
+        value, backward = jax.vjp(linear_map, jnp.asarray(x), jnp.asarray(kernel))
+        to_x, to_kernel = backward(jnp.asarray(out))
+    np.testing.assert_allclose(value, x @ kernel, atol=1e-14)
+    np.testing.assert_allclose(to_x, out @ kernel.T, atol=1e-14)
+    np.testing.assert_allclose(to_kernel, np.einsum("bnd,bne->de", x, out), atol=1e-14)
+
+
+@pytest.mark.parametrize(("platform", "summed"), [("cpu", "[0] x [0]"), ("tpu", "[0, 1] x [0, 1]")])
+def test_the_kernels_gradient_suits_the_platform_that_is_compiled_for(platform, summed):
+    gradient = jax.jit(jax.grad(lambda kernel, x: linear_map(x, kernel).sum()))
+    text = gradient.trace(jnp.ones((3, 4)), jnp.ones((2, 5, 3))).lower(lowering_platforms=(platform,)).as_text()
+    assert f"contracting_dims = {summed}" in text
 
 
 def test_fused_attention_where_it_cannot_be_is_one_line():

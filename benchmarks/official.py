@@ -130,7 +130,7 @@ def measure_official(args: argparse.Namespace, batch: int, dtype: str, overrides
     seconds = epoch(1, args.steps)
     sys.stdout = sys.__stdout__
     return {
-        "images_per_s": round(args.steps * batch / seconds, 1),
+        "images_per_s": round(args.steps * batch / seconds, 3),
         "ms_per_step": round(1e3 * seconds / args.steps, 2),
         "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2) if device else None,
     }

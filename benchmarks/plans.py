@@ -35,10 +35,10 @@ ImageNet-1k, 2 x 224 + 10 x 96 pixels, 65,536 prototypes, bfloat16, AdamW, a glo
 `run.*` says what else was set so that the step fits. Sizes, FLOPs and bytes are those of one chip in one step.
 *Roofline* is the largest of three times at the chip's published peaks: of compute, of the memory traffic that the
 compiler counts, of the links. **No step was timed**: the count of traffic includes what stays in the chip's fast
-memory, and no chip reaches its peaks. The steps were compiled before GELU kept one array instead of three for the
-backward pass (ViT-L/16 and B/8 on v6e:4x4 after): they now need less memory. *Days* and images/s
-are at the roofline; *input* is what each host's input must reach then (as many hosts as libtpu gives the slice: 4 chips
-each).
+memory, and no chip reaches its peaks. Most steps were compiled before GELU kept one array instead of three for the
+backward pass; those of ViT-S/16 on v5e:4x4 and v6e:4x4 (peaks 1.6 and 0.1 GiB smaller by it), of ViT-L/16 and B/8 on
+v6e:4x4 after. *Days* and images/s are at the roofline; *input* is what each host's input must reach then (as many
+hosts as libtpu gives the slice: 4 chips each).
 
 | model | slice | images a chip | `run.*` | peak of HBM, GiB | temporaries, GiB | FLOPs, T (analytic) | accessed, GB \
 | collectives | reduced, MB (gradients) | roofline, ms | bound by | images/s | days | input, images/s a host |

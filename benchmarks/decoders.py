@@ -19,7 +19,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from dino_jax.bench import JpegSource
+from dino_jax.tools.bench import JpegSource
 
 Decoder = Callable[[bytes], np.ndarray]
 

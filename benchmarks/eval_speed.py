@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dino_jax.eval import propagation
-from dino_jax.eval.knn import nearest
+from dino_jax.eval.protocols.knn import nearest
 
 
 def knn(args: argparse.Namespace) -> dict[str, float]:

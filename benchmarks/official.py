@@ -64,7 +64,7 @@ def in_process(side: str, batch: str) -> dict[str, Any]:
 def measure_ours(args: argparse.Namespace, batch: int, dtype: str, overrides: list[str]) -> dict[str, Any]:
     """`dino-jax bench step`."""
     from dino_jax import config_io
-    from dino_jax.bench import bench_step
+    from dino_jax.tools.bench import bench_step
 
     fixed = [f"--config.batch_size={batch}", f"--config.model.dtype={dtype}"]
     found = bench_step(config_io.load(args.config, [*overrides, *fixed]), args.steps)

@@ -17,10 +17,11 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from dino_jax import config_io, train_step
+from dino_jax import config_io
 from dino_jax.config import default
 from dino_jax.data.crops import CropParams, draw_crops, render_crops
-from dino_jax.render import make_renderer
+from dino_jax.render.renderer import make_renderer
+from dino_jax.training import step as train_step
 
 
 def main() -> None:

@@ -19,13 +19,14 @@ import time
 import numpy as np
 from ml_collections import ConfigDict
 
-from dino_jax import config_io, online
+from dino_jax import config_io
 from dino_jax.data.pipeline import steps_per_epoch
 from dino_jax.data.scenes import Scenes
 from dino_jax.data.sources import Source, open_source
-from dino_jax.quickstart import BANK, QUERIES, SIZE, in_memory, knn
-from dino_jax.train import train
-from dino_jax.train_step import make_recipe
+from dino_jax.tools.quickstart import BANK, QUERIES, SIZE, in_memory, knn
+from dino_jax.training import online
+from dino_jax.training.loop import train
+from dino_jax.training.step import make_recipe
 
 RENDERERS = ("host", "device")
 

@@ -25,7 +25,7 @@ def measure() -> None:
     from jax.experimental import multihost_utils
     from ml_collections import ConfigDict
 
-    from dino_jax import distributed, sharding
+    from dino_jax.parallel import distributed, sharding
 
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     place = distributed.find_place(None, None, None, os.environ)

@@ -20,9 +20,9 @@ from ml_collections import ConfigDict
 from PIL import Image, ImageFilter
 
 from dino_jax import config_io
-from dino_jax.bench import JpegSource, bench_input
 from dino_jax.config import default
 from dino_jax.data.sources import Source, open_source
+from dino_jax.tools.bench import JpegSource, bench_input
 
 
 def main() -> None:

@@ -120,7 +120,7 @@ class _EvalHelp(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *_: Any) -> None:
         parser.print_help()
         if name := getattr(namespace, "protocol", None):
-            from dino_jax.evaluate import keys
+            from dino_jax.eval.run import keys
 
             try:
                 print(f"\n{keys(name)}")
@@ -141,16 +141,17 @@ def _verb(
 
 
 def _train(args: argparse.Namespace, overrides: list[str]) -> None:
-    from dino_jax import config_io, distributed
-    from dino_jax.train import train
+    from dino_jax import config_io
+    from dino_jax.parallel import distributed
+    from dino_jax.training.loop import train
 
     with distributed.session(args.coordinator, args.processes, args.process):
         train(config_io.load(args.config, overrides), args.workdir)
 
 
 def _eval(args: argparse.Namespace, overrides: list[str]) -> None:
-    from dino_jax import distributed
-    from dino_jax.evaluate import evaluate
+    from dino_jax.eval.run import evaluate
+    from dino_jax.parallel import distributed
 
     options = {"heads": args.heads, "workdir": args.workdir, "out": args.out}
     call = {
@@ -166,8 +167,8 @@ def _eval(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _features(args: argparse.Namespace, overrides: list[str]) -> None:
-    from dino_jax import distributed
-    from dino_jax.features import write_features
+    from dino_jax.inference.model import write_features
+    from dino_jax.parallel import distributed
 
     _none(overrides)
     distributed.check_alone("features")
@@ -176,7 +177,7 @@ def _features(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _import(args: argparse.Namespace, overrides: list[str]) -> None:
-    from dino_jax.weights.store import import_weights
+    from dino_jax.training.start import import_weights
 
     _none(overrides)
     print(import_weights(args.file, args.out, heads=args.heads, from_file=args.from_file))
@@ -191,13 +192,14 @@ def _export(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _plan(args: argparse.Namespace, overrides: list[str]) -> None:
-    from dino_jax import config_io, plan
+    from dino_jax import config_io
+    from dino_jax.tools import plan
 
     plan.print_plans(config_io.load(args.config, overrides), args.topology, args.images)
 
 
 def _pack(args: argparse.Namespace, overrides: list[str]) -> None:
-    from dino_jax.pack import pack, report
+    from dino_jax.data.pack import pack, report
 
     _none(overrides)
     options = ("shorter_side", "channels", "shard_size", "workers", "max_bad_share")
@@ -205,7 +207,7 @@ def _pack(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _doctor(args: argparse.Namespace, overrides: list[str]) -> None:
-    from dino_jax.doctor import doctor, report
+    from dino_jax.tools.doctor import doctor, report
 
     options = {"data": args.data, "workdir": args.workdir, "devices": args.devices, "launch": args.launch}
     if missing := report(doctor(config=args.config, overrides=overrides, **options)):
@@ -213,7 +215,7 @@ def _doctor(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _bench(args: argparse.Namespace, overrides: list[str]) -> None:
-    from dino_jax import bench
+    from dino_jax.tools import bench
 
     bench.run(args.what, args.config, overrides, source=args.source, seconds=args.seconds, steps=args.steps)
 

@@ -2,10 +2,11 @@
 
     supervise.py (--local N | --hosts A,B,...) [--port P] [--patience S] [--dry-run] -- COMMAND ...
 
-COMMAND runs once for each process, in this directory, with the variables that `dino_jax/distributed.py` describes and
-those of this environment that concern JAX. Output comes line by line behind `[PROCESS]`. SIGTERM and Ctrl-C are passed
-on to all. When a process dies, the others have `--patience` seconds (10) to say what they know and end; then they are
-killed. The last line names the dead one and says what of; the exit status is its own, or 128 + its signal's number.
+COMMAND runs once for each process, in this directory, with the variables that `dino_jax/parallel/distributed.py`
+describes and those of this environment that concern JAX. Output comes line by line behind `[PROCESS]`. SIGTERM and
+Ctrl-C are passed on to all. When a process dies, the others have `--patience` seconds (10) to say what they know and
+end; then they are killed. The last line names the dead one and says what of; the exit status is its own, or 128 + its
+signal's number.
 
 Each process is the child of a keeper (this file with `--keep`) on its machine, which hears from here through its
 standard input: so signals reach through ssh, and no process outlives its launcher. Nothing but Python itself is needed.

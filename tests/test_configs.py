@@ -11,8 +11,8 @@ import pytest
 from dino_jax import config_io
 from dino_jax.config import default
 from dino_jax.errors import UserError
-from dino_jax.eval import finetune
-from dino_jax.train_step import init_state, make_recipe
+from dino_jax.eval.protocols import finetune
+from dino_jax.training.step import init_state, make_recipe
 
 FOLDER = pathlib.Path(__file__).parent.parent / "configs"
 FILES = sorted(FOLDER.glob("*.py"))

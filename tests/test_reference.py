@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 
 from dino_jax.config import default
-from dino_jax.eval import knn, propagation, ranking, voc
-from dino_jax.losses import dino_loss, update_center
+from dino_jax.eval import propagation, ranking
+from dino_jax.eval.protocols import knn, voc
 from dino_jax.models import resize_pos_embed
-from dino_jax.schedules import cosine
-from dino_jax.train_step import make_recipe, state_from_student, train_step
+from dino_jax.objectives.dino import dino_loss, update_center
+from dino_jax.training.schedules import cosine
+from dino_jax.training.step import make_recipe, state_from_student, train_step
 from tests.models.torch_names import head_of, section, to_variables, vit_of
 
 OPTIMISERS = ("adamw", "sgd", "lars")

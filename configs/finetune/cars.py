@@ -4,7 +4,7 @@ that suits AdamW on so small a set. Sweep it.
 dino-jax eval finetune --config=configs/finetune/cars.py --checkpoint=dino_vits16 --data=DIR
 """
 
-from dino_jax.eval.finetune import default_config
+from dino_jax.eval.protocols.finetune import default_config
 
 
 def get_config():

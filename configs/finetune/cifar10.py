@@ -4,7 +4,7 @@ of its like). CIFAR-100: issue 144, with `--config.lr=3.33e-6`, 5e-6 after scali
 dino-jax eval finetune --config=configs/finetune/cifar10.py --checkpoint=dino_vits16 --data=DIR
 """
 
-from dino_jax.eval.finetune import default_config
+from dino_jax.eval.protocols.finetune import default_config
 
 
 def get_config():

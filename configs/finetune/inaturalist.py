@@ -3,7 +3,7 @@
 dino-jax eval finetune --config=configs/finetune/inaturalist.py --checkpoint=dino_vits16 --data=DIR
 """
 
-from dino_jax.eval.finetune import default_config
+from dino_jax.eval.protocols.finetune import default_config
 
 
 def get_config():

@@ -30,7 +30,7 @@ from etils import epath
 from dino_jax.data.arrays import open_arrays
 from dino_jax.data.decode import BadImage
 from dino_jax.data.example import Example
-from dino_jax.data.files import FolderSource, ListSource
+from dino_jax.data.folders import FolderSource, ListSource
 from dino_jax.data.packed import MANIFEST, PackedSource
 from dino_jax.data.tars import TarSource
 from dino_jax.errors import UserError

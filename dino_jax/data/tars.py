@@ -15,7 +15,7 @@ from etils import epath
 
 from dino_jax.data.decode import BadImage
 from dino_jax.data.example import Example
-from dino_jax.data.files import SUFFIXES, numbered, printable
+from dino_jax.data.folders import SUFFIXES, numbered, printable
 from dino_jax.errors import UserError
 
 LABEL_KEYS = ("label", "cls", "class")  # of .json members, the first that is there

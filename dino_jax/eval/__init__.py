@@ -21,4 +21,4 @@ def protocol(name: str) -> ModuleType:
         close = difflib.get_close_matches(name, PROTOCOLS, n=1)
         hint = f": did you mean {close[0]}?" if close else ""
         raise UserError(f"unknown protocol {name!r}{hint} (one of {', '.join(PROTOCOLS)}, all)")
-    return importlib.import_module(f"dino_jax.eval.{name}")
+    return importlib.import_module(f"dino_jax.eval.protocols.{name}")

@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from dino_jax.eval.pictures import resize
+from dino_jax.eval.images import resize
 
 GREEN, RED, GRAY, ORANGE = (60, 180, 75), (230, 50, 40), (150, 150, 150), (245, 160, 30)
 SHOWN = 6  # rows of a picture

@@ -12,9 +12,9 @@ from ml_collections import ConfigDict
 
 from dino_jax.data.sources import split_spec
 from dino_jax.errors import UserError
-from dino_jax.eval import copydetection, dense, knn, linear, lowshot, retrieval, voc, vos
 from dino_jax.eval.features import Frozen
 from dino_jax.eval.masks import voc_root
+from dino_jax.eval.protocols import copydetection, dense, knn, linear, lowshot, retrieval, voc, vos
 from dino_jax.eval.splits import TEST, TRAIN
 
 log = logging.getLogger(__name__)

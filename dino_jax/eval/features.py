@@ -30,7 +30,7 @@ from tqdm import tqdm
 from dino_jax.data.pipeline import make_eval_dataset
 from dino_jax.data.sources import Source, open_source
 from dino_jax.errors import UserError
-from dino_jax.eval.store import load_arrays, save_arrays
+from dino_jax.eval.results import load_arrays, save_arrays
 
 Batch = dict[str, Any]
 View = Callable[[nn.Module, jax.Array], Any]

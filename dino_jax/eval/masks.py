@@ -11,7 +11,7 @@ from etils import epath
 from dino_jax.data.scenes import Scenes
 from dino_jax.data.sources import open_source
 from dino_jax.errors import UserError
-from dino_jax.eval.pictures import list_pictures, read_labels, read_picture
+from dino_jax.eval.images import list_pictures, read_labels, read_picture
 from dino_jax.eval.splits import train_test
 
 IGNORE = 255

@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from dino_jax.eval.pictures import linear_matrix
+from dino_jax.eval.images import linear_matrix
 
 TILE = 8  # patches
 

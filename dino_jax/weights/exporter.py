@@ -14,8 +14,8 @@ from dino_jax.errors import UserError
 from dino_jax.models import build_backbone
 from dino_jax.weights import architecture, keys, programs
 from dino_jax.weights.importer import ARGS, GAIN, Weights
+from dino_jax.weights.load import open_weights
 from dino_jax.weights.pth import write_pth
-from dino_jax.weights.store import open_weights
 
 Tensors = dict[str, np.ndarray]
 

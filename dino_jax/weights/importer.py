@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from dino_jax.config import default
 from dino_jax.errors import UserError
 from dino_jax.weights import architecture, keys, names
-from dino_jax.weights.files import is_tensors, read_weights, regular_names, section
+from dino_jax.weights.containers import is_tensors, read_weights, regular_names, section
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from dino_jax.errors import UserError
-from dino_jax.eval import draw, features, knn, lowshot
+from dino_jax.eval import draw, features
+from dino_jax.eval.protocols import knn, lowshot
 from dino_jax.eval.splits import check_labels, train_test
 
 

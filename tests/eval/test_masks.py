@@ -6,9 +6,9 @@ import pytest
 from PIL import Image
 
 from dino_jax.errors import UserError
-from dino_jax.eval import dense, voc
 from dino_jax.eval.draw import palette
 from dino_jax.eval.masks import open_masks, train_test_masks
+from dino_jax.eval.protocols import dense, voc
 from dino_jax.weights.keys import VIT, key_table, to_torch
 from dino_jax.weights.pth import write_pth
 

@@ -9,7 +9,8 @@ import pytest
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.sharding import Mesh
 
-from dino_jax.eval import dense, knn, linear, logistic, propagation
+from dino_jax.eval import logistic, propagation
+from dino_jax.eval.protocols import dense, knn, linear
 
 MESH = Mesh(np.array(jax.devices()[:1]), ("data",))
 

@@ -20,7 +20,7 @@ if process >= 0:
     jax.distributed.initialize(f"127.0.0.1:{port}", 2, process)
 import jax.numpy as jnp
 import numpy as np
-from dino_jax.eval import finetune, knn, linear
+from dino_jax.eval.protocols import finetune, knn, linear
 from dino_jax.eval.features import Frozen, dataset_features
 from dino_jax.models import ViT
 

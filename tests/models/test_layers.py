@@ -10,10 +10,11 @@ from jax.interpreters import mlir
 from ml_collections import ConfigDict
 from scipy.special import ndtr
 
-from dino_jax import models, sharding
+from dino_jax import models
 from dino_jax.errors import UserError
 from dino_jax.models.layers import fused_attention, gelu, linear_map
-from dino_jax.train_step import jit_init_state, jit_train_step, make_recipe
+from dino_jax.parallel import sharding
+from dino_jax.training.step import jit_init_state, jit_train_step, make_recipe
 from tests.tiny import random_crops, tiny_config
 
 GPU = jax.default_backend() == "gpu"

@@ -12,11 +12,12 @@ import pytest
 from dino_jax.config import default
 from dino_jax.errors import UserError
 from dino_jax.models import BACKBONES, build_backbone
+from dino_jax.training.start import import_weights, write_checkpoint
 from dino_jax.weights import architecture, importer, keys
 from dino_jax.weights.exporter import backbone_tensors, export_weights, official, part
 from dino_jax.weights.importer import Weights
+from dino_jax.weights.load import open_weights
 from dino_jax.weights.pth import read_pth, write_pth
-from dino_jax.weights.store import import_weights, open_weights, write_checkpoint
 from tests.weights.test_importer import same
 
 TINY = {"vit": {"embed_dim": 24, "depth": 2, "heads": 3}, "xcit": {"embed_dim": 32, "depth": 2, "heads": 4}}

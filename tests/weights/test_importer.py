@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from dino_jax import checkpoint
 from dino_jax.errors import UserError
 from dino_jax.models import build_backbone, build_head, build_network
-from dino_jax.train_step import from_items, init_state, make_recipe, to_items
-from dino_jax.weights import importer
+from dino_jax.training.start import import_weights
+from dino_jax.training.step import from_items, init_state, make_recipe, to_items
+from dino_jax.weights import checkpoint, importer
+from dino_jax.weights.load import open_weights
 from dino_jax.weights.pth import read_pth, write_pth
-from dino_jax.weights.store import import_weights, open_weights
 from tests.models.torch_names import section, to_variables
 
 

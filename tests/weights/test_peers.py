@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from dino_jax.models import build_backbone
-from dino_jax.train import train
+from dino_jax.training.loop import train
+from dino_jax.training.start import write_checkpoint
 from dino_jax.weights import importer
 from dino_jax.weights.exporter import backbone_tensors, export_weights, part
 from dino_jax.weights.importer import Weights
-from dino_jax.weights.store import open_weights, write_checkpoint
+from dino_jax.weights.load import open_weights
 from tests.peers import peer
 from tests.tiny import tiny_config
 from tests.weights.test_exporter import random_weights

@@ -1,0 +1,196 @@
+"""`dino-jax pack`: any source to ArrayRecord shards, in parallel; killed at any moment, the same command goes on.
+
+A shard is written under a passing name, read back, and renamed; its summary lies beside it until the manifest holds
+all of them. `packing.json` says what is being packed, so that another source or other settings do not mix with it. A
+finished folder is checked when it is packed again: damaged shards are made anew.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import multiprocessing
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from etils import epath
+
+from dino_jax.data.packed import FORMAT, MANIFEST, VERSION, read_manifest
+from dino_jax.data.shards import Shards, Summary, begin_worker, intact, make_in_worker, merged
+from dino_jax.data.sources import open_source
+from dino_jax.errors import UserError
+from dino_jax.progress import Progress
+
+UNFINISHED = "packing.json"
+SHARD_SIZE = 1000  # pictures: about 110 MB of ImageNet
+
+
+def pack(
+    spec: str,
+    out: str | os.PathLike[str],
+    *,
+    shorter_side: int = 0,
+    channels: int = 3,
+    shard_size: int = SHARD_SIZE,
+    workers: int | None = None,
+    max_bad_share: float = 0.01,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Packs the data set `spec` (as for `open_source`) into the folder `out`, and returns its manifest.
+
+    Pictures keep their bytes, unless their shorter side exceeds `shorter_side` pixels: those are shrunk to it and
+    stored as JPEG (quality 95) if they were JPEG, else without loss. Each is decoded once; those that cannot be are
+    left out and listed in the manifest. `workers`: processes; None: one for each core.
+
+    Raises `UserError` for a source that cannot be read, a folder that cannot be written or holds something else, a full
+    disk, and more than `max_bad_share` bad pictures.
+    """
+    for name, value, least in (
+        ("shorter-side", shorter_side, 0),
+        ("channels", channels, 1),
+        ("shard-size", shard_size, 1),
+        ("workers", 1 if workers is None else workers, 1),
+    ):
+        if value < least:
+            raise UserError(f"--{name}={value}: at least {least}")
+    source, out = open_source(spec), str(out)
+    shards = Shards(source, out, shard_size, shorter_side, channels)
+    settings = {
+        "source": spec,
+        "pictures": len(source),
+        "shorter_side": shorter_side,
+        "channels": channels,
+        "shard_size": shard_size,
+    }
+    workers = min(workers or os.cpu_count() or 1, len(shards))
+    bar = Progress(len(source), 0, "pack", active=progress)
+    if claim(out, settings):
+        return _mend(shards, workers, bar)
+    done = {shard: summary for shard in range(len(shards)) if (summary := shards.finished(shard)) is not None}
+    if done:
+        bar.note(f"{out}: {len(done)} of {len(shards)} shards are there already")
+    for shard, summary in _make(shards, [shard for shard in range(len(shards)) if shard not in done], workers):
+        done[shard] = summary
+        bad = _check_bad(spec, done, len(source), max_bad_share)
+        bar.update(sum(len(shards.indices(one)) for one in done), shards=f"{len(done)}/{len(shards)}", bad=bad)
+    _check_bad(spec, done, len(source), max_bad_share)
+    names = list(source.class_names) if source.class_names is not None else None
+    about = {"format": FORMAT, "version": VERSION, "packed": settings, "class_names": names}
+    manifest = about | merged([done[shard] for shard in range(len(shards))])
+    _finish(shards, manifest)
+    return manifest
+
+
+def report(out: str, manifest: dict[str, Any]) -> str:
+    """A few lines for people."""
+    size = sum(shard["bytes"] for shard in manifest["shards"])
+    bad = f", {len(manifest['bad'])} bad pictures left out (listed in {MANIFEST})" if manifest["bad"] else ""
+    mean, std = (",".join(f"{value:.4g}" for value in manifest[key]) for key in ("mean", "std"))
+    return (
+        f"{out}: {manifest['count']} pictures in {len(manifest['shards'])} shards, {size / 1e6:.1f} MB{bad}\n"
+        f"train on it: --config.data.train=arrayrecord:{out}; its own mean and std per channel: ({mean}) and ({std})"
+    )
+
+
+def claim(out: str, settings: dict[str, Any]) -> bool:
+    """Makes sure that `out` is for this source with these settings; returns whether it is finished."""
+    folder = epath.Path(out)
+    try:
+        if (folder / MANIFEST).exists():
+            _compare(folder / MANIFEST, read_manifest(out).get("packed"), settings)
+            return True
+        if (folder / UNFINISHED).exists():
+            _compare(folder / UNFINISHED, _read(folder / UNFINISHED), settings)
+        elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"--out={out}: not an empty folder; name another")
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob("*.part"):  # of a run that was killed
+            left.unlink()
+        (folder / UNFINISHED).write_text(json.dumps(settings))
+    except OSError as error:
+        raise UserError(f"--out={out}: cannot write there: {error.strerror or error}") from error
+    return False
+
+
+def _read(path: epath.Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except ValueError:
+        return None  # killed while it was written: nothing was packed yet
+
+
+def _compare(path: epath.Path, saved: Any, settings: dict[str, Any]) -> None:
+    if not isinstance(saved, dict):
+        return
+    for key, value in settings.items():
+        if saved.get(key) != value:
+            raise UserError(
+                f"{path}: of another packing ({key.replace('_', ' ')} {saved.get(key)!r}, now {value!r}); "
+                "name another --out, or remove this one"
+            )
+
+
+def _mend(shards: Shards, workers: int, bar: Progress) -> dict[str, Any]:
+    """Makes the damaged shards of a finished folder anew; they must be as they were."""
+    manifest = read_manifest(shards.out)
+    damaged = []
+    for shard, about in enumerate(manifest["shards"]):
+        if not intact(shards.path(shard), about):
+            damaged.append(shard)
+        bar.update(shards.indices(shard).stop, damaged=len(damaged))
+    for shard, summary in _make(shards, damaged, workers):
+        shards.summary_path(shard).unlink()
+        if summary["crc32"] != manifest["shards"][shard]["crc32"]:
+            raise UserError(
+                f"{shards.path(shard)}: made anew it differs from what it was: the source changed; name another --out"
+            )
+    bar.note(f"{shards.out}: was packed already; {len(damaged)} of {len(shards)} shards were damaged and made anew")
+    return manifest
+
+
+def _check_bad(spec: str, done: dict[int, Summary], total: int, share: float) -> int:
+    """The number of bad pictures; more than a share of the whole are a `UserError`, and so are all."""
+    bad = [entry for summary in done.values() for entry in summary["bad"]]
+    if len(bad) > share * total or len(bad) == total:
+        first = ", ".join(f"{name} ({reason})" for name, reason in bad[:3])
+        raise UserError(
+            f"{spec}: at least {len(bad)} of {total} pictures cannot be read, more than --max-bad-share={share:g}; "
+            f"first {first}; mend or remove them, or raise --max-bad-share"
+        )
+    return len(bad)
+
+
+def _finish(shards: Shards, manifest: dict[str, Any]) -> None:
+    """Writes the manifest, then removes what only an unfinished folder needs."""
+    folder = epath.Path(shards.out)
+    try:
+        fresh = folder / (MANIFEST + ".part")
+        fresh.write_text(json.dumps(manifest, indent=1, ensure_ascii=False))
+        fresh.replace(folder / MANIFEST)
+        for shard in range(len(shards)):
+            shards.summary_path(shard).unlink(missing_ok=True)
+        (folder / UNFINISHED).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder / MANIFEST}: cannot be written: {error.strerror or error}; run it again") from error
+
+
+def _make(shards: Shards, wanted: Sequence[int], workers: int) -> Iterator[tuple[int, Summary]]:
+    """Makes shards in processes (one worker: in this one); yields each with its summary when it is there."""
+    if workers == 1:
+        for shard in wanted:
+            yield shard, shards.make(shard)
+        return
+    pool = concurrent.futures.ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), initializer=begin_worker, initargs=(shards,)
+    )
+    try:
+        futures = {pool.submit(make_in_worker, shard): shard for shard in wanted}
+        for future in concurrent.futures.as_completed(futures):
+            yield futures[future], future.result()
+    except concurrent.futures.process.BrokenProcessPool as error:
+        raise UserError(
+            f"{shards.out}: a worker process was killed (out of memory?); fewer --workers; it goes on from here"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -1,0 +1,110 @@
+"""Copy detection on INRIA Copydays (paper table 4; official `eval_copy_detection.py`).
+
+Layout: `DATA/original`, `DATA/strong` and, where present, `DATA/jpegqual/*` and `DATA/crops/*`. Every copy is a query
+and the originals, with distractors if given, are the database. A picture's feature is CLS beside the GeM-pooled patch
+tokens, whitened by a PCA of other pictures. The score is the mean average precision of the best 20.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+from PIL import Image
+
+from dino_jax.errors import UserError
+from dino_jax.eval.features import Frozen, run
+from dino_jax.eval.images import batches_by_size, list_pictures, parallel, read_picture, resize
+from dino_jax.eval.ranking import Whitening, average_precision, gem, similarity
+
+DEPTH = 20
+PREFIX = 4  # leading characters of a file name that a copy shares with its original
+
+
+def default_config() -> ConfigDict:
+    """The protocol's keys."""
+    config = ConfigDict()
+    config.size = 320  # pictures are squeezed to this square, bicubic
+    config.whitening = placeholder(str)  # folder of pictures that fit the whitening (the paper: 20k of YFCC100M)
+    config.distractors = placeholder(str)  # folder of pictures added to the database (the paper: 10k of YFCC100M)
+    config.batch_size = 32
+    config.threads = 4
+    return config.lock()
+
+
+@dataclasses.dataclass(frozen=True)
+class ClsAndGem:
+    """CLS and the GeM-pooled patch tokens of the last block side by side, [B, 2 * D]."""
+
+    def __call__(self, backbone: nn.Module, images: jax.Array) -> jax.Array:
+        tokens = backbone.tokens(images, 1)[0]  # [B, N, D]
+        return jnp.concatenate([tokens[:, 0], gem(tokens[:, 1:])], axis=1)
+
+
+def evaluate(model: Frozen, data: str, config: ConfigDict, workdir: str | None = None) -> dict[str, float]:
+    """`map_<block>` in percent for every block of copies found: `map_strong`, `map_jpegqual/3`, ..."""
+    if model.backbone.patch_size is None:
+        raise UserError("copydetection needs a backbone with patch tokens, a ViT")
+    blocks = _blocks(data)
+    features = {name: squeezed_features(model, paths, config) for name, paths in blocks.items()}
+    database = features["original"]
+    if config.distractors is not None:
+        extra = squeezed_features(model, list_pictures(config.distractors), config)
+        database = np.concatenate([database, extra])
+    if config.whitening is not None:
+        whiten = Whitening(squeezed_features(model, list_pictures(config.whitening), config))
+        features, database = {name: whiten(rows) for name, rows in features.items()}, whiten(database)
+    originals = [path.name[:PREFIX] for path in blocks["original"]]
+    return {
+        f"map_{name}": 100 * copy_score(database, features[name], originals, [path.name[:PREFIX] for path in paths])
+        for name, paths in blocks.items()
+    }
+
+
+def copy_score(database: np.ndarray, queries: np.ndarray, originals: Sequence[str], copies: Sequence[str]) -> float:
+    """Mean average precision over the best `DEPTH` of each query [Q, D] in the database [N, D].
+
+    Args:
+      originals: keys of the database's first rows; what follows are distractors.
+      copies: key of each query's original.
+    """
+    near = np.argsort(-similarity(database, queries), axis=0, kind="stable")[:DEPTH].T  # [Q, DEPTH]
+    keys = np.array([*originals, *[""] * (len(database) - len(originals))])
+    scores = [
+        average_precision(np.flatnonzero(keys[rows] == copy), int(np.sum(keys == copy)))
+        for rows, copy in zip(near, copies, strict=True)
+    ]
+    return float(np.mean(scores))
+
+
+def _blocks(data: str) -> dict[str, list[epath.Path]]:
+    """The pictures of every block by its name, the originals first."""
+    root = epath.Path(data)
+    if not (root / "original").is_dir():
+        raise UserError(f"--data={data}: no folder named original in it: give the Copydays folder")
+    folders = [root / "original", root / "strong"]
+    folders += [f for part in ("jpegqual", "crops") if (root / part).is_dir() for f in sorted((root / part).iterdir())]
+    blocks = {str(f.relative_to(root)): list_pictures(f) for f in folders if f.is_dir()}
+    keys = {path.name[:PREFIX] for path in blocks["original"]}
+    for paths in blocks.values():
+        orphans = [path for path in paths if path.name[:PREFIX] not in keys]
+        if orphans:
+            raise UserError(f"{orphans[0]}: no original whose name begins with {orphans[0].name[:PREFIX]}")
+    return blocks
+
+
+def squeezed_features(model: Frozen, paths: Sequence[epath.Path], config: ConfigDict) -> np.ndarray:
+    """`ClsAndGem` [N, 2 * D] of pictures squeezed to a square."""
+
+    def load(path: epath.Path) -> np.ndarray:
+        return resize(read_picture(path, len(model.mean)), config.size, config.size, Image.Resampling.BICUBIC)
+
+    batches = batches_by_size(parallel(load, paths, config.threads), config.batch_size)
+    return np.concatenate([out for out, _ in run(model, ClsAndGem(), batches)])

@@ -1,0 +1,188 @@
+"""Dense transfer: semantic segmentation by a linear head on frozen patch tokens, scored by mean IoU.
+
+The head gives each patch its class scores, which are enlarged bilinearly to the picture. It is trained by AdamW with a
+cosine on crops mirrored and resized at random; pictures are tested squeezed to a square and scored at their own size.
+Data: VOC's layout (21 classes, trained on `train`, tested on `val`), `scenes:` specs, or folders with images and masks.
+
+Legend: B batch, h x w patches, S side in pixels, D width, K classes.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from etils import epath
+from ml_collections import ConfigDict
+from PIL import Image
+
+from dino_jax.errors import UserError
+from dino_jax.eval.batches import cut, data_mesh, draw_crop, rounded
+from dino_jax.eval.draw import SHOWN, palette, save_rows, tile, tinted
+from dino_jax.eval.features import Frozen, Net, Patches, net_of, normalise, run, whole_patches
+from dino_jax.eval.images import grouped, linear_matrix, nearest, parallel, resize
+from dino_jax.eval.masks import IGNORE, Masked, MaskedPictures, train_test_masks
+from dino_jax.parallel.sharding import process_rows, replicated, to_devices
+
+_log = logging.getLogger(__name__)
+
+
+def default_config() -> ConfigDict:
+    """The protocol's keys."""
+    config = ConfigDict()
+    config.size = 480  # side of the square that the network sees, cut to whole patches
+    config.epochs = 20
+    config.batch_size = 16
+    config.lr = 1e-3
+    config.weight_decay = 1e-4
+    config.scale = (0.25, 1.0)  # share of a training picture's area that a crop takes
+    config.seed = 0
+    config.threads = 4
+    return config.lock()
+
+
+def evaluate(model: Frozen, data: str, config: ConfigDict, workdir: str | None = None) -> dict[str, float]:
+    """`miou` over the classes that occur (background included) and `pixel_accuracy`, in percent.
+
+    With a `workdir`, `dense.png` there shows some pictures beside truth and prediction.
+    """
+    if model.backbone.patch_size is None:
+        raise UserError("dense needs a backbone with patch tokens, a ViT")
+    train, test = train_test_masks(data, len(model.mean))
+    classes = train.num_classes or max(_largest(part, config) for part in (train, test)) + 1
+    head = fit(model, train, classes, config)
+    path = None if workdir is None else epath.Path(workdir) / "dense.png"
+    return iou_scores(confusion(model, head, test, classes, config, path))
+
+
+def iou_scores(counts: np.ndarray) -> dict[str, float]:
+    """The figures from a confusion matrix [K truth, K predicted] of pixels."""
+    right = np.diag(counts)
+    union = counts.sum(0) + counts.sum(1) - right
+    return {
+        "miou": 100 * float(np.mean(right[union > 0] / union[union > 0])),
+        "pixel_accuracy": 100 * float(right.sum() / counts.sum()),
+    }
+
+
+def fit(model: Frozen, train: MaskedPictures, classes: int, config: ConfigDict) -> dict[str, jax.Array]:
+    """The trained head: kernel [D, K], bias [K]."""
+    mesh = data_mesh()
+    size = rounded(config.batch_size, mesh)
+    steps = config.epochs * -(-train.size // size)
+    schedule = optax.cosine_decay_schedule(config.lr, steps)
+    optimizer = optax.adamw(schedule, weight_decay=config.weight_decay)
+    side = whole_patches(model, config.size)
+    shape = jax.ShapeDtypeStruct((1, side, side, len(model.mean)), jnp.uint8)
+    width = jax.eval_shape(functools.partial(_tokens, net_of(model)), model.variables, shape).shape[-1]
+    head = {"kernel": np.zeros((width, classes), np.float32), "bias": np.zeros(classes, np.float32)}
+    variables, head = jax.device_put((model.variables, head), replicated(mesh))
+    opt_state = jax.device_put(optimizer.init(head), replicated(mesh))
+
+    @functools.partial(jax.jit, donate_argnums=(1, 2))
+    def step(variables, head, opt_state, batch):
+        tokens = jax.lax.stop_gradient(_tokens(net_of(model), variables, batch["image"]))
+        grads = jax.grad(lambda head: _loss(head, tokens, batch["labels"]))(head)
+        updates, opt_state = optimizer.update(grads, opt_state, head)
+        return optax.apply_updates(head, updates), opt_state
+
+    for epoch in range(config.epochs):
+        for batch in _train_batches(train, side, size, process_rows(size, mesh), epoch, config):
+            head, opt_state = step(variables, head, opt_state, to_devices(batch, mesh, size))
+        _log.info("epoch %d of %d", epoch + 1, config.epochs)
+    return head
+
+
+def _loss(head: dict[str, jax.Array], tokens: jax.Array, labels: jax.Array) -> jax.Array:
+    """Mean cross-entropy over the pixels [B, S, S] that have a class."""
+    logits = _pixels(head, tokens, labels.shape[1])
+    counted = labels != IGNORE
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(counted, labels, 0).astype(jnp.int32))
+    return jnp.sum(losses * counted) / jnp.maximum(jnp.sum(counted), 1)
+
+
+def _pixels(head: dict[str, jax.Array], tokens: jax.Array, side: int) -> jax.Array:
+    """Class scores of every pixel, [B, h, w, D] -> [B, S, S, K], bilinear."""
+    scores = jnp.einsum("bhwd,dk->bhwk", tokens, head["kernel"], precision="highest") + head["bias"]
+    rows, columns = (jnp.asarray(linear_matrix(n, side), jnp.float32) for n in scores.shape[1:3])
+    return jnp.einsum("yh,xw,bhwk->byxk", rows, columns, scores, precision="highest")
+
+
+def _tokens(net: Net, variables: Any, images: jax.Array) -> jax.Array:
+    tokens: Any = net.backbone.apply(variables, normalise(images, net.mean, net.std), method=Patches())
+    return tokens
+
+
+def _train_batches(
+    train: MaskedPictures, side: int, size: int, mine: np.ndarray, epoch: int, config: ConfigDict
+) -> Iterator[dict[str, np.ndarray]]:
+    """This process's rows of an epoch: `image` uint8 [b, S, S, C] and `labels` uint8 [b, S, S]; filling is ignored."""
+
+    def load(row: int | None) -> tuple[np.ndarray, np.ndarray]:
+        pixels, _, classes = train.load(0 if row is None else row)
+        rng = np.random.default_rng((config.seed, epoch, row or 0))
+        box, flip = draw_crop(classes.shape[0], classes.shape[1], rng, tuple(config.scale))
+        image = cut(pixels, box, flip, side, Image.Resampling.BILINEAR)
+        labels = cut(classes[..., None], box, flip, side, Image.Resampling.NEAREST)[..., 0]
+        return image, np.full_like(labels, IGNORE) if row is None else labels
+
+    order: list[int | None] = list(np.random.default_rng((config.seed, epoch)).permutation(train.size).tolist())
+    order += [None] * (-len(order) % size)
+    rows = (order[start + place] for start in range(0, len(order), size) for place in mine)
+    for group in grouped(parallel(load, rows, config.threads), len(mine)):
+        yield {"image": np.stack([image for image, _ in group]), "labels": np.stack([labels for _, labels in group])}
+
+
+def confusion(
+    model: Frozen,
+    head: dict[str, jax.Array],
+    test: MaskedPictures,
+    classes: int,
+    config: ConfigDict,
+    drawing: epath.Path | None = None,
+) -> np.ndarray:
+    """Pixels by true and predicted class, int64 [K, K]; pixels without a class do not count."""
+    side = whole_patches(model, config.size)
+    head = jax.device_get(head)
+    predict = jax.jit(lambda tokens: jnp.argmax(_pixels(head, tokens, side), -1).astype(jnp.uint8))
+
+    def load(row: int) -> tuple[np.ndarray, Masked]:
+        masked = test.load(row)
+        return resize(masked.pixels, side, side, Image.Resampling.BILINEAR), masked
+
+    groups = grouped(parallel(load, range(test.size), config.threads), config.batch_size)
+    batches = ({"image": np.stack([i for i, _ in group]), "masked": [x for _, x in group]} for group in groups)
+    counts = np.zeros((classes, classes), np.int64)
+    shown: list[list[np.ndarray]] = []
+    for tokens, batch in run(model, Patches(), batches):
+        for predicted, masked in zip(np.asarray(predict(tokens)), batch["masked"], strict=True):
+            labels, predicted = masked.classes, nearest(predicted, *masked.classes.shape)
+            counted = labels != IGNORE
+            if len(shown) < SHOWN:
+                maps = np.where(counted, labels, 0), predicted
+                shown.append([masked.pixels, *(tinted(masked.pixels, map_, palette()) for map_ in maps)])
+            if labels[counted].max(initial=0) >= classes:
+                raise UserError(f"a mask holds class {labels[counted].max()}, but there are {classes} classes")
+            cells = labels[counted].astype(int) * classes + predicted[counted]
+            counts += np.bincount(cells, minlength=classes**2).reshape(classes, classes)
+    if not counts.sum():
+        raise UserError("dense: no pixel of the test masks has a class: check --data")
+    if drawing is not None:
+        save_rows(drawing, [[tile(panel, 160) for panel in row] for row in shown])
+    return counts
+
+
+def _largest(pictures: MaskedPictures, config: ConfigDict) -> int:
+    """The largest class number in the masks."""
+
+    def load(row: int) -> int:
+        labels = pictures.load(row).classes
+        return int(labels[labels != IGNORE].max(initial=0))
+
+    return max(parallel(load, range(pictures.size), config.threads))

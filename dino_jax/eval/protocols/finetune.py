@@ -1,0 +1,285 @@
+"""Fine-tuning with the recipe of DeiT (paper table 6; hyper-parameters from issues 31, 81, 144 and 171 of the official
+repository, where its authors state them). Variants for CIFAR, Flowers, Cars and iNaturalist: `configs/finetune`.
+
+AdamW with a cosine after a warm-up, label smoothing, mixup or CutMix, RandAugment, random erasing, stochastic depth,
+repeated augmentation, and on request layer-wise learning rates and an average of the weights.
+
+Legend: B batch, D width, K classes.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import logging
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from etils import epath
+from ml_collections import ConfigDict
+from PIL import Image
+
+from dino_jax.data.sources import Source, open_source
+from dino_jax.errors import UserError
+from dino_jax.eval.augment import draw_mix, erase, mix_batch, rand_augment, smoothed
+from dino_jax.eval.batches import crop_and_flip, data_mesh, test_batches, train_batches
+from dino_jax.eval.features import Frozen, Net, net_of, normalise
+from dino_jax.eval.protocols.linear import hits
+from dino_jax.eval.splits import class_count, train_test
+from dino_jax.parallel.sharding import replicated
+from dino_jax.weights.checkpoint import Checkpointer, restore_config
+
+_log = logging.getLogger(__name__)
+
+
+def default_config() -> ConfigDict:
+    """The protocol's keys, for ImageNet."""
+    config = ConfigDict()
+    config.epochs = 300
+    config.batch_size = 1024
+    config.lr = 5e-4  # for 512 pictures; scaled by batch_size / 512
+    config.warmup_epochs = 5
+    config.warmup_lr = 1e-6  # at the start of the warm-up, not scaled
+    config.min_lr = 1e-5  # end of the cosine, not scaled
+    config.weight_decay = 0.05  # on matrices; not on biases, norms, CLS and positions
+    config.layer_decay = 1.0  # factor of the learning rate from each block to the one below; 1: the same for all
+    config.head_scale = 0.001  # of the new head's initial weights N(0, 0.02) (issue 31)
+    config.drop_path = 0.1  # stochastic depth rate of the last block
+    config.smoothing = 0.1
+    config.mixup = 0.8  # alpha of the beta distribution; 0: off
+    config.cutmix = 1.0  # alpha; 0: off. With both, each batch takes one of them
+    config.magnitude = 9.0  # of RandAugment's two operations, out of 10; 0: off
+    config.erasing = 0.25  # probability
+    config.repeats = 3  # augmentations of a picture in one epoch, which then holds a third of the pictures
+    config.ema = 0.0  # momentum of an average of the weights that is tested too, e.g. 0.99996; 0: off
+    config.size = 224  # training crops
+    config.resize = 256  # shorter side of test pictures before the centre crop, bicubic; 0: no resize
+    config.crop = 224
+    config.eval_every = 1  # epochs
+    config.seed = 0
+    config.threads = 4
+    return config.lock()
+
+
+class State(NamedTuple):
+    """Everything that training changes."""
+
+    params: Any  # {"backbone": ..., "head": {"kernel" [D, K], "bias" [K]}}
+    batch_stats: Any
+    opt_state: Any
+    ema: Any  # parameters, or {} where it is off
+    step: jax.Array
+
+
+def evaluate(model: Frozen, data: str, config: ConfigDict, workdir: str | None = None) -> dict[str, float]:
+    """`top1` and `top5` in percent after the last epoch, `top1_best` over the epochs, `top1_ema` of the average.
+
+    `data` is as in `splits.train_test`. With a `workdir` the state is kept in `finetune/` there and a broken-off run
+    goes on.
+    """
+    train_spec, test_spec = train_test(data)
+    train, test = open_source(train_spec), open_source(test_spec)
+    classes = class_count(train, test, data)
+    steps = len(train) // config.batch_size
+    if not steps:
+        raise UserError(f"--config.batch_size={config.batch_size} is more than the {len(train)} training pictures")
+    optimizer = make_optimizer(config, steps, model.backbone.depth)
+    state = init(model, config, classes, optimizer)
+    step = make_step(net_of(model), config, classes, optimizer)
+    keeper = _Keeper(workdir, config)
+    epoch, best, state = keeper.restore(state)
+    figures: dict[str, float] = {}
+    while epoch < config.epochs or not figures:
+        if epoch < config.epochs:
+            state = _train_epoch(model, train, config, epoch, step, state)
+            epoch += 1
+        if epoch % config.eval_every == 0 or epoch == config.epochs:
+            figures = _test(model, test, config, state)
+            best = max(best, figures["top1"])
+            _log.info("epoch %d: %s", epoch, figures)
+            keeper.save(epoch, best, state)
+    keeper.close()
+    return figures | {"top1_best": best}
+
+
+def init(model: Frozen, config: ConfigDict, classes: int, optimizer: optax.GradientTransformation) -> State:
+    """The pretrained backbone under a new head, on all devices."""
+    shape = jax.ShapeDtypeStruct((1, config.size, config.size, len(model.mean)), jnp.float32)
+    width = jax.eval_shape(model.backbone.apply, model.variables, shape).shape[-1]
+    rng = np.random.default_rng(config.seed)
+    kernel = rng.normal(0, 0.02 * config.head_scale, (width, classes)).astype(np.float32)
+    head = {"kernel": kernel, "bias": np.zeros(classes, np.float32)}
+    params = {"backbone": model.variables["params"], "head": head}
+    stats = model.variables.get("batch_stats", {})
+    params, stats = jax.tree.map(jnp.array, (params, stats))  # copies: the state is donated
+    ema = jax.tree.map(jnp.copy, params) if config.ema else {}
+    state = State(params, stats, optimizer.init(params), ema, jnp.zeros((), jnp.int32))
+    return jax.device_put(state, replicated(data_mesh()))
+
+
+def make_optimizer(config: ConfigDict, steps: int, depth: int) -> optax.GradientTransformation:
+    """AdamW with warm-up, cosine and layer-wise learning rates; `steps` in an epoch."""
+    peak, warmup = config.lr * config.batch_size / 512, config.warmup_epochs * steps
+    total = max(config.epochs * steps, warmup + 1)
+    schedule = optax.warmup_cosine_decay_schedule(config.warmup_lr, peak, warmup, total, config.min_lr)
+
+    def scales(params):
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: config.layer_decay ** (depth + 1 - layer_of(_name(path), depth)), params
+        )
+
+    return optax.chain(
+        optax.scale_by_adam(),
+        optax.add_decayed_weights(config.weight_decay, mask=decayed),
+        optax.stateless(lambda updates, params: jax.tree.map(lambda u, s: u * s, updates, scales(params))),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+def decayed(params: Any) -> Any:
+    """Which parameters weight decay is for: all matrices and kernels but CLS and the positions."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: x.ndim > 1 and not re.search(r"cls_token|pos_embed", _name(path)), params
+    )
+
+
+def layer_of(name: str, depth: int) -> int:
+    """Where a parameter lies: 0 for the embeddings, i + 1 for block i, depth + 1 for what follows the blocks."""
+    block = re.search(r"blocks_(\d+)/", name)
+    if block is not None:
+        return int(block[1]) + 1
+    return 0 if re.search(r"cls_token|pos_embed|patch_embed", name) else depth + 1
+
+
+def _name(path: tuple) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _train_epoch(
+    model: Frozen, train: Source, config: ConfigDict, epoch: int, step: Callable[..., State], state: State
+) -> State:
+    batches = train_batches(
+        train,
+        functools.partial(augmented, config=config),
+        data_mesh(),
+        batch_size=config.batch_size,
+        seed=config.seed,
+        epoch=epoch,
+        channels=len(model.mean),
+        threads=config.threads,
+        repeats=config.repeats,
+    )
+    whole = len(train) // config.batch_size  # what is left does not fill a batch
+    for number, batch in enumerate(itertools.islice(batches, whole)):
+        rng = np.random.default_rng((config.seed, epoch, number))
+        state = step(state, batch, draw_mix(rng, config.size, config.size, config.mixup, config.cutmix))
+    return state
+
+
+def augmented(pixels: np.ndarray, rng: np.random.Generator, config: ConfigDict) -> np.ndarray:
+    """One training view uint8 [S, S, C]: crop (bicubic), flip, RandAugment."""
+    view = crop_and_flip(pixels, rng, config.size, how=Image.Resampling.BICUBIC)
+    return rand_augment(view, rng, config.magnitude) if config.magnitude else view
+
+
+def make_step(
+    net: Net, config: ConfigDict, classes: int, optimizer: optax.GradientTransformation
+) -> Callable[[State, dict, Any], State]:
+    """The jitted step; the state is donated."""
+    root = jax.random.key(config.seed)
+
+    def step(state: State, batch: dict[str, jax.Array], mix: Any) -> State:
+        noise, paths = jax.random.split(jax.random.fold_in(root, state.step))
+        images = erase(noise, normalise(batch["image"], net.mean, net.std), config.erasing)
+        targets = smoothed(batch["label"], classes, config.smoothing)
+        images, targets = mix_batch(images, targets, batch["valid"], mix)
+        weight = batch["valid"] / jnp.maximum(jnp.sum(batch["valid"]), 1)
+
+        def loss(params):
+            logits, stats = forward(net, params, state.batch_stats, images, drop_path(paths, net, len(images), config))
+            return jnp.sum(optax.softmax_cross_entropy(logits, targets) * weight), stats
+
+        grads, stats = jax.grad(loss, has_aux=True)(state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = optax.incremental_update(params, state.ema, 1 - config.ema) if config.ema else {}
+        return State(params, stats, opt_state, ema, state.step + 1)
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def drop_path(key: jax.Array, net: Net, batch: int, config: ConfigDict) -> jax.Array | None:
+    """Factors [depth, 2, B] of the residual branches, 0 or 1 / keep; the rate rises linearly from 0 to `drop_path`."""
+    if not config.drop_path or not net.backbone.depth:
+        return None
+    keep = 1 - jnp.linspace(0, config.drop_path, net.backbone.depth)[:, None, None]
+    return jax.random.bernoulli(key, keep, (net.backbone.depth, 2, batch)) / keep
+
+
+def forward(
+    net: Net, params: Any, batch_stats: Any, images: jax.Array, paths: jax.Array | None, train: bool = True
+) -> tuple[jax.Array, Any]:
+    """Class scores [B, K] of normalised pictures, and the batch statistics after them."""
+    variables = {"params": params["backbone"], "batch_stats": batch_stats}
+    mutable = ["batch_stats"] if train else []
+    features, changed = net.backbone.apply(variables, images, paths, train, mutable=mutable)
+    logits = features.astype(jnp.float32) @ params["head"]["kernel"] + params["head"]["bias"]
+    return logits, changed.get("batch_stats", batch_stats)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _test_step(net: Net, params: Any, batch_stats: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    images = normalise(batch["image"], net.mean, net.std)
+    logits, _ = forward(net, params, batch_stats, images, None, train=False)
+    return hits(logits[None], batch["label"], batch["valid"])[:, 0], jnp.sum(batch["valid"])
+
+
+def _test(model: Frozen, test: Source, config: ConfigDict, state: State) -> dict[str, float]:
+    found: dict[str, np.ndarray] = {"": np.zeros(2)} | ({"_ema": np.zeros(2)} if config.ema else {})
+    total = 0
+    for batch in test_batches(test, config, data_mesh(), len(model.mean)):
+        for name in found:
+            params = state.ema if name else state.params
+            right, valid = jax.device_get(_test_step(net_of(model), params, state.batch_stats, batch))
+            found[name] = found[name] + right
+        total += int(valid)
+    if not total:
+        raise UserError("none of the test pictures can be read: check --data")
+    return {f"top{n}{name}": 100 * float(v[i]) / total for name, v in found.items() for i, n in enumerate((1, 5))}
+
+
+class _Keeper:
+    """The state on disk after every evaluation; nothing where there is no workdir."""
+
+    def __init__(self, workdir: str | None, config: ConfigDict):
+        self.config = json.dumps({**config.to_dict(), "threads": 0}, sort_keys=True)
+        self.checkpointer = None if workdir is None else Checkpointer(epath.Path(workdir) / "finetune")
+
+    def restore(self, state: State) -> tuple[int, float, State]:
+        """Epochs done, best top-1 and state; those of the start where there is no checkpoint."""
+        if self.checkpointer is None or (last := self.checkpointer.latest_step()) is None:
+            return 0, 0.0, state
+        directory = self.checkpointer.directory
+        saved = json.dumps(json.loads(restore_config(directory, last)), sort_keys=True)
+        if saved != self.config:
+            raise UserError(f"{directory}: holds a run with other settings: use another --workdir or remove it")
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+        items = {"state": shapes, "best": {"top1": jax.ShapeDtypeStruct((), np.float64)}}
+        found = self.checkpointer.restore(last, items)
+        return last, float(found["best"]["top1"]), found["state"]
+
+    def save(self, epoch: int, best: float, state: State) -> None:
+        """Keeps the latest only."""
+        if self.checkpointer is not None:
+            self.checkpointer.save(epoch, {"state": state, "best": {"top1": np.float64(best)}}, self.config)
+
+    def close(self) -> None:
+        """Waits for what is being written."""
+        if self.checkpointer is not None:
+            self.checkpointer.close()

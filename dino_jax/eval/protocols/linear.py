@@ -1,0 +1,272 @@
+"""Linear classification on frozen features (paper table 2; official `eval_linear.py`), a whole grid side by side.
+
+The features of one forward pass feed a linear head for every choice of features and of learning rate: `4` stands for
+the CLS tokens of the last four blocks, `1+avg` for the last CLS and the mean patch token. Training is SGD with momentum
+0.9 and no decay, the learning rate scaled by batch / 256 and lowered by a cosine over epochs. The official protocol
+reports the best epoch on the test set; with `holdout` head and epoch are chosen on training pictures left out instead.
+
+Legend: B batch, F features, L learning rates, K classes.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import math
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from etils import epath
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from dino_jax.data.sources import Source, open_source
+from dino_jax.errors import UserError
+from dino_jax.eval.batches import Subset, crop_and_flip, data_mesh, test_batches, train_batches
+from dino_jax.eval.features import Frozen, Net, Pooled, fingerprint, linear_input, net_of, normalise
+from dino_jax.eval.results import load_arrays, save_arrays
+from dino_jax.eval.splits import class_count, train_test
+from dino_jax.models import ViT
+from dino_jax.parallel.sharding import replicated
+from dino_jax.weights.names import PRETRAINED, fetch
+from dino_jax.weights.pth import read_pth
+
+_log = logging.getLogger(__name__)
+
+Heads = dict[str, dict[str, Any]]  # choice of features -> kernel [L, F, K], bias [L, K]
+
+
+def default_config() -> ConfigDict:
+    """The protocol's keys."""
+    config = ConfigDict()
+    config.features = ()  # last blocks, `+avg` for the mean patch token, such as ("4", "1+avg"); (): see `choices`
+    config.lrs = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # for 256 pictures; scaled by batch_size / 256
+    config.epochs = 100
+    config.batch_size = 1024
+    config.eval_every = 1  # epochs
+    config.holdout = 0.0  # share of the training pictures that select head and epoch; 0: the test set does
+    config.head = placeholder(str)  # a linear head (.pth, or a released model's name): tested, nothing is trained
+    config.resize = 256  # shorter side of test pictures before the centre crop, bicubic; 0: no resize
+    config.crop = 224
+    config.seed = 0
+    config.threads = 4
+    return config.lock()
+
+
+def evaluate(model: Frozen, data: str, config: ConfigDict, workdir: str | None = None) -> dict[str, Any]:
+    """`top1` and `top5` in percent of the selected head, what was selected and how, and `top1_<head>` of each.
+
+    A head's own figure is of its best epoch by the same rule. `data` is as in `splits.train_test`. With a `workdir` the
+    heads are saved there after every evaluation and a broken-off run goes on.
+    """
+    train_spec, test_spec = train_test(data)
+    test = open_source(test_spec)
+    if config.head is not None:
+        return _test_released(model, test, config)
+    train = open_source(train_spec)
+    classes = class_count(train, test, data)
+    train, held = _hold_out(train, config)
+    path = None if workdir is None else epath.Path(workdir) / _file_name(model, config, classes, len(train))
+    epoch, heads, momentum, history = _restore(path, *_init(model, config, classes))
+    while epoch < config.epochs:
+        heads, momentum = _train_epoch(model, train, config, epoch, heads, momentum)
+        epoch += 1
+        if epoch % config.eval_every == 0 or epoch == config.epochs:
+            scores = [score(model, source, heads, config) for source in (test, held) if source is not None]
+            history.append(np.concatenate([np.full((1, scores[0].shape[1]), epoch), *scores]))  # [3 or 5, heads]
+            _log.info("epoch %d of %d: best head %.2f%%", epoch, config.epochs, scores[-1][0].max())
+            if path is not None and jax.process_index() == 0:
+                _save(path, epoch, heads, momentum, history)
+    names = [f"{choice} lr={lr:g}" for choice in heads for lr in config.lrs]
+    return _report(np.stack(history), names)
+
+
+def _report(history: np.ndarray, names: list[str]) -> dict[str, Any]:
+    """From epoch, top-1 and top-5 (test, then held-out) [evaluations, 3 or 5, heads] to the figures."""
+    chosen_by = history[:, 1] if history.shape[1] == 3 else history[:, 3]
+    best = chosen_by.argmax(axis=0)  # [heads] evaluation at which each head is taken
+    head = int(chosen_by.max(axis=0).argmax())
+    epoch, top1, top5 = (float(x) for x in history[best[head], :3, head])
+    rule = "best epoch and head on the test set (official)" if history.shape[1] == 3 else "best on held-out pictures"
+    figures: dict[str, Any] = {"top1": top1, "top5": top5, "head": names[head], "epoch": int(epoch), "selection": rule}
+    return figures | {f"top1_{name}": float(history[best[i], 1, i]) for i, name in enumerate(names)}
+
+
+def _hold_out(train: Source, config: ConfigDict) -> tuple[Source, Source | None]:
+    """The pictures to train on and those to select by."""
+    if not config.holdout:
+        return train, None
+    order = np.random.default_rng(config.seed).permutation(len(train))
+    count = max(1, round(config.holdout * len(train)))
+    return Subset(train, np.sort(order[count:])), Subset(train, np.sort(order[:count]))
+
+
+def parse_choice(choice: str) -> tuple[int, bool]:
+    """`4` -> (4, False), `1+avg` -> (1, True)."""
+    match = re.fullmatch(r"([1-9]\d*)(\+avg)?", str(choice))
+    if match is None:
+        raise UserError(f"--config.features: {choice!r} must be a number of blocks such as 4, or 1+avg")
+    return int(match[1]), match[2] is not None
+
+
+def choices(model: Frozen, config: ConfigDict) -> tuple[str, ...]:
+    """The choices of features; by default the paper's for S (`4`) and B (`1+avg`), for others those that they have."""
+    if config.features:
+        return tuple(str(choice) for choice in config.features)
+    if isinstance(model.backbone, ViT):
+        return str(min(4, model.backbone.depth)), "1+avg"
+    return ("1",) if model.backbone.patch_size is None else ("1", "1+avg")
+
+
+def _init(model: Frozen, config: ConfigDict, classes: int) -> tuple[Heads, Heads]:
+    """Kernels N(0, 0.01), zero biases, zero momentum; every learning rate starts from the same kernel."""
+    rng, rates = np.random.default_rng(config.seed), len(config.lrs)
+    heads = {}
+    for choice, width in widths(model, config).items():
+        kernel = rng.normal(0, 0.01, (1, width, classes)).astype(np.float32)
+        bias = np.zeros((rates, classes), np.float32)
+        heads[choice] = {"kernel": np.repeat(kernel, rates, 0), "bias": bias}
+    return heads, jax.tree.map(np.zeros_like, heads)
+
+
+def widths(model: Frozen, config: ConfigDict) -> dict[str, int]:
+    """The number of inputs of a head for each choice of features."""
+    images = jax.ShapeDtypeStruct((1, config.crop, config.crop, len(model.mean)), jnp.uint8)
+    inputs = jax.eval_shape(functools.partial(_inputs, net_of(model), choices(model, config)), model.variables, images)
+    return {choice: x.shape[1] for choice, x in inputs.items()}
+
+
+def _train_epoch(
+    model: Frozen, source: Source, config: ConfigDict, epoch: int, heads: Heads, momentum: Heads
+) -> tuple[Heads, Heads]:
+    mesh = data_mesh()
+    cosine = (1 + math.cos(math.pi * epoch / config.epochs)) / 2
+    rates = np.array(config.lrs, np.float32) * np.float32(config.batch_size / 256 * cosine)
+    variables, heads, momentum = jax.device_put((model.variables, heads, momentum), replicated(mesh))
+    batches = train_batches(
+        source,
+        functools.partial(crop_and_flip, size=config.crop),
+        mesh,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        epoch=epoch,
+        channels=len(model.mean),
+        threads=config.threads,
+    )
+    for batch in batches:
+        heads, momentum = _train_step(net_of(model), variables, heads, momentum, batch, rates)
+    return heads, momentum
+
+
+def score(model: Frozen, source: Source, heads: Heads, config: ConfigDict) -> np.ndarray:
+    """Top-1 and top-5 in percent of every head, [2, heads]."""
+    mesh = data_mesh()
+    variables, heads = jax.device_put((model.variables, heads), replicated(mesh))
+    counts = [
+        jax.device_get(_test_step(net_of(model), variables, heads, batch))
+        for batch in test_batches(source, config, mesh, len(model.mean))
+    ]
+    total = sum(valid for _, valid in counts)
+    if not total:
+        raise UserError("none of the test pictures can be read: check --data")
+    return 100 * sum(found for found, _ in counts) / total
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
+def _train_step(
+    net: Net, variables: Any, heads: Heads, momentum: Heads, batch: dict[str, jax.Array], rates: jax.Array
+) -> tuple[Heads, Heads]:
+    inputs = _inputs(net, tuple(heads), variables, batch["image"])
+    weight = batch["valid"] / jnp.maximum(jnp.sum(batch["valid"]), 1)  # [B]
+
+    def loss(heads):
+        logits = logits_of(heads, inputs)  # [heads, B, K]
+        labels = jnp.broadcast_to(jnp.maximum(batch["label"], 0), logits.shape[:2])
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)  # [heads, B]
+        return jnp.sum(losses @ weight)  # the heads share nothing, so their gradients stay apart
+
+    momentum = jax.tree.map(lambda m, g: 0.9 * m + g, momentum, jax.grad(loss)(heads))
+    move = lambda p, m: p - rates.reshape(-1, *[1] * (p.ndim - 1)) * m  # noqa: E731
+    return jax.tree.map(move, heads, momentum), momentum
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _test_step(net: Net, variables: Any, heads: Heads, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    logits = logits_of(heads, _inputs(net, tuple(heads), variables, batch["image"]))  # [heads, B, K]
+    return hits(logits, batch["label"], batch["valid"]), jnp.sum(batch["valid"])
+
+
+def _inputs(net: Net, choices: tuple[str, ...], variables: Any, images: jax.Array) -> dict[str, jax.Array]:
+    """The input [B, F] of the heads of every choice, from one forward pass over uint8 [B, h, w, C]."""
+    wanted = {choice: parse_choice(choice) for choice in choices}
+    view = Pooled(max(n for n, _ in wanted.values()))
+    pooled: Any = net.backbone.apply(variables, normalise(images, net.mean, net.std), method=view)
+    return {choice: linear_input(pooled, n, avgpool) for choice, (n, avgpool) in wanted.items()}
+
+
+def logits_of(heads: Heads, inputs: dict[str, jax.Array]) -> jax.Array:
+    """[heads, B, K], in the order of the choices, then of the learning rates."""
+    logits = [
+        jnp.einsum("bf,lfk->lbk", inputs[choice], head["kernel"], precision="highest") + head["bias"][:, None]
+        for choice, head in heads.items()
+    ]
+    return jnp.concatenate(logits)
+
+
+def hits(logits: jax.Array, labels: jax.Array, valid: jax.Array) -> jax.Array:
+    """How many valid rows have their label first, and among the first five: [2, heads] from [heads, B, K]."""
+    own = jnp.take_along_axis(logits, jnp.maximum(labels, 0)[None, :, None], axis=2)
+    rank = jnp.sum(logits > own, axis=2)  # [heads, B]
+    return jnp.stack([jnp.sum((rank < depth) & valid, axis=1) for depth in (1, 5)])
+
+
+def _file_name(model: Frozen, config: ConfigDict, classes: int, examples: int) -> str:
+    settings = sorted({**config.to_dict(), "threads": 0}.items())
+    key = f"{settings} {classes} {examples} {fingerprint(model)}"
+    return f"linear-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
+
+
+def _save(path: epath.Path, epoch: int, heads: Heads, momentum: Heads, history: list[np.ndarray]) -> None:
+    leaves = {f"leaf_{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves((heads, momentum)))}
+    save_arrays(path, epoch=np.array(epoch), history=np.stack(history), **leaves)
+
+
+def _restore(path: epath.Path | None, heads: Heads, momentum: Heads) -> tuple[int, Heads, Heads, list[np.ndarray]]:
+    """Epochs done, heads, momentum and scores so far, from a broken-off run if there was one."""
+    if path is None or not path.exists():
+        return 0, heads, momentum, []
+    saved = load_arrays(path)
+    leaves, structure = jax.tree.flatten((heads, momentum))
+    heads, momentum = jax.tree.unflatten(structure, [saved[f"leaf_{i}"] for i in range(len(leaves))])
+    return int(saved["epoch"]), heads, momentum, list(saved["history"])
+
+
+def _test_released(model: Frozen, test: Source, config: ConfigDict) -> dict[str, Any]:
+    """The figures of a released head, whose width tells which of the choices it was trained on."""
+    kernel, bias = read_head(config.head)
+    fitting = [choice for choice, width in widths(model, config).items() if width == len(kernel)]
+    if len(fitting) != 1:
+        raise UserError(
+            f"{config.head}: its {len(kernel)} inputs fit {len(fitting)} of the choices of features (and their widths) "
+            f"{widths(model, config)}: name the one that it was trained on with --config.features"
+        )
+    top1, top5 = score(model, test, {fitting[0]: {"kernel": kernel[None], "bias": bias[None]}}, config)[:, 0]
+    return {"top1": float(top1), "top5": float(top5), "head": fitting[0], "selection": "released head"}
+
+
+def read_head(path: str) -> tuple[np.ndarray, np.ndarray]:
+    """Kernel [F, K] and bias [K] of an official linear head (`state_dict` with `linear.weight` and `linear.bias`).
+
+    `path`: a `.pth`, or a released model's name, whose head is downloaded once.
+    """
+    content = read_pth(fetch(path, head=True) if path in PRETRAINED else path)
+    tensors = content.get("state_dict", content) if isinstance(content, dict) else {}
+    found = {key.rpartition("linear.")[2]: value for key, value in tensors.items() if "linear." in key}
+    if set(found) != {"weight", "bias"}:
+        raise UserError(f"{path}: no linear.weight and linear.bias in it: not a linear head")
+    return np.asarray(found["weight"], np.float32).T, np.asarray(found["bias"], np.float32)

@@ -1,0 +1,99 @@
+"""Low-shot classification: logistic regression on frozen features with few labels (paper table 11).
+
+The regression has an l2 penalty of lambda = 0.1 / n and no intercept (issue 121 of the official repository), on the
+output of the backbone without augmentation. The labelled subset is drawn per class from a seed, or listed in files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from dino_jax.data.folders import Files
+from dino_jax.data.sources import open_source
+from dino_jax.errors import UserError
+from dino_jax.eval.features import Frozen, dataset_features, source_features
+from dino_jax.eval.logistic import fit_logistic
+from dino_jax.eval.splits import check_labels, train_test
+
+
+def default_config() -> ConfigDict:
+    """The protocol's keys."""
+    config = ConfigDict()
+    config.shares = (0.01, 0.1)  # of the labels
+    config.lists = ()  # files that name training pictures, such as SimCLR's; they replace `shares`
+    config.penalty = 0.1  # lambda times the number of labelled pictures
+    config.tolerance = 1e-4  # certified distance of the objective from its optimum
+    config.seed = 0  # of the subsets
+    config.resize = 256  # shorter side before the centre crop, bicubic; 0: no resize
+    config.crop = 224
+    config.batch_size = 256
+    config.workers = 0  # reading processes; 0: threads of this one
+    return config.lock()
+
+
+def evaluate(model: Frozen, data: str, config: ConfigDict, workdir: str | None = None) -> dict[str, float]:
+    """`top1_<subset>` in percent for every subset, with the `gap_<subset>` that its fit left.
+
+    `data` is as in `splits.train_test`; features are kept in `workdir`.
+    """
+    train, test = train_test(data)
+    open_source(train)  # named as wrong before the long part
+    test_features, test_labels = dataset_features(model, test, config, workdir=workdir)
+    figures = {}
+    for name, (features, labels) in _subsets(model, train, config, workdir):
+        num_classes = check_labels(labels, test_labels, data)
+        fit = fit_logistic(features, labels, num_classes, config.penalty / len(labels), tolerance=config.tolerance)
+        predicted = np.argmax(test_features @ fit.weights, axis=1)
+        figures[f"top1_{name}"] = 100 * float(np.mean(predicted == test_labels))
+        figures[f"gap_{name}"] = fit.gap
+    return figures
+
+
+def _subsets(
+    model: Frozen, train: str, config: ConfigDict, workdir: str | None
+) -> Iterator[tuple[str, tuple[np.ndarray, np.ndarray]]]:
+    """Name, features and labels of each labelled subset."""
+    for path in config.lists:
+        yield epath.Path(path).stem, source_features(model, listed(path, train), path, config, workdir=workdir)
+    if config.lists:
+        return
+    features, labels = dataset_features(model, train, config, workdir=workdir)
+    for share in config.shares:
+        rows = per_class(labels, share, config.seed)
+        yield f"{100 * share:g}%", (features[rows], labels[rows])
+
+
+def per_class(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """Rows of a subset with `share` of each class, at least one, drawn from `seed`; a smaller one lies in a larger."""
+    if not 0 < share <= 1:
+        raise UserError(f"--config.shares: a share must lie in 0..1, not {share}")
+    rows = []
+    for label in np.unique(labels):
+        mine = np.random.default_rng((seed, int(label) + 1)).permutation(np.flatnonzero(labels == label))
+        rows.append(mine[: max(1, round(share * len(mine)))])
+    return np.sort(np.concatenate(rows))
+
+
+def listed(path: str, train: str) -> Files:
+    """The pictures of the class folders in `train` that the file at `path` names, one a line.
+
+    A name is a path in `train`, or as in SimCLR's lists just the file's, whose class folder is what precedes its `_`.
+
+    Raises:
+      UserError: the file cannot be read, names nothing, or names a class that has no folder.
+    """
+    try:
+        names = [line.strip() for line in epath.Path(path).read_text().splitlines() if line.strip()]
+        root = epath.Path(train.removeprefix("folder:"))
+        classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+    except OSError as error:
+        raise UserError(f"--config.lists: {path} for {train}: {error}") from None
+    names = [name if "/" in name else f"{name.partition('_')[0]}/{name}" for name in names]
+    unknown = [name for name in names if name.partition("/")[0] not in classes]
+    if unknown or not names:
+        raise UserError(f"--config.lists: {path} names {unknown[0] if unknown else 'nothing'}, not found in {train}")
+    return Files(str(root), names, [classes.index(name.partition("/")[0]) for name in names], classes)

@@ -1,0 +1,122 @@
+"""Image retrieval on revisited Oxford and Paris (Radenovic et al. 2018; paper table 3; `eval_image_retrieval.py`).
+
+Layout: `DATA/roxford5k` (or `rparis6k`) with `gnd_roxford5k.pkl` and `jpg/NAME.jpg`, or that folder itself. Pictures
+are shrunk to fit a square (PIL's thumbnail), queries are not cropped to their box, and features are compared by cosine.
+At several scales the features of the resized pictures are averaged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+from PIL import Image
+
+from dino_jax.data.crops import to_pil
+from dino_jax.errors import UserError
+from dino_jax.eval.draw import GRAY, GREEN, RED, SHOWN, save_rows, tile
+from dino_jax.eval.features import Cls, Frozen, run
+from dino_jax.eval.gnd import read_gnd
+from dino_jax.eval.images import batches_by_size, linear_resize, parallel, read_picture
+from dino_jax.eval.ranking import revisited_scores, similarity
+
+PAPER = {"roxford5k": (224, False), "rparis6k": (512, True)}  # size, multiscale
+SETS = tuple(PAPER)
+SCALES = (1.0, 2**-0.5, 0.5)
+SIDE = 128  # pixels of a tile in the picture
+
+
+def default_config() -> ConfigDict:
+    """The protocol's keys."""
+    config = ConfigDict()
+    config.size = placeholder(int)  # side of the square that a picture must fit; null: the paper's, see `PAPER`
+    config.multiscale = placeholder(bool)  # average the features at scales 1, 0.71 and 0.5; null: the paper's
+    config.batch_size = 32
+    config.threads = 4
+    return config.lock()
+
+
+def evaluate(model: Frozen, data: str, config: ConfigDict, workdir: str | None = None) -> dict[str, float]:
+    """`<set>_map_medium`, `<set>_map_hard` and `<set>_mp@<k>_<level>` in percent, for every set found in `data`.
+
+    With a `workdir`, `retrieval-<set>.png` there shows some queries and the best of the database: easy and hard ones
+    framed in green, what counts for nothing in gray, wrong ones in red.
+    """
+    figures = {}
+    for folder in _sets(data):
+        truth = read_gnd(folder / f"gnd_{folder.name}.pkl")
+        size, multiscale = PAPER[folder.name]
+        size = size if config.size is None else config.size
+        scales = SCALES if (multiscale if config.multiscale is None else config.multiscale) else (1.0,)
+        paths = {key: [folder / "jpg" / f"{name}.jpg" for name in truth[key]] for key in ("qimlist", "imlist")}
+        queries, database = (multiscale_features(model, p, config, size, scales) for p in paths.values())
+        scores = similarity(database, queries)
+        for level, level_scores in revisited_scores(scores, truth["gnd"]).items():
+            figures[f"{folder.name}_map_{level}"] = 100 * level_scores["map"]
+            figures |= {f"{folder.name}_mp@{k}_{level}": 100 * value for k, value in level_scores["mpk"].items()}
+        if workdir is not None:
+            _draw(epath.Path(workdir) / f"retrieval-{folder.name}.png", paths, scores, truth["gnd"], len(model.mean))
+    return figures
+
+
+def _draw(path: epath.Path, paths: dict, scores: np.ndarray, truth: list[dict], channels: int) -> None:
+    rows = []
+    for query in np.unique(np.linspace(0, len(truth) - 1, SHOWN).astype(int)):
+        row = [tile(read_picture(paths["qimlist"][query], channels), SIDE)]
+        for place in np.argsort(-scores[:, query], kind="stable")[:SHOWN]:
+            good = place in truth[query]["easy"] or place in truth[query]["hard"]
+            colour = GREEN if good else GRAY if place in truth[query]["junk"] else RED
+            row.append(tile(read_picture(paths["imlist"][place], channels), SIDE, colour))
+        rows.append(row)
+    save_rows(path, rows)
+
+
+def _sets(data: str) -> list[epath.Path]:
+    root = epath.Path(data)
+    found = [root / name for name in SETS if (root / name / f"gnd_{name}.pkl").exists()]
+    if root.name in SETS and (root / f"gnd_{root.name}.pkl").exists():
+        found.append(root)
+    if not found:
+        raise UserError(f"--data={data}: no roxford5k/gnd_roxford5k.pkl or rparis6k/gnd_rparis6k.pkl in it")
+    return found
+
+
+def multiscale_features(
+    model: Frozen, paths: Sequence[epath.Path], config: ConfigDict, size: int, scales: Sequence[float]
+) -> np.ndarray:
+    """Features [N, D] of pictures shrunk to fit a square of side `size`, the mean over `scales`."""
+    patch = model.backbone.patch_size or 1
+
+    def load(path: epath.Path) -> np.ndarray:
+        return shrink_to_fit(read_picture(path, len(model.mean)), size)
+
+    total = np.zeros(1)
+    for scale in scales:
+        pictures = (scaled(pixels, scale, patch) for pixels in parallel(load, paths, config.threads))
+        rows = [(out, b["index"]) for out, b in run(model, Cls(), batches_by_size(pictures, config.batch_size))]
+        order = np.argsort(np.concatenate([index for _, index in rows]))
+        total = total + np.concatenate([out for out, _ in rows])[order]
+    return total / len(scales)
+
+
+def shrink_to_fit(pixels: np.ndarray, size: int) -> np.ndarray:
+    """PIL's `thumbnail` into a square of side `size`, Lanczos; smaller pictures stay as they are."""
+    planes = to_pil(pixels)
+    for plane in planes:
+        plane.thumbnail((size, size), Image.Resampling.LANCZOS)
+    arrays = [np.asarray(plane) for plane in planes]
+    return arrays[0] if pixels.shape[-1] == 3 else np.stack(arrays, axis=-1)
+
+
+def scaled(pixels: np.ndarray, scale: float, patch: int) -> np.ndarray:
+    """[h, w, C] resized as torch's `interpolate(scale_factor=scale)` does, cut to whole patches right and below."""
+    if scale != 1:
+        height, width = (int(side * scale) for side in pixels.shape[:2])
+        pixels = linear_resize(pixels, height, width, 1 / scale)
+    height, width = (side // patch * patch for side in pixels.shape[:2])
+    if not height or not width:
+        raise UserError(f"a picture of {pixels.shape[0]} x {pixels.shape[1]} pixels is smaller than a patch of {patch}")
+    return pixels[:height, :width]

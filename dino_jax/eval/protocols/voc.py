@@ -1,0 +1,154 @@
+"""How well the attention of the CLS token outlines objects: Jaccard similarity on VOC12 (paper section 4.2, figure 4).
+
+For every head the mask keeps the patches that carry the largest share of the attention (60% in the text, 80% in
+appendix D). Each object counts with the best head's intersection over union, and an image with the mean of its objects
+(the author's description in issue 54 of the official repository). Pictures are squeezed to a square, bilinear; masks
+are compared at the picture's own size.
+
+Legend: B batch, H heads, N patches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+from PIL import Image
+
+from dino_jax.errors import UserError
+from dino_jax.eval.draw import GREEN, ORANGE, SHOWN, save_rows, tile, tinted
+from dino_jax.eval.features import ClsAttention, Frozen, run, whole_patches
+from dino_jax.eval.images import grouped, parallel, resize
+from dino_jax.eval.masks import IGNORE, Masked, MaskedPictures, open_masks
+from dino_jax.weights.load import open_weights
+
+
+def default_config() -> ConfigDict:
+    """The protocol's keys."""
+    config = ConfigDict()
+    config.masses = (0.6, 0.8)  # shares of the attention that the masks keep
+    config.size = 480  # side of the square that pictures are squeezed to, cut to whole patches
+    config.block = -1  # whose attention
+    config.split = "val"  # of VOC's ImageSets/Segmentation
+    config.random = False  # the same network with random weights, too
+    config.supervised = placeholder(str)  # a weight file of the same network trained with labels, too, such as DeiT's
+    config.batch_size = 8
+    config.threads = 4
+    return config.lock()
+
+
+def evaluate(model: Frozen, data: str, config: ConfigDict, workdir: str | None = None) -> dict[str, float]:
+    """`jaccard_60` and `jaccard_80` in percent (by `config.masses`); the same with `_random` and `_supervised` after
+    them for the references that are asked for.
+
+    `data` is as in `masks.open_masks`. With a `workdir`, `voc.png` there shows some pictures beside truth and masks.
+    """
+    if model.backbone.patch_size is None:
+        raise UserError("voc needs a backbone with attention, a ViT or an XCiT")
+    pictures = open_masks(data, config.split, len(model.mean))
+    references = _references(model, config)
+    figures = _score(model, pictures, config, None if workdir is None else epath.Path(workdir) / "voc.png")
+    for name, reference in references.items():
+        figures |= {f"{key}_{name}": value for key, value in _score(reference, pictures, config, None).items()}
+    return figures
+
+
+def _references(model: Frozen, config: ConfigDict) -> dict[str, Frozen]:
+    """The networks to compare with, by name."""
+    shape = jnp.zeros((1, *[whole_patches(model, config.size)] * 2, len(model.mean)))
+    found = {}
+    if config.random:
+        found["random"] = model._replace(variables=jax.jit(model.backbone.init)(jax.random.key(0), shape))
+    if config.supervised is not None:
+        weights = open_weights(config.supervised, heads=model.backbone.heads)
+        variables = {name: tree["backbone"] for name, tree in weights.teacher.items() if "backbone" in tree}
+        expected = jax.eval_shape(model.backbone.init, jax.random.key(0), shape)
+        if jax.tree.map(np.shape, variables["params"]) != jax.tree.map(np.shape, expected["params"]):
+            raise UserError(f"--config.supervised={config.supervised}: not the weights of the network of --checkpoint")
+        found["supervised"] = model._replace(variables=variables)
+    return found
+
+
+def _score(model: Frozen, pictures: MaskedPictures, config: ConfigDict, path: epath.Path | None) -> dict[str, float]:
+    side = whole_patches(model, config.size)
+    scores: dict[float, list[float]] = {mass: [] for mass in config.masses}
+    shown: list[list[np.ndarray]] = []
+    for attention, batch in run(model, ClsAttention(config.block), _batches(pictures, side, config)):
+        for masked, heads in zip(batch["masked"], attention, strict=True):  # heads [H, h, w]
+            for mass in config.masses:
+                masks = attention_masks(heads.reshape(len(heads), -1), mass).reshape(heads.shape)
+                masks = enlarge(masks, *masked.objects.shape)
+                scores[mass].append(image_jaccard(masks, masked.objects))
+            if path is not None and len(shown) < SHOWN:
+                shown.append(_row(masked, masks))
+    if np.isnan(scores[config.masses[0]]).all():
+        raise UserError("voc: no picture has an object in its mask: check --data")
+    if shown and path is not None:
+        save_rows(path, shown)
+    return {f"jaccard_{round(100 * mass)}": 100 * float(np.nanmean(values)) for mass, values in scores.items()}
+
+
+def _batches(pictures: MaskedPictures, side: int, config: ConfigDict) -> Iterator[dict[str, Any]]:
+    def load(index: int) -> tuple[np.ndarray, Masked]:
+        masked = pictures.load(index)
+        return resize(masked.pixels, side, side, Image.Resampling.BILINEAR), masked
+
+    for group in grouped(parallel(load, range(pictures.size), config.threads), config.batch_size):
+        yield {"image": np.stack([image for image, _ in group]), "masked": [masked for _, masked in group]}
+
+
+def _row(masked: Masked, masks: np.ndarray) -> list[np.ndarray]:
+    """Picture, truth and the best head's mask (by all objects together)."""
+    truth = (masked.objects > 0) & (masked.objects != IGNORE)
+    best = masks[jaccard(masks, truth).argmax()]
+    colours = np.array([(0, 0, 0), GREEN, ORANGE], np.uint8)
+    panels = masked.pixels, *(tinted(masked.pixels, mask * n, colours) for n, mask in ((1, truth), (2, best)))
+    return [tile(panel, 160) for panel in panels]
+
+
+def attention_masks(attention: np.ndarray, mass: float) -> np.ndarray:
+    """Boolean [..., N]: the fewest patches of each row of `attention` [..., N] that carry at least `mass` of its sum.
+
+    As in the official `visualize_attention.py`, the smallest values are dropped while their running sum stays within
+    1 - mass.
+    """
+    attention = np.asarray(attention, np.float64)
+    order = np.argsort(attention, axis=-1, kind="stable")
+    rising = np.take_along_axis(attention, order, -1)
+    share = np.cumsum(rising / rising.sum(-1, keepdims=True), axis=-1)
+    masks = np.zeros(attention.shape, bool)
+    np.put_along_axis(masks, order, share > 1 - mass, axis=-1)
+    return masks
+
+
+def jaccard(mask: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Intersection over union of boolean masks [..., h, w], broadcast against each other; 0 where both are empty."""
+    overlap = np.sum(mask & truth, axis=(-2, -1))
+    union = np.sum(mask | truth, axis=(-2, -1))
+    return overlap / np.maximum(union, 1)
+
+
+def image_jaccard(masks: np.ndarray, objects: np.ndarray, ignore: int = IGNORE) -> float:
+    """Mean over the objects of one image of the best head's Jaccard similarity; NaN for an image without objects.
+
+    Args:
+      masks: bool [H, h, w], one per head.
+      objects: int [h, w]; 0 is background, `ignore` belongs to nothing, every other number is one object.
+    """
+    numbers = np.setdiff1d(objects, (0, ignore))
+    if not len(numbers):
+        return float("nan")
+    return float(np.mean([jaccard(masks, objects == number).max() for number in numbers]))
+
+
+def enlarge(masks: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Masks [..., h, w] at [..., height, width] by nearest neighbour (integer multiples repeat each patch)."""
+    rows = np.arange(height) * masks.shape[-2] // height
+    columns = np.arange(width) * masks.shape[-1] // width
+    return masks[..., rows[:, None], columns]

@@ -1,0 +1,219 @@
+"""Video object segmentation on DAVIS 2017 by label propagation (paper table 5; official `eval_video_segmentation.py`).
+
+The first frame's annotation is carried through the video by patch similarity (`propagation`), and the result is scored
+by J and F (`davis`). Layout: `DATA/JPEGImages/480p/VIDEO/*.jpg`, `DATA/Annotations/480p/VIDEO/*.png` and
+`DATA/ImageSets/2017/val.txt`. `scenes:` specs give rendered clips instead.
+"""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+from PIL import Image
+
+from dino_jax.data.scenes import Scenes
+from dino_jax.data.sources import open_source
+from dino_jax.errors import UserError
+from dino_jax.eval import davis
+from dino_jax.eval.draw import SHOWN, palette, save_rows, tile, tinted
+from dino_jax.eval.features import Frozen, Patches, fingerprint, run
+from dino_jax.eval.images import grouped, linear_resize, list_pictures, nearest, parallel, read_labels, read_picture
+from dino_jax.eval.propagation import hard_labels, propagate
+from dino_jax.eval.results import save_json
+
+STD = (0.228, 0.224, 0.225)  # as the official script has it, .228 where ImageNet's is .229
+LABELS = 4  # the number of labels is rounded up to a multiple of this, so that videos share compiled programs
+
+_log = logging.getLogger(__name__)
+
+
+def default_config() -> ConfigDict:
+    """The protocol's keys."""
+    config = ConfigDict()
+    config.size = 480  # shorter side
+    config.multiple = 64  # the longer side is cut down to a multiple of this
+    config.context = 7  # previous frames beside the first
+    config.radius = 12  # reach of a patch, in rows and in columns
+    config.topk = 5
+    config.temperature = 0.1
+    config.split = "val"  # of ImageSets/2017
+    config.batch_size = 4  # frames
+    config.threads = 4
+    return config.lock()
+
+
+class Video(NamedTuple):
+    """A name, the frames' file stems, `frame(t) -> uint8 [H, W, C]`, and the annotations uint8 [T, H, W]."""
+
+    name: str
+    stems: Sequence[str]
+    frame: Callable[[int], np.ndarray]
+    truth: Callable[[], np.ndarray]
+
+
+def evaluate(model: Frozen, data: str, config: ConfigDict, workdir: str | None = None) -> dict[str, float]:
+    """J&F, and mean, recall and decay of J and F in percent, over all objects.
+
+    With a `workdir` the label maps are written to `vos-<settings>/VIDEO/*.png` with a palette, and videos that are
+    there are not computed again; `objects.json` beside them has each object's figures, and `vos.png` shows some videos.
+    """
+    if model.backbone.patch_size is None:
+        raise UserError("vos needs a backbone with patch tokens, a ViT")
+    if len(model.mean) == len(STD):
+        model = model._replace(std=STD)
+    folder = None
+    if workdir is not None:
+        folder = epath.Path(workdir) / f"vos-{_settings(model, data, config)}"
+    objects: dict[str, Any] = {}
+    shown: list[list[np.ndarray]] = []
+    for video in open_videos(data, config.split, len(model.mean)):
+        truth = video.truth()
+        labels = None if folder is None else _load(folder / video.name, video.stems, truth.shape)
+        if labels is None:
+            labels = segment(model, video, truth[0], config)
+            if folder is not None and jax.process_index() == 0:
+                _save(folder / video.name, video.stems, labels)
+        if len(shown) < SHOWN:
+            chosen = np.linspace(0, len(labels) - 1, 4).astype(int)
+            shown.append([tile(tinted(video.frame(t), labels[t], palette()), 200) for t in chosen])
+        scores = davis.score_video(labels, truth, video.name)
+        objects |= {f"{video.name}_{number}": entry for number, entry in enumerate(scores, 1)}
+        _log.info("%s: J&F %.1f over %d objects", video.name, davis.summarize(scores)["J&F_mean"], len(scores))
+    if folder is not None and jax.process_index() == 0:
+        save_json(folder / "objects.json", objects)
+        save_rows(epath.Path(folder.parent) / "vos.png", shown)
+    return davis.summarize(objects.values())
+
+
+def _settings(model: Frozen, data: str, config: ConfigDict) -> str:
+    """A short name of everything that the label maps depend on."""
+    keys = ("size", "multiple", "context", "radius", "topk", "temperature")
+    key = f"{data} {fingerprint(model)} {[config[key] for key in keys]}"
+    return hashlib.sha256(key.encode()).hexdigest()[:16]
+
+
+def segment(model: Frozen, video: Video, first: np.ndarray, config: ConfigDict) -> np.ndarray:
+    """Label maps uint8 [T, H, W] of all frames, from the annotation uint8 [H, W] of the first, which stays as it is."""
+    patch = model.backbone.patch_size
+    height, width = frame_size(first.shape[0], first.shape[1], config.size, config.multiple)
+    if height % patch or width % patch:
+        raise UserError(
+            f"--config.size={config.size}: frames of {height} x {width} do not divide into patches of {patch}"
+        )
+
+    def load(t: int) -> np.ndarray:
+        pixels = linear_resize(video.frame(t), height, width)  # as OpenCV: no antialiasing, rounded to levels
+        return np.rint(pixels).astype(np.uint8)
+
+    count = -(-(int(first[first != davis.VOID].max(initial=0)) + 1) // LABELS) * LABELS
+    small = nearest(np.where(first == davis.VOID, 0, first), height // patch, width // patch)
+    soft = jnp.asarray(np.eye(count, dtype=np.float32)[small])  # [h, w, L]
+    context: collections.deque = collections.deque(maxlen=config.context)
+    anchor, maps = None, [first]
+    frames = grouped(parallel(load, range(len(video.stems)), config.threads), config.batch_size)
+    for outputs, _ in run(model, Patches(), ({"image": np.stack(group)} for group in frames)):
+        for features in outputs:  # [h, w, D]
+            features = jnp.asarray(features)
+            if anchor is None:
+                anchor = features, soft
+                continue
+            soft = _propagate([anchor, *context], features, config)
+            context.append((features, soft))
+            labels = np.asarray(hard_labels(soft, patch))  # [height, width]
+            maps.append(nearest(labels, *first.shape))
+    return np.stack(maps)
+
+
+def _propagate(context: list, features: jnp.ndarray, config: ConfigDict) -> jnp.ndarray:
+    """Soft labels of a frame; the context is filled up to one length with frames that do not count."""
+    full = config.context + 1
+    valid = np.arange(full) < len(context)
+    context = context + [context[0]] * (full - len(context))
+    sources, labels = (jnp.stack(column) for column in zip(*context, strict=True))
+    return propagate(
+        sources,
+        features,
+        labels,
+        valid,
+        radius=config.radius,
+        topk=config.topk,
+        temperature=config.temperature,
+    )
+
+
+def frame_size(height: int, width: int, size: int, multiple: int) -> tuple[int, int]:
+    """Height and width at which a frame is seen: the shorter side `size`, the longer cut down to a `multiple`."""
+    longer = int(size * max(height, width) / min(height, width) // multiple * multiple)
+    return (longer, size) if height > width else (size, longer)
+
+
+def open_videos(data: str, split: str, channels: int = 3) -> Iterator[Video]:
+    """The videos of `data`, a DAVIS folder or a `scenes:` spec. Raises `UserError` where a part of it is missing."""
+    if data.startswith("scenes:"):
+        source = open_source(data)
+        if not isinstance(source, Scenes):
+            raise UserError(f"{data}: not scenes")
+        yield from (_clip(source, index) for index in range(len(source)))
+        return
+    root = epath.Path(data)
+    listing = root / "ImageSets" / "2017" / f"{split}.txt"
+    if not listing.exists():
+        raise UserError(f"{listing}: no such file: give the DAVIS 2017 folder as --data")
+    names = listing.read_text().split()
+    if not names:
+        raise UserError(f"{listing}: the list is empty")
+    yield from (_davis(root, name, channels) for name in names)
+
+
+def _clip(source: Scenes, index: int) -> Video:
+    frames, masks = source.clip(index)
+    stems = [f"{t:05d}" for t in range(len(frames))]
+    return Video(f"{source.split}-{index:03d}", stems, frames.__getitem__, lambda: masks)
+
+
+def _davis(root: epath.Path, name: str, channels: int) -> Video:
+    frames = list_pictures(root / "JPEGImages" / "480p" / name)
+    masks = [root / "Annotations" / "480p" / name / f"{path.stem}.png" for path in frames]
+    return Video(
+        name,
+        [path.stem for path in frames],
+        lambda t: read_picture(frames[t], channels),
+        lambda: _stacked(name, [read_labels(path) for path in masks]),
+    )
+
+
+def _stacked(name: str, maps: list[np.ndarray]) -> np.ndarray:
+    if len({labels.shape for labels in maps}) != 1:
+        raise UserError(f"{name}: its annotations differ in size")
+    return np.stack(maps)
+
+
+def _save(folder: epath.Path, stems: Sequence[str], labels: np.ndarray) -> None:
+    """Indexed pictures; the folder gets its name only when all of them are there."""
+    partial = folder.parent / f"{folder.name}.partial"
+    partial.mkdir(parents=True, exist_ok=True)
+    for stem, frame in zip(stems, labels, strict=True):
+        picture = Image.fromarray(frame)
+        picture.putpalette(palette().tobytes())
+        with (partial / f"{stem}.png").open("wb") as file:
+            picture.save(file, "PNG")
+    partial.rename(folder)
+
+
+def _load(folder: epath.Path, stems: Sequence[str], shape: tuple[int, ...]) -> np.ndarray | None:
+    """The label maps of an earlier run, or None."""
+    if not folder.exists():
+        return None
+    labels = np.stack([read_labels(folder / f"{stem}.png") for stem in stems])
+    if labels.shape != shape:
+        raise UserError(f"{folder}: label maps of {labels.shape} for a video of {shape}: remove the folder")
+    return labels

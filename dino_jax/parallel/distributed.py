@@ -1,0 +1,276 @@
+"""Several processes, one run: who takes part, checks at the start, stopping together, an end for all when one fails.
+
+Which process this is, is said by flags of `dino-jax train` and `dino-jax eval`, by the environment, or found out:
+
+    --coordinator=HOST:PORT   JAX_COORDINATOR_ADDRESS   where process 0 listens; the same for all
+    --processes=N             JAX_NUM_PROCESSES         1: alone, whatever the surroundings say
+    --process=I               JAX_PROCESS_ID            0 to N - 1; in a Kubernetes Job or JobSet (completionMode:
+                                                        Indexed) JOB_COMPLETION_INDEX will do
+                              JAX_LOCAL_DEVICE_IDS      of a GPU machine with several processes: mine, such as 0,1
+    nothing                   SLURM_*                   under `srun` with more than one task
+                              TPU_WORKER_HOSTNAMES ...  TPU pods and slices, on Compute Engine (metadata server) and GKE
+                                                        (variables of its TPU webhook, MEGASCALE_*), by JAX itself
+
+How long to wait before giving up, in seconds, for all of these ways:
+
+    DINO_START_TIMEOUT        300   for all processes to come, and for each of the start-up checks
+    DINO_HEARTBEAT_TIMEOUT     60   of silence before a process counts as dead and the runtime aborts the others
+
+Exit status: 0 done, or stopped by SIGTERM or Ctrl-C with a checkpoint written (the same command resumes); 2 bad input,
+a mismatch between processes among it; 1 any other failure of this process or another one. The reason is one line on
+the standard error of the process that failed and of process 0.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import importlib.util
+import logging
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, NoReturn
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax._src import distributed as runtime  # its client has no public name
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dino_jax.errors import UserError
+from dino_jax.parallel.coordination import Peers
+
+log = logging.getLogger(__name__)
+
+_peers: Peers | None = None  # within a session of several processes
+
+
+class Place(NamedTuple):
+    """One process among those of a run."""
+
+    coordinator: str  # HOST:PORT
+    processes: int
+    process: int
+    devices: list[int] | None = None  # of this machine's, by number; None: all of them
+
+
+def find_place(
+    coordinator: str | None, processes: int | None, process: int | None, environ: Mapping[str, str]
+) -> Place | None:
+    """This process's place by flags, variables or SLURM; None: nothing says, as on a TPU, where JAX finds out itself.
+
+    Raises:
+      UserError: half of what is needed is given, or numbers that make no sense.
+    """
+    coordinator = coordinator or environ.get("JAX_COORDINATOR_ADDRESS")
+    processes = _whole("JAX_NUM_PROCESSES", environ) if processes is None else processes
+    process = _whole("JAX_PROCESS_ID", environ) if process is None else process
+    if processes == 1:
+        return Place("", 1, 0)
+    if process is None and coordinator:
+        process = _whole("JOB_COMPLETION_INDEX", environ)
+    given = {"--coordinator": coordinator, "--processes": processes, "--process": process}
+    if all(value is None for value in given.values()):
+        return _slurm(environ)
+    if missing := [name for name, value in given.items() if value is None]:
+        known = ", ".join(f"{name}={value}" for name, value in given.items() if value is not None)
+        raise UserError(f"{known} without {' and '.join(missing)}: give all three to each process, or none")
+    assert coordinator is not None and processes is not None and process is not None
+    if not 0 <= process < processes:
+        raise UserError(f"--process={process}: of {processes} processes the numbers are 0 to {processes - 1}")
+    if not coordinator.rpartition(":")[2].isdigit():
+        raise UserError(f"--coordinator={coordinator}: it must read HOST:PORT")
+    devices = environ.get("JAX_LOCAL_DEVICE_IDS")
+    return Place(coordinator, processes, process, [int(d) for d in devices.split(",")] if devices else None)
+
+
+def _whole(name: str, environ: Mapping[str, str]) -> int | None:
+    text = environ.get(name)
+    if text is None:
+        return None
+    if not text.strip().isdigit():
+        raise UserError(f"{name}={text}: it must be a whole number")
+    return int(text)
+
+
+def _slurm(environ: Mapping[str, str]) -> Place | None:
+    """The place of a task of `srun`; None outside one, or where there is one task."""
+    names = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID")
+    if any(name not in environ for name in names):
+        return None
+    job, tasks, process, local = (int(environ[names[i]]) for i in (0, 2, 3, 4))
+    here = environ.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0].split(",")[0]
+    bound = environ.get("CUDA_VISIBLE_DEVICES", ",")
+    # One process of a machine has all of it; several have a GPU each, unless SLURM shows each just its own.
+    devices = None if here == "1" or "," not in bound else [local]
+    return Place(f"{first_host(environ['SLURM_STEP_NODELIST'])}:{20000 + job % 20000}", tasks, process, devices)
+
+
+def first_host(nodes: str) -> str:
+    """The first of SLURM's compressed host list: `tpu[003-005,9],login` -> `tpu003`."""
+    first = re.split(r",(?![^\[]*\])", nodes)[0]  # commas within brackets do not part hosts
+    return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", first)
+
+
+def _on_tpu(environ: Mapping[str, str]) -> bool:
+    """Whether this machine has TPU chips and JAX is going to use them."""
+    wanted = environ.get("JAX_PLATFORMS", "tpu")
+    chips = glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")
+    return bool("tpu" in wanted and chips and importlib.util.find_spec("libtpu"))
+
+
+@contextlib.contextmanager
+def session(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> Iterator[None]:
+    """Within it, this is one of several processes, or alone: see the module.
+
+    Alone, nothing changes. Of several, one that fails never leaves it: it tells the others and exits.
+    """
+    global _peers
+    _peers = _join(find_place(coordinator, processes, process, os.environ))
+    if _peers is None:
+        yield
+        return
+    try:
+        yield
+    except BaseException as error:
+        _peers.fail(error)
+    _peers.end()
+    _peers = None
+
+
+def several() -> bool:
+    """Whether this is one of several processes."""
+    return _peers is not None
+
+
+def check_alone(verb: str) -> None:
+    """Raises `UserError` where the environment says that this is one of several processes."""
+    place = find_place(None, None, None, os.environ)
+    count = jax.process_count() if place is None else place.processes
+    if count > 1:
+        raise UserError(f"{verb} runs in one process, here are {count}: start it alone, or set JAX_NUM_PROCESSES=1")
+
+
+def check_same(facts: Mapping[str, str]) -> None:
+    """Raises the same `UserError` on every process unless all give the same facts: it names who differs in what."""
+    if _peers is not None:
+        _peers.check_same(facts)
+
+
+def check_devices() -> None:
+    """Raises `UserError` unless every device of every process answers in time, alone and then all together."""
+    if _peers is not None:
+        _peers.check_devices()
+
+
+def check_shared(folder: epath.Path) -> None:
+    """Raises `UserError` where a process does not see in `folder` what process 0 writes there."""
+    if _peers is not None:
+        _peers.check_shared(folder)
+
+
+@contextlib.contextmanager
+def bounded(what: str, seconds: float) -> Iterator[None]:
+    """Of several processes, one that stays within for longer ends the run and says what it waited for; 0: no bound."""
+    if _peers is None or not seconds:
+        yield
+        return
+    _peers.waiting = what, time.monotonic(), seconds
+    try:
+        yield
+    finally:
+        _peers.waiting = None
+
+
+def lead() -> bool:
+    """Whether this process writes and prints; without starting a backend."""
+    return _peers is None or _peers.rank == 0
+
+
+def _too_late(place: Place | None, patience: float) -> NoReturn:
+    who, where = (f"process {place.process} of {place.processes}", place.coordinator) if place else ("this process", "")
+    print(
+        f"dino-jax: error: {who}: not all processes met{where and f' at {where}'} within {patience:.0f} s "
+        "(DINO_START_TIMEOUT): is each of them running, and can it reach that port?",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(2)
+
+
+class StopTogether:
+    """Stops all processes after the same step, when any of them was asked to.
+
+    Each says with each step, through an all-reduce of one number that is dispatched behind the step and read with its
+    metrics, whether a signal came; so all read the same answer at the same point of the loop, and no one waits for it.
+    Alone, a signal counts at once.
+    """
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.reason: str | None = None  # once it is agreed to stop
+        self._place = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        self._max = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
+        self._several = jax.process_count() > 1
+        self._silence: Any = self._array(0) if self._several else None
+
+    def vote(self, number: int) -> jax.Array | int:
+        """Says that this process was asked to stop by signal `number`, or was not: 0. Pass what it gives to `count`."""
+        if not self._several:
+            self.count(number)
+            return number
+        return self._max(self._array(1 + number + 64 * jax.process_index()) if number else self._silence)
+
+    def count(self, votes: jax.Array | int) -> None:
+        """Reads the outcome of a step's vote; waits for the step."""
+        if (found := int(votes)) and self.reason is None:
+            process, number = divmod(found - self._several, 64)
+            at = f" (process {process})" if self._several else ""
+            self.reason = signal.Signals(number).name + at
+
+    def _array(self, value: int) -> jax.Array:
+        count = self._place.mesh.size
+        return jax.make_array_from_callback((count,), self._place, lambda _: np.full(1, value, np.int32))
+
+
+def _join(place: Place | None) -> Peers | None:
+    """Starts JAX's runtime for several processes and gives their connection; None: alone."""
+    if place.processes == 1 if place else not _on_tpu(os.environ):
+        return None
+    patience = float(os.environ.get("DINO_START_TIMEOUT", "300"))
+    heartbeat = float(os.environ.get("DINO_HEARTBEAT_TIMEOUT", "60"))
+    # JAX's preemption service takes SIGTERM for itself, from here on; the loop listens when it can act (StopTogether).
+    jax.config.update("jax_enable_preemption_service", False)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    options: dict[str, Any] = {
+        "initialization_timeout": int(patience) + 60,  # by which the runtime would abort this process
+        "heartbeat_timeout_seconds": int(heartbeat),
+        "shutdown_timeout_seconds": 60,
+    }
+    if place is not None:
+        options |= {"cluster_detection_method": "deactivate", "local_device_ids": place.devices}
+        options |= {"coordinator_address": place.coordinator, "num_processes": place.processes}
+        options |= {"process_id": place.process}
+    timer = threading.Timer(patience, _too_late, (place, patience))
+    timer.daemon = True
+    timer.start()
+    try:
+        jax.distributed.initialize(**options)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        if place is None:  # a TPU machine of its own, without a pod's metadata
+            log.info("a single TPU machine, as far as JAX can tell: %s", reason)
+            return None
+        raise UserError(f"process {place.process} cannot join at {place.coordinator}: {reason}") from error
+    finally:
+        timer.cancel()
+    state = runtime.global_state
+    if state.num_processes == 1:
+        jax.distributed.shutdown()
+        return None
+    return Peers(state.process_id, state.num_processes, state.client, patience)

@@ -1,0 +1,289 @@
+"""`dino-jax bench input|step|loss`: how fast the parts of a run are on this machine."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image
+
+from dino_jax import config_io
+from dino_jax.config import default
+from dino_jax.data.example import Example
+from dino_jax.data.pipeline import make_dataset, steps_per_epoch
+from dino_jax.data.reader import Reader
+from dino_jax.data.sources import Source, open_source
+from dino_jax.errors import UserError
+from dino_jax.objectives.dino import dino_loss
+from dino_jax.parallel import sharding
+from dino_jax.training.prefetch import Ready, device_batches
+from dino_jax.training.step import jit_init_state, jit_train_step, make_recipe
+
+Results = dict[str, float | str]
+Pictures = Generator[int, None, None]  # yields the number of pictures since the last yield
+
+ROUNDS = 2  # alternations of the host parts, since a shared machine's speed drifts
+WARM_UP = 1.0  # CPU seconds before each measurement, until memory is used again
+HOST_BATCH = 64  # pictures in a batch where the host parts are measured, if there are as many
+
+
+def run(
+    what: str,
+    config_file: str | None,
+    overrides: Iterable[str] = (),
+    *,
+    source: str | None = None,
+    seconds: float = 5.0,
+    steps: int | None = None,
+) -> None:
+    """Prints the results of one benchmark as a table, then as one JSON object in the last line.
+
+    Without a configuration file: the defaults with a batch of 64; on a CPU, which would take minutes for one step, a
+    ViT-Ti of depth 2 with 4,096 prototypes and a batch of 8. `steps`: None: 10, on a CPU 3.
+    """
+    on_cpu = jax.default_backend() == "cpu"
+    steps = steps if steps is not None else 3 if on_cpu else 10
+    if seconds <= 0 or steps < 0 or (what != "input" and not steps):
+        raise UserError(f"--seconds={seconds:g} --steps={steps}: must be more than 0 (steps of input: at least 0)")
+    if source is not None and what != "input":
+        raise UserError(f"--source={source}: bench {what} reads no pictures")
+    if config_file is None:
+        config = config_io.check(config_io.override(_small(default(), on_cpu), overrides))
+    else:
+        config = config_io.load(config_file, overrides)
+    about: Results = {
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "model": config.model.name,
+        "batch_size": config.batch_size,
+    }
+    if what == "input":
+        results = bench_input(config, source, seconds, steps)
+    else:
+        results = {"step": bench_step, "loss": bench_loss}[what](config, steps)
+    print_results(about | results)
+
+
+def _small(config: ConfigDict, on_cpu: bool) -> ConfigDict:
+    config.batch_size = 64
+    if on_cpu:
+        config.batch_size, config.model.name, config.model.depth, config.head.out_dim = 8, "vit_tiny", 2, 4096
+    return config
+
+
+class JpegSource:
+    """Pictures like photographs for lack of a data set: noise with a 1/f spectrum, JPEG at quality 90 without labels.
+
+    500 x 375 pixels, the size of most ImageNet pictures, in about 110 kB, as those have.
+    """
+
+    class_names = None
+
+    def __init__(self, count: int = 16, height: int = 375, width: int = 500):
+        frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])  # cycles a pixel
+        amplitude = 1 / np.maximum(frequency, 1 / width)
+        rng = np.random.default_rng(0)
+        self._jpegs = []
+        for _ in range(count):
+            gray, *tint = (np.fft.irfft2(amplitude * np.fft.rfft2(rng.normal(size=(height, width)))) for _ in range(4))
+            planes = [128 + 50 * (gray / gray.std() + 0.3 * part / part.std()) for part in tint]
+            file = io.BytesIO()
+            Image.fromarray(np.clip(np.stack(planes, -1), 0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
+            self._jpegs.append(file.getvalue())
+
+    def __len__(self) -> int:
+        return 100_000
+
+    def __getitem__(self, index: int) -> Example:
+        return Example(self._jpegs[index % len(self._jpegs)], -1, f"generated {index}")
+
+
+def bench_input(config: ConfigDict, source: str | None = None, seconds: float = 5.0, steps: int = 10) -> Results:
+    """Decoding, either renderer's host part, and training from the data beside training from resident crops.
+
+    Args:
+      config: of the run; `data.render` is set to either mode in turn.
+      source: what to read, as for `data.train`; None: generated JPEGs (`JpegSource`).
+      seconds: of CPU time, how long each host part is measured.
+      steps: train steps for each rate with training; 0: no training.
+
+    Returns images a second. `*_per_core` are images per second of CPU time, all threads of this process together, so
+    that other load on the machine matters little; waiting for storage is not in them. `ratio` is the device mode's host
+    part over host rendering. `train_*`: on all devices together, with the config's `run.workers` and
+    `run.threads`, `resident` with the same crops again and again; `share_*`: the part of the resident rate that
+    training from the data reaches.
+    """
+    pictures: Source = open_source(source) if source else JpegSource()
+    batch_size = min(HOST_BATCH, len(pictures))
+    works: dict[str, Callable[[], Pictures]] = {
+        "decode": lambda: _decoded(pictures, config),
+        "host": lambda: _prepared(pictures, _in_process(_in_mode(config, "host"), batch_size)),
+        "device": lambda: _prepared(pictures, _in_process(_in_mode(config, "device"), batch_size)),
+    }
+    rates = _rates_per_core(works, seconds)
+    results: Results = {f"{name}_images_per_s_per_core": rate for name, rate in rates.items()}
+    results["ratio"] = rates["device"] / rates["host"]
+    return results | _train_rates(pictures, config, steps) if steps else results
+
+
+def bench_step(config: ConfigDict, steps: int = 10) -> Results:
+    """The train step on resident crops of noise: images/s over all devices, milliseconds, seconds of compilation, and,
+    where the devices tell, the peak of the first one's memory in GB."""
+    mesh = sharding.make_mesh(config.run.mesh)
+    sharding.check_batch(config.batch_size, mesh, config.run.accum_steps)
+    recipe = make_recipe(config, 1000)
+    state, train_step = jit_init_state(recipe, mesh), jit_train_step(recipe, mesh)
+    groups = [(2, config.crops.global_size), (config.crops.local_count, config.crops.local_size)]
+    rng = np.random.default_rng(0)  # zeros would flatter a GPU, whose clock depends on what it computes
+    crops = [
+        rng.standard_normal((config.batch_size, count, *size, config.model.in_chans), np.float32).astype(
+            jnp.dtype(config.model.dtype)
+        )
+        for count, size in groups
+        if count
+    ]
+    batches = itertools.repeat(Ready(sharding.to_devices(crops, mesh, config.batch_size), []))
+    begin = time.perf_counter()
+    state, _ = _timed(train_step, state, batches, 1)
+    first = time.perf_counter() - begin
+    state, seconds = _timed(train_step, state, batches, steps)
+    results: Results = {
+        "images_per_s": steps * config.batch_size / seconds,
+        "ms_per_step": 1e3 * seconds / steps,
+        "compile_s": first - seconds / steps,
+    }
+    if memory := jax.devices()[0].memory_stats():
+        results["peak_gb"] = memory["peak_bytes_in_use"] / 1e9
+    return results
+
+
+def bench_loss(config: ConfigDict, steps: int = 10) -> Results:
+    """The loss with its gradient, alone, on one device: milliseconds, GB/s of logits, and temporary memory in MB."""
+    K, count = config.head.out_dim, 2 + config.crops.local_count
+    student, teacher = jax.random.split(jax.random.key(0))
+    logits = jax.random.normal(student, (config.batch_size, count, K), config.model.dtype)
+    target = jax.random.normal(teacher, (config.batch_size, 2, K), config.model.dtype)
+
+    def loss(logits: jax.Array, target: jax.Array, center: jax.Array) -> jax.Array:
+        return dino_loss(logits, target, center, config.teacher.temp, config.loss.student_temp).cross_entropy
+
+    arguments = logits, target, jnp.zeros(K)
+    compiled = jax.jit(jax.value_and_grad(loss)).lower(*arguments).compile()
+    jax.block_until_ready(compiled(*arguments))
+    begin = time.perf_counter()
+    for _ in range(steps):
+        out = compiled(*arguments)
+    jax.block_until_ready(out)
+    seconds = (time.perf_counter() - begin) / steps
+    results: Results = {
+        "ms_per_loss": 1e3 * seconds,
+        "gb_per_s": (logits.nbytes + target.nbytes) / seconds / 1e9,
+    }
+    if (memory := compiled.memory_analysis()) is not None:
+        results["temporary_mb"] = memory.temp_size_in_bytes / 1e6
+    return results
+
+
+def print_results(results: Results) -> None:
+    """A table, and as the last line one JSON object."""
+    width = max(map(len, results))
+    for name, value in results.items():
+        print(f"{name:<{width}}  {value:>12.4g}" if isinstance(value, float) else f"{name:<{width}}  {value:>12}")
+    print(json.dumps({name: round(value, 4) if isinstance(value, float) else value for name, value in results.items()}))
+
+
+def _in_mode(config: ConfigDict, mode: str) -> ConfigDict:
+    config = config.copy_and_resolve_references()
+    config.data.render = mode
+    return config
+
+
+def _in_process(config: ConfigDict, batch_size: int) -> ConfigDict:
+    """With threads of this process, whose CPU time it knows."""
+    config.run.workers, config.batch_size = 0, batch_size
+    return config
+
+
+def _decoded(source: Source, config: ConfigDict) -> Pictures:
+    """Decodes one picture after another."""
+    reader = Reader(source, config.model.in_chans, None, config.seed, 1.0, "the data set")
+    for index in itertools.cycle(range(len(source))):
+        reader.read_or_replace(index)
+        yield 1
+
+
+def _prepared(source: Source, config: ConfigDict) -> Pictures:
+    """Takes the training pipeline's batches."""
+    for batch in make_dataset(source, config):
+        yield len(batch["label"])
+
+
+def _rates_per_core(works: dict[str, Callable[[], Pictures]], seconds: float) -> dict[str, float]:
+    """Pictures per second of this process's CPU time, each kind of work measured for so many of those, in rounds."""
+    totals = {name: [0, 0.0] for name in works}  # pictures, CPU seconds
+    for _ in range(ROUNDS):
+        for name, work in works.items():
+            pictures = work()
+            _work(pictures, WARM_UP)
+            count, cpu = _work(pictures, seconds / ROUNDS)
+            totals[name][0] += count
+            totals[name][1] += cpu
+            pictures.close()
+            _settle()
+    return {name: count / cpu for name, (count, cpu) in totals.items()}
+
+
+def _work(pictures: Pictures, seconds: float) -> tuple[int, float]:
+    """Works for some seconds of CPU time, or four times as long by the clock; the pictures, and the CPU time used."""
+    begin, cpu, count = time.perf_counter(), time.process_time(), 0
+    while not count or (time.process_time() - cpu < seconds and time.perf_counter() - begin < 4 * seconds):
+        count += next(pictures)
+    return count, time.process_time() - cpu
+
+
+def _settle() -> None:
+    """Waits until this process is idle: threads of a closed pipeline finish the chunk that they are at."""
+    idle = False
+    while not idle:
+        before = time.process_time()
+        time.sleep(0.1)
+        idle = time.process_time() - before < 0.01
+
+
+def _train_rates(source: Source, config: ConfigDict, steps: int) -> Results:
+    """Images/s of training from resident crops and from the data in both modes."""
+    mesh = sharding.make_mesh(config.run.mesh)
+    recipe = make_recipe(config, steps_per_epoch(len(source), config.batch_size))
+    state, train_step = jit_init_state(recipe, mesh), jit_train_step(recipe, mesh)
+    images, resident = steps * config.batch_size, 0.0
+    results: Results = {}
+    for mode in ("host", "device"):
+        batches = device_batches(_in_mode(config, mode), source, mesh, position=0, salt=0)
+        if mode == "host":
+            again = itertools.repeat(next(batches))
+            state, _ = _timed(train_step, state, again, 1)  # compiles
+            state, seconds = _timed(train_step, state, again, steps)
+            results["train_resident_images_per_s"] = resident = images / seconds
+        state, _ = _timed(train_step, state, batches, config.run.prefetch + 2)  # uses up what was ready
+        state, seconds = _timed(train_step, state, batches, steps)
+        batches.close()
+        results[f"train_{mode}_images_per_s"] = images / seconds
+        results[f"share_{mode}"] = images / seconds / resident
+    return results
+
+
+def _timed(train_step: Callable[..., Any], state: Any, batches: Iterator[Ready], steps: int) -> tuple[Any, float]:
+    """The state after some steps, and the seconds they took from an idle device to an idle device."""
+    jax.block_until_ready(state)
+    begin = time.perf_counter()
+    for _ in range(steps):
+        state, _ = train_step(state, next(batches).crops)
+    jax.block_until_ready(state)
+    return state, time.perf_counter() - begin

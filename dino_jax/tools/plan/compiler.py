@@ -1,0 +1,165 @@
+"""The train step, compiled for devices that need not be there."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import re
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from dino_jax.errors import UserError
+from dino_jax.parallel import sharding
+from dino_jax.training.step import TrainState, abstract_state, jit_train_step, make_recipe
+
+# What libtpu asks for on a machine without TPUs: no look-up of its metadata, no lock, no log.
+TPU_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TPU_STDERR_LOG_LEVEL": "3",
+}
+EXAMPLES = "v4:2x2x1, v5e:4x4, v5p:4x4x4, v6e:4x4, tpu7x:2x2x1, cpu, cpu:8 or gpu"
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+class Program(NamedTuple):
+    """What the compiler says of one device's share of a step."""
+
+    flops: float  # a loop's body counted once
+    bytes: float  # read and written, likewise
+    arguments: int  # state and crops
+    temporary: int
+    peak: int
+    text: str  # the optimised HLO; empty where the program did not fit
+    seconds: float
+
+
+def is_present(topology: str) -> bool:
+    """Whether a topology means devices of this machine: `cpu`, `cpu:8`, `gpu`."""
+    return topology.partition(":")[0] in ("cpu", "gpu")
+
+
+def prepare(topologies: Sequence[str]) -> None:
+    """Settings that come before JAX's first use of a device: a plan for TPUs touches none of this machine's."""
+    for name, value in TPU_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    kinds = {topology.partition(":")[0] for topology in topologies}
+    if "gpu" not in kinds:
+        jax.config.update("jax_platforms", "cpu")
+    counts = [int(t[4:]) for t in topologies if t.startswith("cpu:") and t[4:].isdigit()]
+    if counts and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        with contextlib.suppress(RuntimeError):  # devices are in use already: `devices_of` looks at how many
+            jax.config.update("jax_num_cpu_devices", max(counts))
+
+
+def devices_of(topology: str) -> list[Any]:
+    """The devices of a topology such as `v5e:4x4`, `cpu:8` or `gpu`.
+
+    Raises:
+      UserError: libtpu is missing or does not know it; too few devices of this machine.
+    """
+    if is_present(topology):
+        return _present(topology)
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            f"--topology={topology}: compiling for TPUs needs libtpu, and nothing else of one: "
+            'pip install -e ".[tpu]" -c constraints.txt'
+        )
+    from jax.experimental import topologies
+
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0].removeprefix("INVALID_ARGUMENT: ")
+        raise UserError(f"--topology={topology}: {reason}: give one such as {EXAMPLES}") from error
+
+
+def _present(topology: str) -> list[Any]:
+    kind, _, count = topology.partition(":")
+    if count and not (count.isdigit() and int(count)):
+        raise UserError(f"--topology={topology}: {count!r} is no number of devices: give one such as {EXAMPLES}")
+    try:
+        devices = jax.devices(kind)
+    except RuntimeError:
+        raise UserError(
+            f"--topology={topology}: JAX finds no {kind} here; TPUs need not be here ({EXAMPLES})"
+        ) from None
+    if count and int(count) > len(devices):
+        raise UserError(f"--topology={topology}: this machine has {len(devices)}: give at most {kind}:{len(devices)}")
+    return devices[: int(count)] if count else devices
+
+
+def abstract_step(config: ConfigDict, devices: Sequence[Any], steps_per_epoch: int) -> tuple[Mesh, TrainState, Any]:
+    """The mesh of `run.mesh`, the shapes and places of the state, and the step traced on them (`jax.stages.Lowered`).
+
+    The same functions as in training. Raises `UserError` for a mesh or batch that does not fit the devices.
+    """
+    if devices[0].platform != jax.default_backend():  # `auto` looks at the devices that are here
+        config = config.copy_and_resolve_references()
+        config.run.attention = "plain"
+    mesh = sharding.make_mesh(config.run.mesh, devices)
+    sharding.check_batch(config.batch_size, mesh, config.run.accum_steps)
+    recipe = make_recipe(config, steps_per_epoch)
+    state = abstract_state(recipe, mesh)
+    step: Any = jit_train_step(recipe, mesh)
+    groups = ((2, config.crops.global_size), (config.crops.local_count, config.crops.local_size))
+    crops = [
+        jax.ShapeDtypeStruct((config.batch_size, count, *size, config.model.in_chans), jnp.dtype(config.model.dtype))
+        for count, size in groups
+        if count
+    ]
+    return mesh, state, step.lower(state, crops)
+
+
+def compile_step(lowered: Any, state_bytes: int = 0) -> Program:
+    """Compiles; a program that its device's memory cannot hold is a `Program` too, without text, FLOPs and bytes.
+
+    `state_bytes`: of a device, for the refusals that tell of the temporaries only.
+    """
+    begin = time.perf_counter()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if (peak := _refused(str(error), state_bytes)) is None:
+            raise
+        return Program(0, 0, 0, 0, peak, "", time.perf_counter() - begin)
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes  # the state is donated
+    peak = arguments + outputs + temporary + memory.generated_code_size_in_bytes
+    seconds = time.perf_counter() - begin
+    return Program(cost["flops"], cost["bytes accessed"], arguments, temporary, peak, compiled.as_text(), seconds)
+
+
+def _refused(message: str, state_bytes: int) -> int | None:
+    """The bytes that a program would have needed, from libtpu's refusal; None where it says something else."""
+    for pattern, more in ((r"Used {} of {} hbm", 0), (r"HLO temporaries \({}\) exceeds", state_bytes)):
+        if found := re.search(pattern.replace("{}", r"([\d.]+)([KMGT]?)"), message):
+            return int(float(found[1]) * _UNITS[found[2]]) + more
+    return None
+
+
+def shard_bytes(tree: Any) -> int:
+    """Bytes that one device holds of a pytree of `ShapeDtypeStruct` with shardings."""
+    return sum(_shard_bytes(x) for x in jax.tree.leaves(tree))
+
+
+def _shard_bytes(x: jax.ShapeDtypeStruct) -> int:
+    size = 1
+    for n in x.sharding.shard_shape(x.shape):
+        size *= n
+    return size * x.dtype.itemsize
+
+
+def whole_bytes(tree: Any) -> int:
+    """Bytes of a pytree of arrays, unsharded."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))

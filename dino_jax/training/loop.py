@@ -1,0 +1,310 @@
+"""The training loop: `train(config, workdir) -> TrainState`."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import logging
+from collections.abc import Generator
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from dino_jax import config_io
+from dino_jax.data.pipeline import steps_per_epoch
+from dino_jax.data.sources import Source, fingerprint, open_source
+from dino_jax.errors import UserError, writing
+from dino_jax.parallel import distributed, sharding
+from dino_jax.progress import Progress
+from dino_jax.training import online
+from dino_jax.training.metrics import MetricWriter, Throughput
+from dino_jax.training.prefetch import BadFiles, Ready, device_batches
+from dino_jax.training.start import start_from
+from dino_jax.training.step import (
+    Metrics,
+    Recipe,
+    TrainState,
+    abstract_state,
+    from_items,
+    jit_init_state,
+    jit_train_step,
+    make_recipe,
+    to_items,
+)
+from dino_jax.training.stop import StopSignal
+from dino_jax.training.trace import Trace
+from dino_jax.training.watch import Watch
+from dino_jax.weights.checkpoint import Checkpointer, restore_config, steps
+
+log = logging.getLogger(__name__)
+
+IN_FLIGHT = 2  # steps dispatched beyond the last one whose end the host has seen
+
+
+def train(config: ConfigDict, workdir: str | epath.Path, *, source: Source | None = None) -> TrainState:
+    """Trains to the end of `config.epochs`, from the latest checkpoint in `workdir` if there is one.
+
+    SIGTERM and Ctrl-C save a checkpoint and return early; the same call goes on from there, to the same bits as if
+    nothing had happened. `source` stands in for `config.data.train`. Of several processes (`distributed.session`)
+    each makes the same call.
+
+    Raises:
+      UserError: a configuration, data set, workdir or checkpoint that cannot be used; a run that keeps diverging.
+    """
+    config_io.check(config)
+    source = open_source(config.data.train) if source is None else source
+    workdir = epath.Path(workdir).expanduser()
+    if distributed.several():
+        distributed.check_same(facts(config, workdir, source))
+        distributed.check_devices()
+    mesh = sharding.make_mesh(config.run.mesh)
+    sharding.check_batch(config.batch_size, mesh, config.run.accum_steps)
+    recipe = make_recipe(config, steps_per_epoch(len(source), config.batch_size))
+    evaluations = online.Evaluations(config, recipe, steps_per_epoch(len(source), config.batch_size))
+    claim(workdir, config)
+    distributed.check_shared(workdir)
+    with StopSignal() as stop, _Session(config, workdir, source, recipe, mesh, evaluations) as session:
+        return session.loop(stop)
+
+
+def claim(workdir: epath.Path, config: ConfigDict) -> None:
+    """Writes `workdir/config.json`, or compares with it: a workdir belongs to one configuration, `run.*` apart."""
+    path = workdir / "config.json"
+    with writing(f"--workdir={workdir}: cannot write there"):
+        saved = path.read_text() if path.exists() else None
+        if saved is None and (found := steps(workdir / "checkpoints")):  # someone removed it
+            saved = restore_config(workdir / "checkpoints", found[-1])
+        if saved is not None and (differences := config_io.differences(config_io.from_json(saved, str(path)), config)):
+            raise UserError(
+                f"{path}: this workdir belongs to a run of another configuration ({'; '.join(differences)}): "
+                "give another --workdir, or the same values to resume"
+            )
+        if jax.process_index() == 0:
+            workdir.mkdir(parents=True, exist_ok=True)
+            fresh = workdir / "config.json.new"
+            fresh.write_text(config_io.to_json(config))
+            fresh.replace(path)
+
+
+def facts(config: ConfigDict, workdir: epath.Path, source: Source) -> dict[str, str]:
+    """What the processes of a run must agree in, beside their code."""
+    settings = {f"config.{key}": repr(value) for key, value in config_io.flatten(config).items()}
+    data = {"pictures in data.train": str(len(source)), "contents of data.train": fingerprint(source)}
+    return settings | data | {"workdir": str(workdir)}
+
+
+class _Session:
+    """What the loop needs at hand, from the start or the resumption of a run to its end or interruption."""
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        workdir: epath.Path,
+        source: Source,
+        recipe: Recipe,
+        mesh: Mesh,
+        evaluations: online.Evaluations,
+    ):
+        self.config, self.workdir, self.source, self.recipe, self.mesh = config, workdir, source, recipe, mesh
+        self.lead = jax.process_index() == 0
+        self.epoch_steps = steps_per_epoch(len(source), config.batch_size)
+        self.total = config.epochs * self.epoch_steps
+        self.save_every = max(1, round(config.run.checkpoint_every * self.epoch_steps))
+        self.evaluations = evaluations
+        self.watch = Watch(config, self.epoch_steps, self.total)
+        self.throughput = Throughput()
+        self.bad_files = BadFiles(workdir)
+        self.stopping = distributed.StopTogether(mesh)
+        self.steady = False  # whether the first step of this session, with its compilation, is over
+        self.trace = Trace(workdir / "profile")
+
+    def __enter__(self) -> _Session:
+        run = self.config.run
+        self.checkpoints = Checkpointer(
+            self.workdir / "checkpoints",
+            keep=run.keep,
+            keep_every_steps=run.keep_every * self.epoch_steps,
+            asynchronous=run.async_checkpoint,
+        )
+        with contextlib.ExitStack() as stack:  # each is closed, whatever the others say
+            stack.callback(self.checkpoints.close)
+            self.state, restored = self.restore()
+            self.step = int(self.state.step)
+            self.writer = self.open_writer(self.step if restored else None)
+            stack.callback(lambda: self.writer.close())  # a rewind opens another one
+            self.progress = Progress(self.total, self.step, "train", active=self.lead and run.progress)
+            stack.callback(self.progress.close)
+            stack.callback(self.trace.stop, save=False)
+            self.say(self.introduction(restored))
+            self._open = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    def loop(self, stop: StopSignal) -> TrainState:
+        """Steps until the end, a signal, or `run.stop_after`; after a rewind, on from the restored step."""
+        last = min(self.total, self.step + (self.config.run.stop_after or self.total))
+        train_step = jit_train_step(self.recipe, self.mesh)
+        pending: collections.deque[tuple[int, Metrics, Any]] = collections.deque()  # steps whose end was not seen yet
+        batches = self.batches()
+        self.throughput.reset()
+        try:
+            while self.step < last and not self.stopping.reason:
+                self.profile()
+                crops = self.next_crops(batches)
+                self.state, metrics = train_step(self.state, crops)
+                self.step += 1
+                pending.append((self.step, metrics, self.stopping.vote(stop.number)))
+                due = self.due() or self.step == last
+                if not all(self.see(*pending.popleft()) for _ in range(len(pending) - (0 if due else IN_FLIGHT))):
+                    batches.close()
+                    pending.clear()
+                    self.rewind()
+                    batches = self.batches()
+                elif due:
+                    self.milestone()
+            for step in pending:
+                self.see(*step)
+        finally:
+            batches.close()
+        self.profile(over=True)
+        self.save()
+        self.say(self.conclusion())
+        return self.state
+
+    def restore(self) -> tuple[TrainState, bool]:
+        """The latest good checkpoint's state, or a fresh one; and whether it was restored."""
+        step = self.checkpoints.latest_step()
+        if step is None:
+            if damaged := ", ".join(map(str, steps(self.checkpoints.directory))):
+                raise UserError(
+                    f"{self.checkpoints.directory}: none of the checkpoints there can be used ({damaged}): "
+                    "bring them back from a copy, or give another --workdir to start afresh"
+                )
+            state = jit_init_state(self.recipe, self.mesh)
+            if self.config.init_from is not None:
+                state, notes = start_from(state, self.config)
+                log.info("; ".join(notes))
+            return state, False
+        wanted = to_items(abstract_state(self.recipe, self.mesh))
+        return from_items(self.checkpoints.restore(step, wanted)), True
+
+    def open_writer(self, resume_step: int | None) -> MetricWriter:
+        return MetricWriter(
+            self.workdir,
+            active=self.lead,
+            resume_step=resume_step,
+            tensorboard=self.config.run.tensorboard,
+            wandb_project=self.config.run.wandb,
+            config_json=config_io.to_json(self.config),
+        )
+
+    def batches(self) -> Generator[Ready, None, None]:
+        position, salt = self.step * self.config.batch_size, int(self.state.salt)
+        return device_batches(self.config, self.source, self.mesh, position=position, salt=salt)
+
+    def next_crops(self, batches: Generator[Ready, None, None]) -> list[jax.Array]:
+        limit = self.config.run.stall_timeout
+        with self.throughput.waiting(), distributed.bounded(f"the input of step {self.step + 1}", limit):
+            batch = next(batches)
+        self.bad_files.note(batch.bad)
+        return batch.crops
+
+    def due(self) -> bool:
+        """Whether something comes after this step that needs it to be over."""
+        return self.step % self.save_every == 0 or self.evaluations.due(self.step)
+
+    def see(self, step: int, metrics: Metrics, votes: Any) -> bool:
+        """Waits for the end of a step and logs it if it is its turn; False asks for a rewind."""
+        # Half as long again, so that of processes that wait for one which waits for input the latter is named.
+        limit = 1.5 * self.config.run.stall_timeout * self.steady
+        with distributed.bounded(f"the end of step {step}, done by all devices together", limit):
+            bad = int(metrics["bad_steps"])
+            self.stopping.count(votes)
+        self.steady = True
+        self.throughput.count(self.config.batch_size)
+        if not bad and step % self.config.run.log_every and step != self.total:
+            return True
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        values |= {"epoch": step / self.epoch_steps, **self.throughput.read()}
+        self.writer.write(step, values)
+        self.progress.update(
+            step, epoch=values["epoch"], loss=values["loss"], **{"images/s": values["images_per_second"]}
+        )
+        verdict = self.watch.update(step, values)
+        for line in verdict.lines:
+            self.say(line)
+        if verdict.action == "stop":
+            raise UserError(verdict.lines[-1])
+        return verdict.action == "go on"
+
+    def rewind(self) -> None:
+        """Back to the last good checkpoint (or the start), with a new salt, so that other crops are drawn."""
+        salt = int(self.state.salt) + 1
+        self.checkpoints.wait()
+        self.state, restored = self.restore()
+        place = self.state.salt.sharding
+        self.state = self.state.replace(salt=jax.make_array_from_callback((), place, lambda _: np.int32(salt)))
+        self.step = int(self.state.step)
+        self.writer.close()
+        self.writer = self.open_writer(self.step if restored else None)
+        self.throughput.reset()
+        self.say(f"went back to step {self.step}")
+
+    def milestone(self) -> None:
+        """What comes between two steps: online evaluation, then the checkpoint."""
+        if self.evaluations.due(self.step):
+            figures = self.evaluations.run(self.step, self.state)
+            self.writer.write(self.step, figures)
+            self.say(f"step {self.step}: " + ", ".join(f"{name} {value:.2f}%" for name, value in figures.items()))
+        if self.step % self.save_every == 0:
+            self.save()
+        self.throughput.reset()
+
+    def save(self) -> None:
+        """A checkpoint of this step, unless there is one; the metrics up to here are safe before it."""
+        self.writer.flush()
+        self.checkpoints.save(self.step, to_items(self.state), config_io.to_json(self.config))
+
+    def profile(self, over: bool = False) -> None:
+        """Starts and ends the trace of `run.profile_steps`; `over`: there are no more steps."""
+        first, last = self.config.run.profile_steps if self.lead else (0, 0)
+        if self.trace.running and (over or self.step >= last):
+            jax.block_until_ready(self.state.step)
+            self.trace.stop()
+            self.say(f"{self.trace.folder}: a trace of steps {first} to {self.step}, for xprof or TensorBoard")
+        elif self.step == first < last and not (over or self.trace.running):
+            self.trace.start()
+
+    def say(self, line: str) -> None:
+        """A line for the person at the terminal, above the progress bar."""
+        if self.config.run.progress:
+            self.progress.note(line)
+        elif self.lead:
+            log.info(line)
+
+    def introduction(self, restored: bool) -> str:
+        config, students = self.config, self.state.student["params"]
+        count = sum(x.size for x in jax.tree.leaves(students))
+        processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
+        beginning = f"resuming at step {self.step}" if restored else "starting"
+        if self.lead and config.run.accum_steps > 1 and jax.tree.leaves(self.state.student["batch_stats"]):
+            log.warning(
+                "batch norm sees one of the %d microbatches at a time: not the big batch", config.run.accum_steps
+            )
+        return (
+            f"{beginning} of {self.total} ({config.epochs} epochs of {self.epoch_steps}): {config.model.name}, "
+            f"{count / 1e6:.1f}M parameters with the head, {len(self.source)} pictures, batch {config.batch_size} on "
+            f"{self.mesh.size} {jax.devices()[0].platform} device(s){processes}; workdir {self.workdir}"
+        )
+
+    def conclusion(self) -> str:
+        if self.step == self.total:
+            return f"done: {self.total} steps; checkpoint in {self.checkpoints.directory}"
+        reason = self.stopping.reason or "run.stop_after"
+        return f"stopped by {reason} at step {self.step} of {self.total}; saved: the same command resumes"

@@ -1,0 +1,97 @@
+"""Evaluations of the teacher while it trains: k-NN accuracy and attention Jaccard, each at its own interval."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from dino_jax.data.sources import open_source
+from dino_jax.errors import UserError
+from dino_jax.eval.features import Frozen, source_features
+from dino_jax.eval.masks import open_masks
+from dino_jax.eval.protocols import voc
+from dino_jax.eval.protocols.knn import knn_classify
+from dino_jax.training.step import Recipe, TrainState
+
+Figures = dict[str, float]
+
+
+class Evaluations:
+    """What `config.eval` asks for between steps.
+
+    Raises:
+      UserError: at once, not at the first interval: data that are not given or not there, or a backbone without
+        attention for `eval.voc_every`.
+    """
+
+    def __init__(self, config: ConfigDict, recipe: Recipe, epoch_steps: int):
+        self.config, self.recipe = config, recipe
+        self.jobs: list[tuple[int, Callable[[Frozen], Figures]]] = []  # steps between, what to do
+        options = config.eval
+        if options.knn_every:
+            _require(options, "knn_every", "knn_train", "knn_test")
+            self.sources = {spec: open_source(spec) for spec in (options.knn_train, options.knn_test)}
+            self.jobs.append((options.knn_every * epoch_steps, self.knn))
+        if options.voc_every:
+            _require(options, "voc_every", "voc_data")
+            if recipe.network.backbone.patch_size is None:
+                raise UserError("eval.voc_every: this backbone has no attention to compare with masks: set it to 0")
+            open_masks(options.voc_data, "val", config.model.in_chans)
+            self.jobs.append((options.voc_every * epoch_steps, self.voc))
+
+    def due(self, step: int) -> bool:
+        """Whether anything is evaluated after this step."""
+        return any(step % steps == 0 for steps, _ in self.jobs)
+
+    def run(self, step: int, state: TrainState) -> Figures:
+        """The figures of everything that is due, in percent."""
+        model = frozen_teacher(self.config, self.recipe, state)
+        figures: Figures = {}
+        for steps, job in self.jobs:
+            if step % steps == 0:
+                figures |= job(model)
+        return figures
+
+    def knn(self, model: Frozen) -> Figures:
+        """`knn_top1` and `knn_top5` of `eval.knn_test` among `eval.knn_train`."""
+        options = self.config.eval
+        view = ConfigDict({key: options[key] for key in ("resize", "crop", "batch_size")})
+        view.workers = self.config.run.workers
+        train, test = (
+            source_features(model, self.sources[spec], spec, view) for spec in (options.knn_train, options.knn_test)
+        )
+        k = min(options.knn_k, len(train[0]))
+        top1, top5 = knn_classify(*train, *test, ks=(k,), temperature=options.knn_temperature)[k]
+        return {"knn_top1": top1, "knn_top5": top5}
+
+    def voc(self, model: Frozen) -> Figures:
+        """`voc_jaccard_60` and `voc_jaccard_80` on `eval.voc_data`."""
+        settings = voc.default_config()
+        settings.size = self.config.eval.voc_size
+        figures = voc.evaluate(model, self.config.eval.voc_data, settings)
+        return {f"voc_{key}": value for key, value in figures.items()}
+
+
+def _require(options: ConfigDict, reason: str, *keys: str) -> None:
+    for key in keys:
+        if options[key] is None:
+            raise UserError(
+                f"eval.{key}: is needed for eval.{reason}={options[reason]}: name a source, or set that to 0"
+            )
+
+
+def frozen_teacher(config: ConfigDict, recipe: Recipe, state: TrainState) -> Frozen:
+    """The teacher's backbone, copied whole to this process's host."""
+
+    def local(x: Any) -> Any:
+        whole = x.is_fully_addressable or x.is_fully_replicated
+        return jax.device_get(x) if whole else multihost_utils.process_allgather(x, tiled=True)
+
+    variables = {"params": jax.tree.map(local, state.ema.teacher["backbone"])}
+    if "backbone" in state.teacher_stats:
+        variables["batch_stats"] = jax.tree.map(local, state.teacher_stats["backbone"])
+    return Frozen(recipe.network.backbone, variables, config.data.mean, config.data.std)

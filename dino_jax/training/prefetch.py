@@ -1,0 +1,123 @@
+"""Batches on the devices, ready before the step asks: host pipeline, transfer, renderer, in a thread of their own."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Generator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from dino_jax.data.pipeline import make_dataset
+from dino_jax.data.sources import Source
+from dino_jax.errors import writing
+from dino_jax.parallel import sharding
+from dino_jax.render.renderer import make_renderer
+
+
+class Ready(NamedTuple):
+    """One batch on the devices."""
+
+    crops: list[jax.Array]  # [globals [B, 2, H, W, c], locals [B, n, h, w, c]]: normalised, in the compute type
+    bad: list[tuple[int, str, str]]  # index, name and reason of the pictures that this process could not read
+
+
+class BadFiles:
+    """`WORKDIR/bad_files.txt`: each picture that could not be read, once, with the reason; a file for each process."""
+
+    def __init__(self, workdir: epath.Path):
+        name = "bad_files.txt" if jax.process_index() == 0 else f"bad_files-{jax.process_index()}.txt"
+        self._path, self._known = workdir / name, set()
+        with writing(f"{self._path}: cannot be read"):
+            if self._path.exists():
+                self._known = {line.split("\t")[0] for line in self._path.read_text().splitlines()}
+
+    def note(self, bad: list[tuple[int, str, str]]) -> None:
+        """Adds the (index, name, reason) that are new."""
+        new = {name: reason for _, name, reason in bad if name not in self._known}
+        if new:
+            self._known.update(new)
+            with writing(f"{self._path}: cannot write"):
+                before = self._path.read_text() if self._path.exists() else ""
+                self._path.write_text(before + "".join(f"{name}\t{reason}\n" for name, reason in new.items()))
+
+
+def device_batches(
+    config: ConfigDict, source: Source, mesh: Mesh, *, position: int, salt: int
+) -> Generator[Ready, None, None]:
+    """The endless stream of training batches from `position` (examples consumed by the run) on.
+
+    Each process reads its own rows; uint8 goes over the wire, crops are normalised (and rendered, with
+    `data.render=device`) where they are used. `run.prefetch` batches wait on the devices. Close it to end its thread.
+
+    Nothing in that thread is a program of several processes: those must start in the same order everywhere, and here
+    they would race with the steps.
+    """
+    here, rows = sharding.local_rows(config.batch_size, mesh)
+    render = make_renderer(config, here)
+
+    def produce() -> Generator[Ready, None, None]:
+        batches = make_dataset(source, config, position=position, salt=salt, batch_slice=rows)
+        try:
+            for batch in batches:
+                bad = batch.pop("bad")
+                crops = render(jax.device_put(_arrays(batch), here))
+                yield Ready([sharding.of_all(x, mesh, config.batch_size) for x in crops], bad)
+        finally:
+            batches.close()
+
+    return in_thread(produce, config.run.prefetch)
+
+
+def _arrays(batch: dict[str, Any]) -> dict[str, Any]:
+    """What a device needs of a host batch: not the 64-bit example numbers."""
+    return {key: value for key, value in batch.items() if not isinstance(value, np.ndarray) or value.dtype != np.int64}
+
+
+def in_thread(produce: Callable[[], Generator[Any, None, None]], ahead: int) -> Generator[Any, None, None]:
+    """What `produce()` yields, made in another thread, at most `ahead` items waiting; its exception is raised here.
+
+    Closing the generator ends the thread.
+    """
+    ready: queue.Queue = queue.Queue(maxsize=max(ahead, 1))
+    closed = threading.Event()
+
+    def put(item: Any) -> bool:
+        while not closed.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work():
+        items = produce()
+        try:
+            for item in items:
+                if not put((item, None)):
+                    return
+            put((None, StopIteration()))
+        except BaseException as error:  # handed to the consumer
+            put((None, error))
+        finally:
+            items.close()
+
+    thread = threading.Thread(target=work, name="input", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = ready.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield item
+    finally:
+        closed.set()
+        thread.join(timeout=60)

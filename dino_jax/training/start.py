@@ -1,0 +1,198 @@
+"""A run that begins from other weights: a backbone, or student, teacher, head and centre."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax import traverse_util
+from ml_collections import ConfigDict
+
+from dino_jax import config_io
+from dino_jax.errors import UserError
+from dino_jax.models.vit import resize_pos_embed
+from dino_jax.training.step import TrainState, make_recipe, state_from_student, to_items
+from dino_jax.weights import architecture, checkpoint, importer
+from dino_jax.weights.importer import Moments, Weights
+from dino_jax.weights.load import open_weights
+
+STEMS = ("patch_embed/kernel", "patch_embed/proj_0_0/kernel", "conv1/kernel")  # what sees the picture's channels
+
+
+def start_from(state: TrainState, config: ConfigDict) -> tuple[TrainState, list[str]]:
+    """`state` with the weights of `config.init_from` (any CKPT) for its random ones, and in words what was done.
+
+    The backbone always comes from there: a position table of another grid by the official resize, other channels
+    with the same response to a gray picture. Head and centre come along where the head is the one `config.head` asks
+    for, else they are fresh. Without a student in the CKPT, the student too starts as its teacher.
+
+    Raises:
+      UserError: the backbone is another one; the message lists the shapes that differ.
+    """
+    heads = config.model.heads or architecture.MEMBERS[config.model.name].get("heads")  # as this run has them
+    weights = open_weights(config.init_from, heads=heads, everything=True)
+    notes = [f"starting from {config.init_from}"]
+    head, why = _same_head(weights, state)
+    if why:
+        notes.append(f"the head is fresh: {why}")
+    teacher = _fitted(weights.teacher, state.teacher, weights, config, head, notes)
+    source = weights.student if weights.student is not None and head else weights.teacher
+    student = _fitted(source, state.student, weights, config, head, [])
+    center = state.center
+    if head and weights.center is not None:
+        center = _placed(weights.center, center)
+    elif head:
+        notes.append("the centre starts at 0: there is none in this file")
+    if source is weights.teacher:
+        notes.append("student and teacher start equal")
+    state = state.replace(
+        student=student,
+        ema=state.ema._replace(teacher=teacher["params"]),
+        teacher_stats=teacher["batch_stats"],
+        center=center,
+    )
+    return state, notes
+
+
+def _same_head(weights: Weights, state: TrainState) -> tuple[bool, str]:
+    """Whether the CKPT's head fits, and if not why."""
+    theirs = weights.teacher["params"].get("head")
+    if theirs is None:
+        return False, "there is none in this file"
+    mine = _flat(state.teacher["params"]["head"])
+    differ = [
+        f"{key} is {_shape(_flat(theirs).get(key))}, not {_shape(mine.get(key))}"
+        for key in sorted(_flat(theirs).keys() | mine.keys())
+        if _shape(_flat(theirs).get(key)) != _shape(mine.get(key))
+    ]
+    return not differ, f"config.head asks for another ({'; '.join(differ[:3])})"[: None if differ else 0]
+
+
+def _fitted(
+    source: Any, target: Any, weights: Weights, config: ConfigDict, head: bool, notes: list[str]
+) -> dict[str, Any]:
+    """`source`'s arrays in the shapes, dtypes and places of `target`; its head only with `head`."""
+    have, want = _flat(source), _flat(target)
+    fitted, misfits = {}, []
+    for key, like in want.items():
+        in_head = key.split("/")[1] == "head"
+        if in_head and not head:
+            fitted[key] = like
+            continue
+        value = have.get(key)
+        if value is not None and value.shape != like.shape:
+            value = _adapted(key, value, like.shape, weights.config, config, notes)
+        if value is None or value.shape != like.shape:
+            misfits.append(f"{key} is {_shape(have.get(key))}, not {_shape(like)}")
+        else:
+            fitted[key] = _placed(value, like)
+    misfits += [f"{key} is unknown here" for key in have if key not in want and key.split("/")[1] != "head"]
+    if misfits:
+        more = f" and {len(misfits) - 5} more" if len(misfits) > 5 else ""
+        raise UserError(
+            f"init_from={config.init_from}: another backbone than config.model's: {', '.join(misfits[:5])}{more}; "
+            f"set model.name={weights.config.model.name} and model.patch_size={weights.config.model.patch_size}"
+        )
+    return {"params": {}, "batch_stats": {}} | traverse_util.unflatten_dict(fitted, sep="/")
+
+
+def _adapted(
+    key: str, value: np.ndarray, shape: tuple[int, ...], theirs: ConfigDict, mine: ConfigDict, notes: list[str]
+) -> np.ndarray:
+    """The position table for another grid, the first convolution for other channels; anything else as it is."""
+    if key.endswith("/pos_embed"):
+        grids = [[size // c.model.patch_size for size in c.crops.global_size] for c in (theirs, mine)]
+        if value.shape[-1] == shape[-1] and math.prod(grids[1]) + 1 == shape[1]:
+            notes.append(f"the position table of {grids[0]} patches is resized to {grids[1]}")
+            return np.asarray(resize_pos_embed(jnp.asarray(value), tuple(grids[1]), tuple(grids[0])))
+    if key.endswith(STEMS) and value.shape[:2] == shape[:2] and value.shape[3] == shape[3]:
+        before, after = value.shape[2], shape[2]
+        notes.append(f"the first convolution's {before} channels become {after}: their mean, scaled")
+        return np.repeat(value.mean(axis=2, keepdims=True) * (before / after), after, axis=2)
+    return value
+
+
+def _flat(tree: Any) -> dict[str, Any]:
+    return traverse_util.flatten_dict(tree, sep="/")
+
+
+def _shape(leaf: Any) -> Any:
+    return "absent" if leaf is None else list(leaf.shape)
+
+
+def _placed(value: Any, like: jax.Array) -> jax.Array:
+    """`value` with the dtype and on the devices of `like`."""
+    host = np.array(value, like.dtype)
+    return jax.make_array_from_callback(host.shape, like.sharding, lambda index: host[index])
+
+
+def import_weights(
+    file_or_name: epath.PathLike,
+    out: epath.PathLike,
+    *,
+    heads: int | None = None,
+    from_file: epath.PathLike | None = None,
+) -> epath.Path:
+    """Writes the weights of a file or of a released model as the checkpoint folder `out`, and returns it.
+
+    See `importer.read` for the arguments and errors.
+    """
+    return write_checkpoint(importer.read(file_or_name, heads=heads, from_file=from_file), out)
+
+
+def write_checkpoint(weights: Weights, out: epath.PathLike) -> epath.Path:
+    """Writes `weights` as step 0 of a new workdir `out`, with the configuration beside it; returns `out`.
+
+    A whole network becomes a whole training state, its optimiser at the file's moments or at none; a backbone alone is
+    a teacher without a head.
+    """
+    out = epath.Path(out).expanduser()
+    folder = out / "checkpoints"
+    if checkpoint.steps(folder):
+        raise UserError(f"{out}: there are checkpoints here already; choose another --out")
+    text = config_io.to_json(weights.config)
+    with checkpoint.Checkpointer(folder, asynchronous=False) as checkpoints:
+        checkpoints.save(0, _items(weights), text)
+    (out / "config.json").write_text(text)
+    return out
+
+
+def _items(weights: Weights) -> dict[str, Any]:
+    if weights.student is None:
+        return {"teacher": weights.teacher}
+    recipe = make_recipe(weights.config, steps_per_epoch=1)
+    state = state_from_student(recipe, weights.student)
+    state = state.replace(
+        ema=state.ema._replace(teacher=weights.teacher["params"]),
+        teacher_stats=weights.teacher["batch_stats"],
+        center=state.center if weights.center is None else np.asarray(weights.center, state.center.dtype),
+        opt_state=state.opt_state if weights.moments is None else _fill(state.opt_state, weights.moments),
+    )
+    return to_items(state)
+
+
+def _fill(opt_state: Any, moments: Moments) -> Any:
+    """An AdamW state with these moments; a count of several parameters is the largest of theirs."""
+
+    def fill(path: Any, leaf: Any) -> Any:
+        field, inside = _field(path)
+        tree = getattr(moments, field)
+        if field == "count":
+            held = any(getattr(part, "key", None) == "last_layer" for part in path)
+            params = tree["head"]["last_layer"] if held else {**tree, "head": tree["head"] | {"last_layer": {}}}
+            return np.asarray(max(jax.tree.leaves(params)), leaf.dtype)
+        for key in inside:
+            tree = tree[key]
+        return np.asarray(tree, leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(fill, opt_state)
+
+
+def _field(path: Any) -> tuple[str, list[str]]:
+    """Which field of `ScaleByAdamState` a leaf belongs to, and its path among the parameters."""
+    places = [i for i, part in enumerate(path) if getattr(part, "name", None) in Moments._fields]
+    return path[places[-1]].name, [part.key for part in path[places[-1] + 1 :]]

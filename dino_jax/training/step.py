@@ -1,0 +1,297 @@
+"""One step of DINO: a pure function of (state, crops), and the state it moves.
+
+Legend: B batch, C crops (2 global ones first), K prototypes, A microbatches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, PartitionSpec
+from ml_collections import ConfigDict
+
+from dino_jax.models import build_network
+from dino_jax.objectives.dino import dino_loss, update_center
+from dino_jax.parallel import sharding
+from dino_jax.training import optim
+from dino_jax.training.schedules import Schedules, make_schedules
+from dino_jax.training.teacher import EmaState, ParameterTransform, ema_teacher
+
+Variables = dict[str, Any]  # {"params": ..., "batch_stats": ...}
+Crops = list[jax.Array]  # [globals [B, 2, H, W, c], locals [B, n, h, w, c]]
+Metrics = dict[str, jax.Array]
+
+REST = ("step", "center", "opt_state", "salt", "bad_steps")  # of the state, beside student and teacher
+# The logical axes of the arrays that do not simply follow their size (see `sharding.state_shardings`).
+LOGICAL_AXES = ((r"last_layer/(v|g)$", ("prototypes",)), (r"(^|/)center$", ("prototypes",)))
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """Everything that a step changes; a run is a function of this and the configuration."""
+
+    step: jax.Array  # int32, the global step about to be done
+    student: Variables
+    ema: EmaState  # the teacher's parameters
+    teacher_stats: Any  # the teacher's own batch statistics
+    center: jax.Array  # [K] float32
+    opt_state: optax.OptState
+    salt: jax.Array  # int32, bumped by a rewind, so that other crops and masks are drawn
+    bad_steps: jax.Array  # int32, non-finite losses in a row up to here
+
+    @property
+    def teacher(self) -> Variables:
+        """The teacher's variables, as `network.apply` takes them."""
+        return {"params": self.ema.teacher, "batch_stats": self.teacher_stats}
+
+
+def to_items(state: TrainState) -> dict[str, Any]:
+    """The state as the items of a checkpoint: `student`, `teacher` (all that an evaluation needs) and `rest`."""
+    rest = {name: getattr(state, name) for name in REST}
+    return {"student": state.student, "teacher": state.teacher, "rest": rest}
+
+
+def from_items(items: dict[str, Any]) -> TrainState:
+    """Inverts `to_items`."""
+    teacher = items["teacher"]
+    return TrainState(
+        student=items["student"],
+        ema=EmaState(teacher["params"]),
+        teacher_stats=teacher["batch_stats"],
+        **items["rest"],
+    )
+
+
+class Recipe(NamedTuple):
+    """What a configuration says about the step, built once."""
+
+    network: Any  # models.network.Network
+    optimizer: optax.GradientTransformationExtraArgs
+    ema: ParameterTransform
+    schedules: Schedules
+    config: ConfigDict
+
+
+def make_recipe(config: ConfigDict, steps_per_epoch: int) -> Recipe:
+    """Network, optimiser, teacher and schedules of a configuration.
+
+    Raises:
+      UserError: unknown model or optimiser; a patch that does not divide a crop.
+    """
+    schedules = make_schedules(config, steps_per_epoch)
+    return Recipe(
+        network=build_network(config),
+        optimizer=optim.make_optimizer(config, schedules, steps_per_epoch),
+        ema=ema_teacher(schedules.momentum),
+        schedules=schedules,
+        config=config,
+    )
+
+
+def init_state(recipe: Recipe, key: jax.Array) -> TrainState:
+    """A fresh state; the teacher starts as a copy of the student (official `main_dino.py`)."""
+    config = recipe.config
+    chans = config.model.in_chans
+    crops = [jnp.zeros((1, 2, *config.crops.global_size, chans)), jnp.zeros((1, 1, *config.crops.local_size, chans))]
+    variables = recipe.network.init(key, crops[: 2 if config.crops.local_count else 1])
+    return state_from_student(recipe, variables)
+
+
+def state_from_student(recipe: Recipe, variables: Variables) -> TrainState:
+    """The state at step 0 of a run whose student, and so teacher, has these variables."""
+    student = {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        student=student,
+        ema=recipe.ema.init(student["params"]),
+        teacher_stats=jax.tree.map(lambda x: jnp.array(x, copy=True), student["batch_stats"]),
+        center=jnp.zeros(recipe.config.head.out_dim, jnp.promote_types(recipe.config.model.dtype, jnp.float32)),
+        opt_state=recipe.optimizer.init(student["params"]),
+        salt=jnp.zeros((), jnp.int32),
+        bad_steps=jnp.zeros((), jnp.int32),
+    )
+
+
+def draw_masks(recipe: Recipe, key: jax.Array, batch: int) -> jax.Array | None:
+    """Drop-path factors [depth, branches, B, C], 0 or 1 / keep: one draw a crop and residual branch; None at rate 0."""
+    rates = recipe.network.backbone.drop_rates(recipe.config.model.drop_path)  # [depth, branches]
+    if not rates.any():
+        return None
+    keep = 1.0 - jnp.asarray(rates)[..., None, None]
+    crops = 2 + recipe.config.crops.local_count
+    return jax.random.bernoulli(key, keep, (*rates.shape, batch, crops)) / keep
+
+
+def _forward(network, variables, crops, masks=None):
+    """Training-mode logits [B, C, K] and the new batch statistics."""
+    logits, new = network.apply(variables, crops, drop_path=masks, train=True, mutable=["batch_stats"])
+    return sharding.constrain(logits, "batch", None, "prototypes"), new.get("batch_stats", {})
+
+
+def _gradients(recipe: Recipe, state: TrainState, crops: Crops, masks: jax.Array | None) -> tuple[Any, Any]:
+    """`_accumulate`, over the mesh of the enclosing context if that has several devices for the rows.
+
+    Each device works on its own rows with the whole parameters, adds up its gradients in the parameters' type, and
+    then there is one reduction. Left to the partitioner, the TPU's compiler reduced the backbone's gradient once a
+    resolution and once a microbatch, in the compute type. The `model` axis stays with the partitioner.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or math.prod(mesh.shape[axis] for axis in sharding.AXES.batch) == 1:
+        return _accumulate(recipe, state, crops, masks)
+    state = state.replace(opt_state=())
+    places = sharding.row_specs(sharding.state_shardings(state, mesh, LOGICAL_AXES))
+    grad_places = places.student["params"]
+
+    def local(state, crops, masks):
+        stats, (grads, terms, center) = _accumulate(recipe, sharding.gather(state, places), crops, masks)
+        stats, terms, center = sharding.mean_over_rows((stats, terms, center))
+        return stats, (sharding.scatter_mean(grads, grad_places), terms, center)
+
+    return jax.shard_map(
+        local,
+        in_specs=(places, sharding.AXES.spec("batch"), sharding.AXES.spec(None, None, "batch")),
+        out_specs=(PartitionSpec(), (grad_places, PartitionSpec(), PartitionSpec())),
+        axis_names=set(sharding.AXES.batch),
+        check_vma=False,
+    )(state, crops, masks)
+
+
+def _microbatch(
+    recipe: Recipe, state: TrainState, stats: tuple[Any, Any], crops: Crops, masks: jax.Array | None
+) -> tuple[Any, Any]:
+    """Gradients and measurements of one microbatch; `stats` are (student's, teacher's) batch statistics before it."""
+    student_stats, teacher_stats = stats
+    loss_config, network = recipe.config.loss, recipe.network
+    temp = recipe.schedules.teacher_temp(state.step)
+    target, teacher_stats = _forward(network, {"params": state.ema.teacher, "batch_stats": teacher_stats}, crops[:1])
+
+    def loss_fn(params):
+        logits, new_stats = _forward(network, {"params": params, "batch_stats": student_stats}, crops, masks)
+        terms = dino_loss(logits, target, state.center, temp, loss_config.student_temp)
+        return terms.cross_entropy, (terms, new_stats)
+
+    grads, (terms, student_stats) = jax.grad(loss_fn, has_aux=True)(state.student["params"])
+    batch_center = target.astype(state.center.dtype).mean((0, 1))  # [K]
+    return (student_stats, teacher_stats), (grads, terms, batch_center)
+
+
+def _accumulate(recipe: Recipe, state: TrainState, crops: Crops, masks: jax.Array | None) -> tuple[Any, Any]:
+    """`_microbatch` over `run.accum_steps` microbatches, averaged.
+
+    Rows are dealt out as [B] -> [B / A, A] and axis 1 is scanned: so every device keeps its own rows, and a microbatch
+    holds the same ones on any number of devices.
+    """
+    stats = (state.student["batch_stats"], state.teacher_stats)
+    a = recipe.config.run.accum_steps
+    if a == 1:
+        return _microbatch(recipe, state, stats, crops, masks)
+
+    def deal(x, axis):
+        x = x.reshape(*x.shape[:axis], -1, a, *x.shape[axis + 1 :])
+        return jnp.moveaxis(x, axis + 1, 0)  # [A, ..., B / A, ...]
+
+    micro = (jax.tree.map(lambda x: deal(x, 0), crops), jax.tree.map(lambda m: deal(m, 2), masks))
+
+    def body(carry, inputs):
+        stats, total = carry
+        stats, out = _microbatch(recipe, state, stats, *inputs)
+        return (stats, jax.tree.map(lambda t, x: t + x / a, total, out)), None
+
+    first = jax.tree.map(lambda x: x[0], micro)
+    _, shapes = jax.eval_shape(lambda x: _microbatch(recipe, state, stats, *x), first)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    (stats, total), _ = jax.lax.scan(body, (stats, zeros), micro)
+    return stats, total
+
+
+def train_step(recipe: Recipe, state: TrainState, crops: Crops) -> tuple[TrainState, Metrics]:
+    """Loss, student, teacher, centre: in the order of the official `train_one_epoch`.
+
+    A non-finite loss or gradient changes nothing but the counts of steps and of bad steps in a row.
+
+    Args:
+      recipe: from `make_recipe`.
+      state: the state before the step.
+      crops: normalised, in the compute type.
+
+    Returns:
+      The next state and scalar float32 metrics.
+    """
+    config, schedules = recipe.config, recipe.schedules
+    step, params = state.step, state.student["params"]
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), state.salt), step)
+    masks = draw_masks(recipe, key, crops[0].shape[0])
+
+    (student_stats, teacher_stats), (grads, terms, batch_center) = _gradients(recipe, state, crops, masks)
+    updates, opt_state = recipe.optimizer.update(grads, state.opt_state, params, step=step)
+    student = optax.apply_updates(params, updates)
+    _, ema = recipe.ema.update(student, state.ema, step=step)  # after the student moved
+    center = update_center(state.center, batch_center, config.loss.center_momentum)  # the loss used the old one
+
+    grad_norm = optax.global_norm(grads)
+    good = jnp.isfinite(terms.cross_entropy) & jnp.isfinite(grad_norm)
+    moved = state.replace(
+        student={"params": student, "batch_stats": student_stats},
+        ema=ema,
+        teacher_stats=teacher_stats,
+        center=center,
+        opt_state=opt_state,
+    )
+    state = jax.tree.map(lambda new, old: jnp.where(good, new, old), moved, state)
+    state = state.replace(step=step + 1, bad_steps=jnp.where(good, 0, state.bad_steps + 1))
+    metrics = {
+        "loss": terms.cross_entropy,
+        "teacher_entropy": terms.entropy,
+        "kl": terms.kl,
+        "marginal_entropy": jnp.sum(jax.scipy.special.entr(terms.marginal)),
+        "ln_k_gap": math.log(config.head.out_dim) - terms.cross_entropy,
+        "center_norm": jnp.linalg.norm(center),
+        "grad_norm": grad_norm,
+        **{name: schedule(step) for name, schedule in schedules._asdict().items()},
+        "bad_steps": state.bad_steps,
+    }
+    return state, jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), metrics)
+
+
+def abstract_state(recipe: Recipe, mesh: Mesh) -> TrainState:
+    """Shape, dtype and sharding of every array of the state."""
+    shapes = jax.eval_shape(lambda: init_state(recipe, jax.random.key(0)))
+    places = sharding.state_shardings(shapes, mesh, LOGICAL_AXES)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places)
+
+
+def shardings(recipe: Recipe, mesh: Mesh) -> TrainState:
+    """The sharding of every array of the state."""
+    return jax.tree.map(lambda x: x.sharding, abstract_state(recipe, mesh))
+
+
+def jit_train_step(recipe: Recipe, mesh: Mesh) -> Callable[[TrainState, Crops], tuple[TrainState, Metrics]]:
+    """`train_step` jitted over a mesh: rows of crops over its devices, state donated.
+
+    The only collectives are those of gradients, centre, metrics and batch statistics, of parameters with `fsdp`, and of
+    the softmax with `model`. This is the successor of `pmap`.
+    """
+    state_shardings, rows, everywhere = (
+        shardings(recipe, mesh),
+        sharding.batch_sharding(mesh),
+        sharding.replicated(mesh),
+    )
+
+    def step(state, crops):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return train_step(recipe, state, crops)
+
+    return jax.jit(
+        step, in_shardings=(state_shardings, rows), out_shardings=(state_shardings, everywhere), donate_argnums=0
+    )
+
+
+def jit_init_state(recipe: Recipe, mesh: Mesh) -> TrainState:
+    """`init_state` with `config.seed`, each array created where it belongs: the same values on any mesh."""
+    init = jax.jit(lambda key: init_state(recipe, key), out_shardings=shardings(recipe, mesh))
+    return init(jax.random.key(recipe.config.seed))

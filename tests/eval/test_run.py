@@ -1,0 +1,119 @@
+"""The verb `eval` around its protocols."""
+
+from __future__ import annotations
+
+import json
+import types
+
+import jax
+import pytest
+
+from dino_jax.config import default
+from dino_jax.errors import UserError
+from dino_jax.eval import PROTOCOLS
+from dino_jax.eval import run as verb
+
+
+@pytest.fixture
+def loaded(monkeypatch):
+    """A loaded model of no weight."""
+    backbone = types.SimpleNamespace(embed_dim=8, depth=1, patch_size=4)
+    model = types.SimpleNamespace(backbone=backbone, variables={}, config=default())
+    monkeypatch.setattr(verb, "load", lambda checkpoint, heads: model)
+
+
+def protocol_that(monkeypatch, evaluate):
+    module = verb.protocol("knn")
+    monkeypatch.setattr(module, "evaluate", evaluate)
+
+
+def test_a_file_and_overrides_reach_the_protocol(loaded, monkeypatch, tmp_path, capsys):
+    seen = []
+    protocol_that(
+        monkeypatch, lambda model, data, config, workdir: seen.append((data, config, workdir)) or {"top1": 7.0}
+    )
+    (tmp_path / "mine.py").write_text(
+        "from dino_jax.eval.protocols.knn import default_config\n"
+        "def get_config():\n    config = default_config()\n    config.crop = 96\n    return config\n"
+    )
+    options = {
+        "config_file": str(tmp_path / "mine.py"),
+        "overrides": ["--config.k=(3,)"],
+        "out": str(tmp_path / "o.json"),
+    }
+    work = str(tmp_path / "w")
+    assert verb.evaluate("knn", "c", "d", workdir=work, **options) == {"top1": 7.0}
+    ((data, config, workdir),) = seen
+    assert (data, workdir, config.crop, config.k, config.temperature) == ("d", work, 96, (3,), 0.07)
+    assert json.loads((tmp_path / "o.json").read_text()) == {"top1": 7.0}
+    assert capsys.readouterr().out.splitlines()[1].split() == ["top1", "7.00"]
+    (tmp_path / "mine.py").write_text("from dino_jax.config import default as get_config\n")
+    with pytest.raises(UserError, match=r"mine\.py: not a configuration of knn"):
+        verb.evaluate("knn", "c", "d", config_file=str(tmp_path / "mine.py"))
+
+
+def test_no_memory_is_one_line_and_other_failures_stay_what_they_are(loaded, monkeypatch):
+    def full(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 35800146688 bytes.")
+
+    protocol_that(monkeypatch, full)
+    with pytest.raises(UserError, match=r"out of memory on the devices: lower --config\.batch_size"):
+        verb.evaluate("knn", "c", "d")
+
+    def broken(*_):
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+    protocol_that(monkeypatch, broken)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        verb.evaluate("knn", "c", "d")
+
+
+@pytest.mark.parametrize("name", [*PROTOCOLS, "all"])
+def test_defaults_pass_the_check_and_the_keys_are_listed(name):
+    module = verb.everything if name == "all" else verb.protocol(name)
+    config = module.default_config()
+    assert verb.check(config) is config
+    listed = verb.keys(name)
+    assert name == "all" or all(f"  --config.{key} = " in listed for key in config)
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [
+        ("knn", "k=(0,)"),
+        ("knn", "k=()"),
+        ("knn", "batch_size=0"),
+        ("linear", "lrs=()"),
+        ("linear", "epochs=0"),
+        ("linear", "holdout=1.0"),
+        ("finetune", "drop_path=1.0"),
+        ("lowshot", "penalty=0.0"),
+        ("vos", "topk=0"),
+        ("voc", "masses=(1.5,)"),
+        ("all", "voc.masses=(0.6,0.0)"),
+    ],
+)
+def test_numbers_that_no_protocol_can_use_are_named_before_anything_is_loaded(name, setting):
+    key = setting.partition("=")[0]
+    with pytest.raises(UserError, match=rf"--config\.{key}=.*must"):
+        verb.evaluate(name, "absent", "absent", overrides=[f"--config.{setting}"])
+
+
+def test_sizes_that_the_patches_do_not_divide_are_named_by_their_key(loaded, monkeypatch, tmp_path):
+    protocol_that(monkeypatch, lambda *_: {"top1": 7.0})
+    assert verb.evaluate("knn", "c", "d", overrides=["--config.crop=32"]) == {"top1": 7.0}
+    with pytest.raises(UserError, match=r"--config\.crop=35: not divisible into patches of 4 pixels: give 32"):
+        verb.evaluate("knn", "c", "d", overrides=["--config.crop=35"])
+    (tmp_path / "train").mkdir()
+    (tmp_path / "val").mkdir()
+    with pytest.raises(UserError, match=r"--config\.linear\.crop=35: not divisible"):
+        verb.evaluate("all", "c", str(tmp_path), overrides=["--config.linear.crop=35"])
+
+
+def test_what_cannot_be_written_is_named_before_the_long_part(loaded, monkeypatch, tmp_path):
+    protocol_that(monkeypatch, lambda *_: pytest.fail("evaluated"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"--out=.*file: cannot be written"):
+        verb.evaluate("knn", "c", "d", out=str(tmp_path / "file" / "o.json"))
+    with pytest.raises(UserError, match=r"--workdir=.*file/x: cannot be written: "):
+        verb.evaluate("knn", "c", "d", workdir=str(tmp_path / "file" / "x"))

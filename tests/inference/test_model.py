@@ -1,0 +1,196 @@
+"""Features of pictures of any size: equal to each picture alone, in order, without a compilation per size."""
+
+from __future__ import annotations
+
+import io
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from dino_jax.config import default
+from dino_jax.errors import UserError
+from dino_jax.inference import model as features
+from dino_jax.inference.anysize import round_up
+from dino_jax.inference.model import Model, load, write_features
+from dino_jax.weights import architecture
+from dino_jax.weights.pth import write_pth
+
+SIZES = [(32, 32), (16, 40), (32, 32), (40, 16), (8, 8), (37, 45)]
+
+
+def model_of(name: str = "vit_tiny", devices=None) -> Model:
+    config, rng = default(), np.random.default_rng(0)
+    config.model.name, config.model.patch_size = name, 8
+    if name.startswith("vit"):
+        config.model.update({"embed_dim": 24, "depth": 1, "heads": 3})
+    if name.startswith("xcit"):
+        config.model.update({"embed_dim": 32, "depth": 1, "heads": 4})
+    if name == "small_stem":
+        config.model.update({"name": "resnet18", "small_stem": True})
+    config.crops.global_size = (32, 32)
+
+    def number(path, leaf):  # batch norm's statistics and positions matter
+        values = rng.normal(0, 0.5 / max(1, leaf.ndim - 1), leaf.shape).astype(np.float32)
+        return np.abs(values) + 1 if path[-1].key == "var" else values / np.sqrt(np.prod(leaf.shape[:-1]))
+
+    variables = jax.tree_util.tree_map_with_path(number, architecture.backbone_shapes(config))
+    return Model(config, variables, devices or jax.devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def vit():
+    return model_of()
+
+
+def pictures(sizes=SIZES, channels=3):
+    rng = np.random.default_rng(0)
+    return [rng.normal(size=(*size, channels)).astype(np.float32) for size in sizes]
+
+
+def alone(model, image):
+    """Tokens [1 + N, D] of one picture by the plain forward pass."""
+    p = model.backbone.patch_size or 1
+    image = image[: image.shape[0] // p * p, : image.shape[1] // p * p]
+    tokens = jax.jit(lambda variables, x: model.backbone.apply(variables, x, method="tokens"))
+    return np.asarray(tokens(jax.device_get(model.variables), image[None]))[0, 0]
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_any_sizes_equal_each_picture_alone(devices):
+    model = model_of(devices=jax.devices()[:devices])
+    images = pictures()
+    cls, patches = model.features(images, patches=True)
+    assert cls.shape == (len(SIZES), 24)
+    assert cls.dtype == np.float32
+    for i, image in enumerate(images):
+        tokens = alone(model, image)
+        np.testing.assert_allclose(cls[i], tokens[0], atol=1e-5)
+        assert patches[i].shape == (image.shape[0] // 8, image.shape[1] // 8, 24)
+        np.testing.assert_allclose(patches[i].reshape(-1, 24), tokens[1:], atol=1e-5)
+    np.testing.assert_allclose(model.features(images), cls, atol=1e-6)
+
+
+def test_new_sizes_compile_next_to_nothing(vit):
+    vit.features(pictures())
+    before = vit._forward._cache_size()
+    sizes = [(8 * rows, 8 * columns) for rows in range(1, 6) for columns in range(1, 6)]
+    vit.features(pictures(sizes))
+    assert vit._forward._cache_size() - before <= 6  # for 25 sizes
+
+
+def test_filling_up_wastes_at_most_a_quarter():
+    filled = [round_up(count) for count in range(1, 5000)]
+    assert all(count <= length <= 1.25 * count for count, length in enumerate(filled, 1))
+    assert len(set(filled)) < 50
+
+
+def test_order_is_kept_over_many_batches(vit, monkeypatch):
+    monkeypatch.setattr(features, "BATCH_TOKENS", 8)
+    images = pictures([(8, 8), (16, 16)] * 30)
+    expected = [vit.features([image])[0] for image in images]
+    np.testing.assert_allclose(vit.features(iter(images)), expected, atol=1e-5)
+
+
+def test_a_stack_is_a_sequence(vit):
+    stack = np.stack(pictures([(32, 32)] * 3))
+    np.testing.assert_allclose(vit.features(stack), vit.features(list(stack)), atol=1e-6)
+    np.testing.assert_allclose(vit.features(jnp.asarray(stack)), vit.features(stack), atol=1e-6)
+
+
+@pytest.mark.extra
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("resnet18", [(32, 32), (64, 97), (33, 45), (150, 140)]),
+        ("small_stem", [(32, 32), (64, 40), (9, 31)]),
+        ("xcit_small_12", [(32, 32), (72, 40), (16, 24), (72, 72)]),
+    ],
+)
+def test_other_backbones(name, sizes):
+    model = model_of(name, jax.devices()[:2])
+    images = pictures(sizes)
+    cls = model.features(images)
+    variables = jax.device_get(model.variables)
+    for i, image in enumerate(images):
+        expected = jax.jit(model.backbone.apply)(variables, image[None])
+        np.testing.assert_allclose(cls[i], expected[0], atol=1e-5)
+    if name.startswith("xcit"):
+        _, patches = model.features(images, patches=True)
+        for image, tokens in zip(images, patches, strict=True):
+            assert tokens.shape == (image.shape[0] // 8, image.shape[1] // 8, 32)
+            np.testing.assert_allclose(tokens.reshape(-1, 32), alone(model, image)[1:], atol=1e-5)
+    else:
+        with pytest.raises(UserError, match="no tokens"):
+            model.features(images, patches=True)
+
+
+def png(pixels) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_preprocess(vit, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
+    expected = (pixels / 255 - np.array([0.485, 0.456, 0.406])) / np.array([0.229, 0.224, 0.225])
+    (tmp_path / "a.png").write_bytes(png(pixels))
+    for picture in (pixels, png(pixels), tmp_path / "a.png", str(tmp_path / "a.png")):
+        image = vit.preprocess(picture)
+        assert image.dtype == np.float32
+        np.testing.assert_allclose(image, expected, atol=1e-6)
+    assert vit.preprocess(pixels, resize=16, crop=8).shape == (8, 8, 3)
+    assert vit.preprocess(pixels, resize=16).shape == (16, 24, 3)
+    np.testing.assert_allclose(vit.features([pixels]), vit.features([expected]), atol=1e-5)
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    for path in (tmp_path / "bad.png", tmp_path / "absent.png"):
+        with pytest.raises(UserError, match=path.name):
+            vit.preprocess(path)
+
+
+def test_wrong_input_is_said(vit):
+    for images, words in (
+        ([], "no pictures"),
+        ([np.zeros((8, 8, 4), np.float32)], "8, 8, 4"),
+        (pictures([(4, 9)]), ">= 8"),
+    ):
+        with pytest.raises(UserError, match=words):
+            vit.features(images)
+
+
+def test_a_weight_file_in_five_lines(load_reference, tmp_path):
+    data = load_reference("vit.npz")
+    write_pth(tmp_path / "w.pth", {k[6:]: v.astype(np.float32) for k, v in data.items() if k.startswith("param/")})
+    model = load(tmp_path / "w.pth", heads=3)
+    for size in ("32x32", "16x16", "24x40"):
+        images = data[f"in/{size}"].transpose(0, 2, 3, 1).astype(np.float32)
+        cls, patches = model.features(images, patches=True)
+        np.testing.assert_allclose(cls, data[f"cls/{size}"], atol=1e-5)
+        np.testing.assert_allclose(np.stack(patches).reshape(2, -1, 24), data[f"layer2/{size}"][:, 1:], atol=1e-5)
+
+
+def test_the_verb_writes_a_file(load_reference, tmp_path):
+    data = load_reference("vit.npz")
+    write_pth(tmp_path / "w.pth", {k[6:]: v.astype(np.float32) for k, v in data.items() if k.startswith("param/")})
+    rng, folder = np.random.default_rng(0), tmp_path / "pictures"
+    for label in ("cat", "dog"):
+        (folder / label).mkdir(parents=True)
+        for i, size in enumerate([(32, 32), (24, 40)]):
+            (folder / label / f"{i}.png").write_bytes(png(rng.integers(0, 256, (*size, 3), np.uint8)))
+    (folder / "dog" / "broken.png").write_bytes(b"no picture")
+    options = {"heads": 3, "patches": True, "progress": False}
+    count = write_features(tmp_path / "w.pth", str(folder), tmp_path / "out" / "f.npz", **options)
+    assert count == {"pictures": 4, "unreadable": 1}
+    model = load(tmp_path / "w.pth", heads=3)
+    with np.load(tmp_path / "out" / "f.npz") as file:
+        assert file["labels"].tolist() == [0, 0, 1, 1]
+        assert file["grids"].tolist() == [[4, 4], [3, 5]] * 2
+        assert file["patches"].shape == (2 * (16 + 15), 24)
+        paths = [folder / label / f"{i}.png" for label in ("cat", "dog") for i in range(2)]
+        np.testing.assert_allclose(file["features"], model.features([str(path) for path in paths]), atol=1e-5)
+        assert all(name.endswith(path.name) for name, path in zip(file["names"], paths, strict=True))
+    write_features(tmp_path / "w.pth", str(folder), tmp_path / "g.npz", resize=40, crop=24, **options)
+    with np.load(tmp_path / "g.npz") as file:
+        assert file["grids"].tolist() == [[3, 3]] * 4

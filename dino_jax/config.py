@@ -1,6 +1,6 @@
-"""Every configuration key, with its default, meaning and source.
+"""Every configuration key of a training run, declared once: default, meaning, bounds.
 
-`default()` is the paper's vanilla ViT-S/16 run. A file in `configs/` is a short delta on it:
+`default()` is the paper's ViT-S/16 run of 100 epochs. A file in `configs/` is a short delta on it:
 
     from dino_jax.config import default
 
@@ -9,168 +9,240 @@
         config.epochs = 300
         return config
 
-Groups: `model head crops data optim teacher loss eval run`. `run.*` never changes the mathematics (mesh, workers,
-logging, checkpoints, profiling), so it may differ when a run resumes; any other difference is an error.
+`run.*` never changes the mathematics (mesh, workers, logging, checkpoints, profiling), so it may differ when a run
+resumes; any other difference is an error.
 
 Sources: the paper (arXiv 2104.14294) and the command-line defaults of the official `main_dino.py`.
 """
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 
-def default() -> ConfigDict:
-    """The defaults of the official code, as a locked `ConfigDict` with every key the package reads."""
-    config = ConfigDict()
-    config.seed = 0  # every random draw is a function of this and a position
-    config.epochs = 100  # an epoch is N // batch_size steps
-    config.batch_size = 1024  # images per step, over all devices
-    config.init_from = placeholder(str)  # start from these weights (a checkpoint or weight file); null: from scratch
+class Key(NamedTuple):
+    """One configuration key. Checks, `--help` and documentation are derived from it."""
 
-    config.model = _model()
-    config.head = _head()
-    config.crops = _crops()
-    config.data = _data()
-    config.optim = _optim()
-    config.teacher = _teacher()
-    config.loss = _loss()
-    config.eval = _eval()
-    config.run = _run()
+    default: Any  # a value, or a type: unset (None) until given a value of that type
+    meaning: str
+    within: str = ""  # an interval such as "[0, 1)" for the value, or for every value of a tuple
+    choices: tuple[str, ...] = ()
+
+    def error(self, value: Any) -> str | None:
+        """What is wrong with a value ("must be at least 1"), or None. A value of None (unset) is always right."""
+        if value is None:
+            return None
+        values = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(x, float) and not math.isfinite(x) for x in values):
+            return "must be finite"
+        if self.choices and not all(x in self.choices for x in values):
+            return f"must be one of {', '.join(map(str, self.choices))}"
+        if self.within and not all(_inside(x, self.within) for x in values):
+            return f"must be {in_words(self.within)}"
+        return None
+
+
+Keys = Mapping[str, "Key | Keys"]  # groups nest
+
+KEYS: Keys = {
+    "seed": Key(0, "every random draw is a function of this and a position", "[0, 4294967295]"),
+    "epochs": Key(100, "passes over the data; one is N // batch_size steps", "[1, inf)"),
+    "batch_size": Key(1024, "images per step, over all devices", "[1, inf)"),
+    "init_from": Key(str, "start from these weights: a run, a checkpoint, a weight file or a released name"),
+    "model": {
+        "name": Key("vit_small", "backbone: a key of dino_jax.models.BACKBONES"),
+        "patch_size": Key(16, "pixels; must divide both crop sizes (ViT, XCiT)", "[1, inf)"),
+        "in_chans": Key(3, "channels of the input images", "[1, inf)"),
+        "embed_dim": Key(int, "width D; unset: the named model's own (ViT, XCiT)", "[1, inf)"),
+        "depth": Key(int, "number of blocks; unset: the named model's own (ViT, XCiT)", "[1, inf)"),
+        "heads": Key(int, "attention heads, a divisor of D; unset: the named model's own (ViT, XCiT)", "[1, inf)"),
+        "init_std": Key(
+            float, "of the blocks' linear layers; unset: 0.02, too small for a narrow ViT (ViT)", "(0, inf)"
+        ),
+        "small_stem": Key(
+            False, "start with a 3 x 3 convolution and no pooling, for images of about 32 pixels (ResNet)"
+        ),
+        "drop_path": Key(
+            0.1, "stochastic depth rate of the last block, rising linearly from 0; student only", "[0, 1)"
+        ),
+        "dtype": Key(
+            "float32",
+            "compute type; parameters, norms, softmax and loss are at least float32",
+            choices=("float32", "bfloat16", "float64"),
+        ),
+        "precision": Key(
+            "default",
+            "matmul precision (default: bfloat16 passes on TPU, TF32 on NVIDIA)",
+            choices=("default", "high", "highest"),
+        ),
+    },
+    "head": {
+        "out_dim": Key(65536, "K, the number of prototypes", "[1, inf)"),
+        "hidden_dim": Key(2048, "width of the MLP's hidden layers", "[1, inf)"),
+        "bottleneck_dim": Key(256, "width of the MLP's output, which is L2-normalized", "[1, inf)"),
+        "layers": Key(3, "linear layers of the MLP before the prototypes", "[1, inf)"),
+        "use_bn": Key(False, "batch norm after each hidden linear layer"),
+        "norm_last_layer": Key(True, "fix the gain of the weight-normed last layer at 1; False: it is trained"),
+    },
+    "crops": {
+        "global_size": Key(
+            (224, 224), "height, width in pixels; one integer on the command line sets both", "[1, inf)"
+        ),
+        "local_size": Key((96, 96), "height, width in pixels", "[1, inf)"),
+        "local_count": Key(8, "local crops per image, beside the 2 global ones", "[0, inf)"),
+        "global_scale": Key((0.4, 1.0), "share of the image's area, low and high", "(0, 1]"),
+        "local_scale": Key((0.05, 0.4), "share of the image's area, low and high", "(0, 1]"),
+        "ratio": Key((3 / 4, 4 / 3), "aspect ratio (width / height), log-uniform, low and high", "(0, inf)"),
+        "flip_prob": Key(0.5, "probability of a horizontal flip", "[0, 1]"),
+        "jitter_prob": Key(0.8, "probability of color jitter, whose four operations come in random order", "[0, 1]"),
+        "brightness": Key(0.4, "jitter factor uniform in 1 +- this", "[0, inf)"),
+        "contrast": Key(0.4, "jitter factor uniform in 1 +- this", "[0, inf)"),
+        "saturation": Key(0.2, "jitter factor uniform in 1 +- this", "[0, inf)"),
+        "hue": Key(0.1, "hue shift uniform in +- this, in turns of the color wheel", "[0, 0.5]"),
+        "gray_prob": Key(0.2, "probability of conversion to gray", "[0, 1]"),
+        "blur_prob": Key((1.0, 0.1, 0.5), "probability for first global, second global, local crops", "[0, 1]"),
+        "blur_radius": Key((0.1, 2.0), "radius of PIL's GaussianBlur in pixels, low and high", "[0, inf)"),
+        "solarize_prob": Key((0.0, 0.2, 0.0), "probability for first global, second global, local crops", "[0, 1]"),
+        "solarize_threshold": Key(128, "values from this on (of 255) are inverted", "[0, 256]"),
+    },
+    "data": {
+        "train": Key("scenes:train?size=20000", "a source, e.g. /data/imagenet/train, tfds:imagenet2012:train"),
+        "mean": Key((0.485, 0.456, 0.406), "per channel, of pixel values in 0..1 (ImageNet)"),
+        "std": Key((0.229, 0.224, 0.225), "per channel, of pixel values in 0..1 (ImageNet)", "(0, inf)"),
+        "render": Key(
+            "host", "where crops are rendered: by PIL on the host, or on the device", choices=("host", "device")
+        ),
+        "canvas": Key(
+            512, "device rendering: images whose longer side exceeds this are shrunk to it first", "[1, inf)"
+        ),
+        "max_bad_share": Key(0.01, "a larger share of unreadable images is an error", "[0, 1]"),
+    },
+    "optim": {
+        "name": Key("adamw", "optimizer", choices=("adamw", "sgd", "lars")),
+        "lr": Key(5e-4, "learning rate for 256 images; scaled by batch_size / 256", "[0, inf)"),
+        "min_lr": Key(1e-6, "learning rate at the end of the cosine; not scaled", "[0, inf)"),
+        "warmup_epochs": Key(10, "epochs of linear warm-up from 0", "[0, inf)"),
+        "weight_decay": Key(0.04, "at the start of its cosine", "[0, inf)"),
+        "weight_decay_end": Key(0.4, "at the end of its cosine", "[0, inf)"),
+        "clip_grad": Key(3.0, "largest norm of each tensor's gradient; 0: off", "[0, inf)"),
+        "freeze_last_layer": Key(1, "epochs in which the prototypes are not updated", "[0, inf)"),
+        "momentum": Key(0.9, "of SGD and LARS", "[0, 1)"),
+        "b1": Key(0.9, "of AdamW, first moment", "[0, 1)"),
+        "b2": Key(0.999, "of AdamW, second moment", "[0, 1)"),
+        "eps": Key(1e-8, "of AdamW", "[0, inf)"),
+    },
+    "teacher": {
+        "momentum": Key(
+            0.996, "EMA momentum at the start of its cosine (0.9995 suggested for a batch of 256)", "[0, 1]"
+        ),
+        "momentum_end": Key(1.0, "EMA momentum at the end of its cosine", "[0, 1]"),
+        "temp": Key(0.04, "softmax temperature after its warm-up", "(0, inf)"),
+        "warmup_temp": Key(0.04, "softmax temperature of the first epoch, from which it moves linearly", "(0, inf)"),
+        "warmup_temp_epochs": Key(0, "epochs of the temperature's warm-up", "[0, inf)"),
+    },
+    "loss": {
+        "student_temp": Key(0.1, "softmax temperature of the student", "(0, inf)"),
+        "center_momentum": Key(0.9, "EMA momentum of the center", "[0, 1]"),
+    },
+    "eval": {
+        "knn_every": Key(0, "epochs between k-NN evaluations of the teacher; 0: never", "[0, inf)"),
+        "knn_train": Key(str, "labelled source of the neighbors"),
+        "knn_test": Key(str, "labelled source of the queries"),
+        "knn_k": Key(20, "number of neighbors", "[1, inf)"),
+        "knn_temperature": Key(0.07, "of the neighbors' votes", "(0, inf)"),
+        "voc_every": Key(0, "epochs between attention Jaccards of the teacher; 0: never", "[0, inf)"),
+        "voc_data": Key(str, "images with masks: a VOC folder, scenes:..., or a folder with images/ and masks/"),
+        "voc_size": Key(480, "side in pixels of the square that they are resized to", "[1, inf)"),
+        "resize": Key(256, "k-NN: shorter side before the center crop, bicubic; 0: no resize", "[0, inf)"),
+        "crop": Key(224, "k-NN: side of the center crop", "[1, inf)"),
+        "batch_size": Key(256, "k-NN: images per batch", "[1, inf)"),
+    },
+    "run": {
+        "mesh": {
+            "data": Key(-1, "devices over which the batch is split; -1: all that remain"),
+            "fsdp": Key(1, "devices over which batch, parameters and optimizer state are split; -1: all that remain"),
+            "model": Key(1, "devices over which the prototypes are split; -1: all that remain"),
+        },
+        "accum_steps": Key(1, "microbatches per step", "[1, inf)"),
+        "remat": Key("none", "blocks: recompute each block in the backward pass", choices=("none", "blocks")),
+        "attention": Key(
+            "auto",
+            "fused: by cuDNN (NVIDIA, bfloat16); auto: fused where possible (ViT)",
+            choices=("auto", "plain", "fused"),
+        ),
+        "workers": Key(0, "Grain worker processes; 0: threads of this process", "[0, inf)"),
+        "threads": Key(2, "reading threads in each process", "[1, inf)"),
+        "prefetch": Key(2, "batches on the device ahead of the step", "[0, inf)"),
+        "log_every": Key(10, "steps between log entries", "[1, inf)"),
+        "checkpoint_every": Key(1.0, "epochs between checkpoints; fractions are allowed", "(0, inf)"),
+        "keep": Key(2, "latest checkpoints kept", "[1, inf)"),
+        "keep_every": Key(20, "every this many epochs a checkpoint is kept for good; 0: none", "[0, inf)"),
+        "async_checkpoint": Key(True, "write checkpoints in the background"),
+        "stall_timeout": Key(600.0, "seconds one of several processes may wait for input; 0: forever", "[0, inf)"),
+        "profile_steps": Key((0, 0), "first and last step of an xprof trace; equal: none", "[0, inf)"),
+        "tensorboard": Key(True, "write TensorBoard files"),
+        "wandb": Key("", "Weights & Biases project; empty: off"),
+        "progress": Key(True, "show a progress bar with an ETA on stderr"),
+        "max_bad_steps": Key(3, "non-finite losses in a row before going back to the last good checkpoint", "[1, inf)"),
+        "max_rewinds": Key(2, "such returns before the run stops with a reason", "[0, inf)"),
+        "stop_after": Key(0, "stop cleanly after this many steps of this session; 0: at the end", "[0, inf)"),
+    },
+}
+
+
+def default() -> ConfigDict:
+    """The defaults of the official code, as a locked `ConfigDict` with every key."""
+    return build(KEYS)
+
+
+def build(keys: Keys) -> ConfigDict:
+    """A locked `ConfigDict` with the defaults of `keys`."""
+    config = ConfigDict()
+    for name, key in keys.items():
+        if not isinstance(key, Key):
+            config[name] = build(key)
+        else:
+            config[name] = placeholder(key.default) if isinstance(key.default, type) else key.default
     return config.lock()
 
 
-def _model() -> ConfigDict:
-    model = ConfigDict()
-    model.name = "vit_small"  # a key of dino_jax.models.BACKBONES
-    model.patch_size = 16  # pixels; must divide both crop sizes (ViT and XCiT)
-    model.in_chans = 3  # channels of the input pictures
-    model.embed_dim = placeholder(int)  # width; null: the named model's own (likewise the next two; ViT and XCiT)
-    model.depth = placeholder(int)  # blocks
-    model.heads = placeholder(int)  # attention heads; must divide the width
-    model.init_std = placeholder(float)  # of the blocks' linear layers; null: 0.02, too little for a narrow ViT (ViT)
-    model.small_stem = False  # ResNet: begin with a 3 x 3 convolution and no pooling, for pictures of 32 pixels or so
-    model.drop_path = 0.1  # stochastic depth rate of the last block, student only; linear from 0 at the first
-    model.dtype = "float32"  # compute type: float32, bfloat16 (parameters, norms, softmax and loss stay float32)
-    model.precision = "default"  # matmul precision: default, high, highest (TPU: bf16 passes; NVIDIA: TF32)
-    return model
+def flat_keys(keys: Keys = KEYS, prefix: str = "") -> Iterator[tuple[str, Key]]:
+    """`("optim.lr", Key(...))` for every key, in order of declaration."""
+    for name, key in keys.items():
+        if isinstance(key, Key):
+            yield prefix + name, key
+        else:
+            yield from flat_keys(key, f"{prefix}{name}.")
 
 
-def _head() -> ConfigDict:
-    head = ConfigDict()
-    head.out_dim = 65536  # K, the number of prototypes
-    head.hidden_dim = 2048
-    head.bottleneck_dim = 256
-    head.layers = 3  # linear layers of the MLP before the prototypes
-    head.use_bn = False  # batch norm after each hidden linear layer
-    head.norm_last_layer = True  # the gain of the weight-normed last layer is fixed at 1; False: trained
-    return head
+_INTERVAL = re.compile(r"([\[(])([-\w.]+), ([-\w.]+)([\])])")
 
 
-def _crops() -> ConfigDict:
-    crops = ConfigDict()
-    crops.global_size = (224, 224)  # height, width in pixels; a bare integer is accepted on the command line
-    crops.local_size = (96, 96)
-    crops.local_count = 8  # local crops per image; there are always 2 global ones
-    crops.global_scale = (0.4, 1.0)  # share of the image's area
-    crops.local_scale = (0.05, 0.4)
-    crops.ratio = (3 / 4, 4 / 3)  # aspect ratio (width / height), log-uniform
-    crops.flip_prob = 0.5
-    crops.jitter_prob = 0.8  # colour jitter as a whole, its four operations in random order
-    crops.brightness = 0.4  # factor uniform in 1 +- this
-    crops.contrast = 0.4
-    crops.saturation = 0.2
-    crops.hue = 0.1  # shift uniform in +- this, in turns
-    crops.gray_prob = 0.2
-    crops.blur_prob = (1.0, 0.1, 0.5)  # first global, second global, local
-    crops.blur_radius = (0.1, 2.0)  # PIL GaussianBlur radius in pixels
-    crops.solarize_prob = (0.0, 0.2, 0.0)  # first global, second global, local
-    crops.solarize_threshold = 128  # of 255
-    return crops
+def _parts(interval: str) -> tuple[str, float, float, str]:
+    found = _INTERVAL.fullmatch(interval)
+    if found is None:
+        raise ValueError(f"{interval!r} is not an interval such as [0, 1)")
+    return found[1], float(found[2]), float(found[3]), found[4]
 
 
-def _data() -> ConfigDict:
-    data = ConfigDict()
-    data.train = "scenes:train?size=20000"  # a source, e.g. /data/imagenet/train, tfds:imagenet2012:train
-    data.mean = (0.485, 0.456, 0.406)  # per channel, of pixel values in 0..1 (ImageNet)
-    data.std = (0.229, 0.224, 0.225)
-    data.render = "host"  # host: PIL, the oracle; device: crops are rendered on the accelerator
-    data.canvas = 512  # device rendering: pictures whose longer side exceeds this are shrunk to it first
-    data.max_bad_share = 0.01  # more unreadable pictures than this share of the data set is an error
-    return data
+def _inside(value: Any, interval: str) -> bool:
+    opens, low, high, closes = _parts(interval)
+    above = value >= low if opens == "[" else value > low
+    return above and (value <= high if closes == "]" else value < high)
 
 
-def _optim() -> ConfigDict:
-    optim = ConfigDict()
-    optim.name = "adamw"  # adamw, sgd, lars
-    optim.lr = 5e-4  # for 256 images; scaled by batch_size / 256
-    optim.min_lr = 1e-6  # end of the cosine, not scaled
-    optim.warmup_epochs = 10  # linear from 0
-    optim.weight_decay = 0.04  # start of a cosine ...
-    optim.weight_decay_end = 0.4  # ... to this
-    optim.clip_grad = 3.0  # largest norm of each tensor's gradient; 0: off
-    optim.freeze_last_layer = 1  # epochs during which the prototypes are not updated
-    optim.momentum = 0.9  # sgd, lars
-    optim.b1 = 0.9  # adamw
-    optim.b2 = 0.999
-    optim.eps = 1e-8
-    return optim
-
-
-def _teacher() -> ConfigDict:
-    teacher = ConfigDict()
-    teacher.momentum = 0.996  # start of a cosine ... (0.9995 suggested for a batch of 256)
-    teacher.momentum_end = 1.0  # ... to this
-    teacher.temp = 0.04  # after the warm-up
-    teacher.warmup_temp = 0.04  # at the first epoch; linear to `temp`
-    teacher.warmup_temp_epochs = 0
-    return teacher
-
-
-def _loss() -> ConfigDict:
-    loss = ConfigDict()
-    loss.student_temp = 0.1
-    loss.center_momentum = 0.9
-    return loss
-
-
-def _eval() -> ConfigDict:
-    evaluation = ConfigDict()
-    evaluation.knn_every = 0  # epochs between online k-NN evaluations of the teacher; 0: never
-    evaluation.knn_train = placeholder(str)  # labelled source of the neighbours
-    evaluation.knn_test = placeholder(str)  # labelled source of the queries
-    evaluation.knn_k = 20
-    evaluation.knn_temperature = 0.07
-    evaluation.voc_every = 0  # epochs between attention Jaccards of the teacher; 0: never
-    evaluation.voc_data = placeholder(str)  # pictures with masks: a VOC folder, scenes:..., or images/ and masks/
-    evaluation.voc_size = 480  # side of the square that they are squeezed to
-    evaluation.resize = 256  # for k-NN: shorter side before the centre crop, bicubic; 0: no resize
-    evaluation.crop = 224
-    evaluation.batch_size = 256
-    return evaluation
-
-
-def _run() -> ConfigDict:
-    run = ConfigDict()
-    run.mesh = ConfigDict({"data": -1, "fsdp": 1, "model": 1})  # devices per axis; -1: all that remain
-    run.accum_steps = 1  # microbatches per step
-    run.remat = "none"  # none, blocks: recompute each block's activations in the backward pass
-    run.attention = "auto"  # plain, fused: by cuDNN (NVIDIA, bfloat16), auto: fused where that can be (ViT)
-    run.workers = 0  # grain worker processes; 0: threads of this process
-    run.threads = 2  # reading threads in each process
-    run.prefetch = 2  # batches on the device ahead of the step
-    run.log_every = 10  # steps
-    run.checkpoint_every = 1.0  # epochs; fractions are allowed
-    run.keep = 2  # latest checkpoints kept
-    run.keep_every = 20  # epochs; these are kept for good; 0: none
-    run.async_checkpoint = True
-    run.stall_timeout = 600.0  # of several processes: seconds one may wait for input before all stop; 0: endless
-    run.profile_steps = (0, 0)  # first and last step of an xprof trace; equal: none
-    run.tensorboard = True
-    run.wandb = ""  # Weights & Biases project; empty: off
-    run.progress = True  # progress bar with an ETA on stderr
-    run.max_bad_steps = 3  # non-finite losses in a row before a rewind to the last good checkpoint
-    run.max_rewinds = 2  # rewinds before the run stops with a reason
-    run.stop_after = 0  # stop cleanly after this many steps of this session; 0: at the end (tests, time slots)
-    return run
+def in_words(interval: str) -> str:
+    """`[0, 1)` -> `at least 0 and less than 1`."""
+    opens, low, high, closes = _parts(interval)
+    if opens == "[" and closes == "]":
+        return f"between {low:.10g} and {high:.10g}"
+    words = [f"{'at least' if opens == '[' else 'greater than'} {low:.10g}"]
+    if math.isfinite(high):
+        words.append(f"{'at most' if closes == ']' else 'less than'} {high:.10g}")
+    return " and ".join(words)

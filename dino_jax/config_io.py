@@ -6,55 +6,16 @@ import ast
 import difflib
 import json
 import runpy
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from dino_jax.config import default
+from dino_jax.config import default, flat_keys
 from dino_jax.errors import UserError
 
-PER_CHANNEL = ("data.mean", "data.std")
-CHOICES = {
-    "model.dtype": ("float32", "bfloat16", "float64"),
-    "model.precision": ("default", "high", "highest"),
-    "optim.name": ("adamw", "sgd", "lars"),
-    "data.render": ("host", "device"),
-    "run.remat": ("none", "blocks"),
-    "run.attention": ("auto", "plain", "fused"),
-}
-RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (  # keys; each of their values, unless None; in words
-    (
-        "epochs batch_size model.patch_size model.in_chans model.embed_dim model.depth model.heads head.out_dim "
-        "head.hidden_dim head.bottleneck_dim head.layers crops.global_size crops.local_size data.canvas eval.knn_k "
-        "eval.voc_size eval.crop eval.batch_size run.accum_steps run.threads run.log_every run.keep run.max_bad_steps",
-        lambda value: value >= 1,
-        "at least 1",
-    ),
-    (
-        "model.init_std loss.student_temp teacher.temp teacher.warmup_temp crops.ratio data.std eval.knn_temperature "
-        "run.checkpoint_every",
-        lambda value: value > 0,
-        "greater than 0",
-    ),
-    (
-        "crops.local_count crops.brightness crops.contrast crops.saturation crops.blur_radius optim.lr optim.min_lr "
-        "optim.warmup_epochs optim.weight_decay optim.weight_decay_end optim.clip_grad optim.freeze_last_layer "
-        "optim.eps teacher.warmup_temp_epochs eval.knn_every eval.voc_every eval.resize run.workers run.prefetch "
-        "run.keep_every run.stall_timeout run.profile_steps run.max_rewinds run.stop_after",
-        lambda value: value >= 0,
-        "0 or more",
-    ),
-    (
-        "crops.flip_prob crops.jitter_prob crops.gray_prob crops.blur_prob crops.solarize_prob data.max_bad_share "
-        "optim.momentum optim.b1 optim.b2 teacher.momentum teacher.momentum_end loss.center_momentum",
-        lambda value: 0 <= value <= 1,
-        "between 0 and 1",
-    ),
-    ("crops.hue", lambda value: 0 <= value <= 0.5, "between 0 and 0.5"),
-    ("model.drop_path", lambda value: 0 <= value < 1, "at least 0 and less than 1"),
-)
+PER_CHANNEL = ("data.mean", "data.std")  # as many values as there are channels
 
 
 def load(path: str, overrides: Iterable[str] = ()) -> ConfigDict:
@@ -189,14 +150,10 @@ def check(config: ConfigDict) -> ConfigDict:
     for key in PER_CHANNEL:
         if len(flat[key]) != config.model.in_chans:
             raise UserError(f"{key}={flat[key]}: one value for each of the {config.model.in_chans} channels is needed")
-    for keys, holds, what in RANGES:
-        for key in keys.split():
-            values = flat[key] if isinstance(flat[key], tuple) else (flat[key],)
-            if not all(value is None or holds(value) for value in values):
-                raise UserError(f"{key}={flat[key]}: must be {what}")
-    for key, allowed in CHOICES.items():
-        if flat[key] not in allowed:
-            raise UserError(f"{key}={flat[key]!r}: choose one of {', '.join(allowed)}{suggest(flat[key], allowed)}")
+    for name, declared in flat_keys():
+        if (error := declared.error(flat[name])) is not None:
+            near = suggest(flat[name], declared.choices) if declared.choices else ""
+            raise UserError(f"{name}={flat[name]!r}: {error}{near}")
     for key in ("crops.global_scale", "crops.local_scale"):
         low, high = flat[key]
         if not 0 < low <= high <= 1:

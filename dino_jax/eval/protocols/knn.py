@@ -101,8 +101,8 @@ def _draw(path: epath.Path, train: tuple, test: tuple) -> None:
     for query, places in zip(chosen, near, strict=True):
         row = [tile(decode(test[0][int(query)].image, 3), 96)]
         for place in places:
-            colour = GREEN if train[2][place] == test[2][query] else RED
-            row.append(tile(decode(train[0][int(place)].image, 3), 96, colour))
+            color = GREEN if train[2][place] == test[2][query] else RED
+            row.append(tile(decode(train[0][int(place)].image, 3), 96, color))
         rows.append(row)
     save_rows(path, rows)
 
@@ -122,7 +122,7 @@ def knn_classify(
     """Top-1 and top-5 accuracy in percent for each k.
 
     Args:
-      train_features: [N, D] float, need not be normalised; any array with NumPy slicing, a memory map included.
+      train_features: [N, D] float, need not be normalized; any array with NumPy slicing, a memory map included.
       train_labels: [N] int in 0..num_classes-1.
       test_features: [Q, D] float.
       test_labels: [Q] int.

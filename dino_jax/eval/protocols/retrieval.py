@@ -84,8 +84,8 @@ def _draw(path: epath.Path, paths: dict, scores: np.ndarray, truth: list[dict], 
         row = [tile(read_picture(paths["qimlist"][query], channels), SIDE)]
         for place in np.argsort(-scores[:, query], kind="stable")[:SHOWN]:
             good = place in truth[query]["easy"] or place in truth[query]["hard"]
-            colour = GREEN if good else GRAY if place in truth[query]["junk"] else RED
-            row.append(tile(read_picture(paths["imlist"][place], channels), SIDE, colour))
+            color = GREEN if good else GRAY if place in truth[query]["junk"] else RED
+            row.append(tile(read_picture(paths["imlist"][place], channels), SIDE, color))
         rows.append(row)
     save_rows(path, rows)
 

@@ -122,8 +122,8 @@ def _row(masked: Masked, masks: np.ndarray) -> list[np.ndarray]:
     """Image, truth and the best head's mask (by all objects together)."""
     truth = (masked.objects > 0) & (masked.objects != IGNORE)
     best = masks[jaccard(masks, truth).argmax()]
-    colours = np.array([(0, 0, 0), GREEN, ORANGE], np.uint8)
-    panels = masked.pixels, *(tinted(masked.pixels, mask * n, colours) for n, mask in ((1, truth), (2, best)))
+    colors = np.array([(0, 0, 0), GREEN, ORANGE], np.uint8)
+    panels = masked.pixels, *(tinted(masked.pixels, mask * n, colors) for n, mask in ((1, truth), (2, best)))
     return [tile(panel, 160) for panel in panels]
 
 

@@ -8,7 +8,7 @@ A new protocol is one file there. Its name is the file's; the first line of its 
     def evaluate(model, data, config, workdir=None):
         return {"figure": 50.0}
 
-    PROTOCOL = Protocol(run=evaluate, keys=KEYS, data=CLASSES)
+    PROTOCOL = Protocol(run=evaluate, keys=KEYS, data=CLASSES)  # of `eval.splits`; others describe theirs as `Data`
 
 Its keys on the command line and their checks, its help, its place in `eval all` and the published figures beside its
 own follow from the record.
@@ -115,7 +115,7 @@ def check(config: ConfigDict, keys: Keys) -> ConfigDict:
 def help_of(name: str | None = None) -> str:
     """What `dino-jax eval [NAME] --help` adds: the list of protocols, or what one is and its keys."""
     if name is None or name == ALL:
-        lines = [f"  {known:15}{about(known).splitlines()[0]}" for known in names()]
+        lines = [f"  {known:15}{line}" for known in names() for line in about(known).splitlines()[:1] or [""]]
         lines.append(f"  {ALL:15}Every protocol that the data allow; its keys are --config.PROTOCOL.KEY=VALUE.")
         return "\n".join(["protocols (`dino-jax eval PROTOCOL --help` lists the keys of one):", *lines])
     keys, text = get(name).keys, about(name).partition("\n\nLegend")[0]

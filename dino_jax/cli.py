@@ -43,12 +43,14 @@ def _parser() -> argparse.ArgumentParser:
     _processes(train)
 
     evaluate = _verb(verbs, "eval", _eval, "evaluate a checkpoint by a protocol of the paper, or all", add_help=False)
-    evaluate.add_argument("-h", "--help", action=_EvalHelp, nargs=0, help="this, and the keys of the protocol")
-    evaluate.add_argument("protocol", help="knn linear lowshot finetune retrieval copydetection vos voc dense, or all")
+    evaluate.add_argument(
+        "-h", "--help", action=_EvalHelp, nargs=0, help="this help, with the protocols, or one's keys"
+    )
+    evaluate.add_argument("protocol", help="one of the protocols below, or all")
     _checkpoint(evaluate)
     evaluate.add_argument("--data", required=True, help="a source or folder, as the protocol takes it")
     evaluate.add_argument("--config", help="a file with the protocol's keys, such as configs/finetune/cifar10.py")
-    evaluate.add_argument("--workdir", help="where features, pictures and resumable state go")
+    evaluate.add_argument("--workdir", help="where features, drawings and resumable state go")
     evaluate.add_argument("--out", help="the figures as JSON")
     _processes(evaluate)
 
@@ -115,17 +117,16 @@ def _processes(parser: argparse.ArgumentParser) -> None:
 
 
 class _EvalHelp(argparse.Action):
-    """`eval PROTOCOL --help`: with the protocol's keys."""
+    """`eval --help` with the list of protocols, `eval PROTOCOL --help` with the protocol's keys."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *_: Any) -> None:
-        parser.print_help()
-        if name := getattr(namespace, "protocol", None):
-            from dino_jax.eval.run import keys
+        from dino_jax.eval.protocol import help_of
 
-            try:
-                print(f"\n{keys(name)}")
-            except UserError as error:
-                parser.error(str(error))
+        parser.print_help()
+        try:
+            print(f"\n{help_of(getattr(namespace, 'protocol', None))}")
+        except UserError as error:
+            parser.error(str(error))
         parser.exit()
 
 

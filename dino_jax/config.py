@@ -41,6 +41,11 @@ class Key(NamedTuple):
         values = value if isinstance(value, tuple) else (value,)
         if any(isinstance(x, float) and not math.isfinite(x) for x in values):
             return "must be finite"
+        if isinstance(self.default, tuple) and self.default:
+            if not values:
+                return "must hold at least one value"
+            if not _alike(values, self.default):
+                return f"{type(self.default[0]).__name__} values are needed, such as {self.default}"
         if self.choices and not all(x in self.choices for x in values):
             return f"must be one of {', '.join(map(str, self.choices))}"
         if self.within and not all(_inside(x, self.within) for x in values):
@@ -219,6 +224,22 @@ def flat_keys(keys: Keys = KEYS, prefix: str = "") -> Iterator[tuple[str, Key]]:
             yield prefix + name, key
         else:
             yield from flat_keys(key, f"{prefix}{name}.")
+
+
+def describe(keys: Keys) -> str:
+    """What `--help` says of `keys`: a line each with the default, the meaning, and the bounds or choices."""
+    lines = []
+    for name, key in flat_keys(keys):
+        shown = f"--config.{name}" + (" (unset)" if isinstance(key.default, type) else f"={key.default}")
+        limits = f"one of {', '.join(key.choices)}" if key.choices else in_words(key.within) if key.within else ""
+        lines.append(f"  {shown:32}  {key.meaning}{f' ({limits})' if limits else ''}")
+    return "\n".join(lines)
+
+
+def _alike(values: tuple[Any, ...], examples: tuple[Any, ...]) -> bool:
+    """Whether all values are of the examples' type; a whole number will do for a fraction."""
+    kinds: tuple[type, ...] = tuple({type(example) for example in examples})
+    return all(isinstance(value, (*kinds, int) if float in kinds else kinds) for value in values)
 
 
 _INTERVAL = re.compile(r"([\[(])([-\w.]+), ([-\w.]+)([\])])")

@@ -145,8 +145,6 @@ def check(config: ConfigDict) -> ConfigDict:
     for key, value in flatten(default()).items():
         if isinstance(value, tuple) and key not in PER_CHANNEL and len(flat[key]) != len(value):
             raise UserError(f"{key}={flat[key]}: {len(value)} values are needed, such as {value}")
-        if isinstance(value, tuple) and not _alike(flat[key], value):
-            raise UserError(f"{key}={flat[key]}: {type(value[0]).__name__} values are needed, such as {value}")
     for key in PER_CHANNEL:
         if len(flat[key]) != config.model.in_chans:
             raise UserError(f"{key}={flat[key]}: one value for each of the {config.model.in_chans} channels is needed")
@@ -164,9 +162,3 @@ def check(config: ConfigDict) -> ConfigDict:
     if config.run.mesh.fsdp == 0 or config.run.mesh.model == 0 or config.run.mesh.data == 0:
         raise UserError("run.mesh: an axis cannot have 0 devices; use 1, or -1 for the rest")
     return config
-
-
-def _alike(values: tuple[Any, ...], examples: tuple[Any, ...]) -> bool:
-    """Whether all are numbers, and whole ones where the examples are."""
-    kinds: tuple[type, ...] = (int,) if all(isinstance(example, int) for example in examples) else (int, float)
-    return all(isinstance(value, kinds) for value in values)

@@ -48,7 +48,8 @@ def test_eval_prints_a_table_and_writes_json(run, classes, tmp_path, capsys):
     figures = json.loads(out.read_text())
     assert set(figures) == {"top1_k5", "top5_k5"}
     assert all(0 <= value <= 100 for value in figures.values())
-    assert "top1_k5" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "top1_k5" in said and json.loads(said.splitlines()[-1]) == figures
 
 
 def test_features_of_a_folder(run, classes, tmp_path):
@@ -75,7 +76,7 @@ def test_export_and_import_give_the_weights_back(run, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["eval", "kmn", "--checkpoint=x", "--data=y"], "unknown protocol 'kmn': did you mean knn?"),
+        (["eval", "kmn", "--checkpoint=x", "--data=y"], "unknown protocol 'kmn'; did you mean 'knn'?"),
         (["eval", "knn", "--checkpoint=absent", "--data=y"], "absent"),
         (["eval", "all", "--checkpoint=x", "--data=y", "--config.k=3"], "--config.k=3"),
         (["export", "--checkpoint=absent", "--format=gguf", "--out=x"], "--format=gguf"),
@@ -98,7 +99,8 @@ def test_help_of_a_protocol_lists_its_keys(capsys):
         main(["eval", "vos", "--help"])
     assert exit_.value.code == 0
     said = capsys.readouterr().out
-    assert "usage: dino-jax eval" in said and "--config.radius = 12  # reach of a patch, in rows and in columns" in said
+    assert "usage: dino-jax eval" in said and "--config.radius=12" in said
+    assert "reach of a patch, in rows and in columns (at least 0)" in said
     with pytest.raises(SystemExit) as exit_:
         main(["eval", "vso", "--help"])
     assert exit_.value.code == 2 and "did you mean" in capsys.readouterr().err

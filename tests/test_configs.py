@@ -29,10 +29,10 @@ def test_builds(path):
 def test_fine_tuning_builds(path):
     config = config_io.read(str(path))
     assert config.is_locked
-    assert config_io.flatten(config).keys() == config_io.flatten(finetune.default_config()).keys()
+    assert config_io.flatten(config).keys() == config_io.flatten(finetune.PROTOCOL.default_config()).keys()
     peak = config.lr * config.batch_size / 512
     assert config.warmup_lr < peak and config.min_lr < peak  # the warm-up rises, the cosine falls
-    finetune.make_optimizer(config, 10, 12).init({"backbone": {"norm": {"scale": np.ones(3)}}})
+    finetune.make_optimizer(config, 10).init({"backbone": {"norm": {"scale": np.ones(3)}}})
 
 
 def test_another_xcit_builds():

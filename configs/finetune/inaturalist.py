@@ -3,11 +3,11 @@
 dino-jax eval finetune --config=configs/finetune/inaturalist.py --checkpoint=dino_vits16 --data=DIR
 """
 
-from dino_jax.eval.protocols.finetune import default_config
+from dino_jax.eval.protocols.finetune import PROTOCOL
 
 
 def get_config():
-    config = default_config()
+    config = PROTOCOL.default_config()
     config.epochs = 300
     config.batch_size = 1024
     config.lr = 5e-5

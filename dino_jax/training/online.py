@@ -70,7 +70,7 @@ class Evaluations:
 
     def voc(self, model: Frozen) -> Figures:
         """`voc_jaccard_60` and `voc_jaccard_80` on `eval.voc_data`."""
-        settings = voc.default_config()
+        settings = voc.PROTOCOL.default_config()
         settings.size = self.config.eval.voc_size
         figures = voc.evaluate(model, self.config.eval.voc_data, settings)
         return {f"voc_{key}": value for key, value in figures.items()}

@@ -30,15 +30,15 @@ rng = np.random.default_rng(0)
 model = Frozen(backbone, jax.tree.map(lambda x: rng.normal(x.ndim == 1, 0.1, x.shape).astype(np.float32), shapes))
 small = {"resize": 16, "crop": 16, "batch_size": 8}
 figures = {}
-config = knn.default_config()
+config = knn.PROTOCOL.default_config()
 config.update(small | {"k": (3, 9)})
 figures |= knn.evaluate(model, folder, config)
 features, labels = dataset_features(model, folder + "/train", config)
 figures |= {"features": float(np.abs(features).sum()), "labels": labels.tolist()}
-config = linear.default_config()
+config = linear.PROTOCOL.default_config()
 config.update(small | {"features": ("1+avg",), "lrs": (0.1,), "epochs": 2})
 figures |= {f"linear_{key}": value for key, value in linear.evaluate(model, folder, config).items()}
-config = finetune.default_config()
+config = finetune.PROTOCOL.default_config()
 config.update(small | {"size": 16, "epochs": 1, "repeats": 1, "warmup_epochs": 0})
 figures |= {f"finetune_{key}": value for key, value in finetune.evaluate(model, folder, config).items()}
 print("FIGURES", json.dumps(figures), flush=True)

@@ -1,9 +1,9 @@
-"""Linear classification on frozen features (paper table 2; official `eval_linear.py`), a whole grid side by side.
+"""Linear classification of frozen features (paper table 2; official `eval_linear.py`), a grid of heads at once.
 
-The features of one forward pass feed a linear head for every choice of features and of learning rate: `4` stands for
-the CLS tokens of the last four blocks, `1+avg` for the last CLS and the mean patch token. Training is SGD with momentum
-0.9 and no decay, the learning rate scaled by batch / 256 and lowered by a cosine over epochs. The official protocol
-reports the best epoch on the test set; with `holdout` head and epoch are chosen on training pictures left out instead.
+One forward pass feeds a linear head for every choice of features and of learning rate: `4` stands for the CLS tokens
+of the last four blocks, `1+avg` for the last CLS and the mean patch token. Training is SGD with momentum 0.9 and no
+decay, the learning rate scaled by batch / 256 and lowered by a cosine over epochs. The official protocol reports the
+best epoch on the test set; with `holdout` head and epoch are chosen on training images that are left out instead.
 
 Legend: B batch, F features, L learning rates, K classes.
 """
@@ -23,14 +23,15 @@ import numpy as np
 import optax
 from etils import epath
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
 
+from dino_jax.config import Key
 from dino_jax.data.sources import Source, open_source
 from dino_jax.errors import UserError
 from dino_jax.eval.batches import Subset, crop_and_flip, data_mesh, test_batches, train_batches
 from dino_jax.eval.features import Frozen, Net, Pooled, fingerprint, linear_input, net_of, normalise
+from dino_jax.eval.protocol import RESIZE, SEED, THREADS, Protocol
 from dino_jax.eval.results import load_arrays, save_arrays
-from dino_jax.eval.splits import class_count, train_test
+from dino_jax.eval.splits import CLASSES, class_count, train_test
 from dino_jax.models import ViT
 from dino_jax.parallel.sharding import replicated
 from dino_jax.weights.names import PRETRAINED, fetch
@@ -40,29 +41,32 @@ _log = logging.getLogger(__name__)
 
 Heads = dict[str, dict[str, Any]]  # choice of features -> kernel [L, F, K], bias [L, K]
 
-
-def default_config() -> ConfigDict:
-    """The protocol's keys."""
-    config = ConfigDict()
-    config.features = ()  # last blocks, `+avg` for the mean patch token, such as ("4", "1+avg"); (): see `choices`
-    config.lrs = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # for 256 pictures; scaled by batch_size / 256
-    config.epochs = 100
-    config.batch_size = 1024
-    config.eval_every = 1  # epochs
-    config.holdout = 0.0  # share of the training pictures that select head and epoch; 0: the test set does
-    config.head = placeholder(str)  # a linear head (.pth, or a released model's name): tested, nothing is trained
-    config.resize = 256  # shorter side of test pictures before the centre crop, bicubic; 0: no resize
-    config.crop = 224
-    config.seed = 0
-    config.threads = 4
-    return config.lock()
+KEYS = {
+    "features": Key(
+        (), 'such as ("4", "1+avg"): numbers of last blocks, +avg with the mean patch token; (): by backbone'
+    ),
+    "lrs": Key(
+        (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
+        "learning rates for 256 images; scaled by batch_size / 256",
+        "(0, inf)",
+    ),
+    "epochs": Key(100, "passes over the training images", "[1, inf)"),
+    "batch_size": Key(1024, "images per step, over all devices", "[1, inf)"),
+    "eval_every": Key(1, "epochs between evaluations", "[1, inf)"),
+    "holdout": Key(0.0, "share of the training images that select head and epoch; 0: the test set does", "[0, 1)"),
+    "head": Key(str, "test this linear head (.pth, or a released model's name) and train nothing"),
+    "resize": RESIZE,
+    "crop": Key(224, "side of training crops and of the center crop of test images", "[1, inf)"),
+    "seed": SEED,
+    "threads": THREADS,
+}
 
 
 def evaluate(model: Frozen, data: str, config: ConfigDict, workdir: str | None = None) -> dict[str, Any]:
     """`top1` and `top5` in percent of the selected head, what was selected and how, and `top1_<head>` of each.
 
     A head's own figure is of its best epoch by the same rule. `data` is as in `splits.train_test`. With a `workdir` the
-    heads are saved there after every evaluation and a broken-off run goes on.
+    heads are saved there after every evaluation, and an interrupted run resumes.
     """
     train_spec, test_spec = train_test(data)
     test = open_source(test_spec)
@@ -86,19 +90,42 @@ def evaluate(model: Frozen, data: str, config: ConfigDict, workdir: str | None =
     return _report(np.stack(history), names)
 
 
+PROTOCOL = Protocol(
+    run=evaluate,
+    keys=KEYS,
+    data=CLASSES,
+    whole_patches=("crop",),
+    published={
+        "top1": {
+            "S/16": 77.0,
+            "S/8": 79.7,
+            "B/16": 78.2,
+            "B/8": 80.1,
+            "RN50": 75.3,
+            "XCiT-S12/16": 77.8,
+            "XCiT-S12/8": 79.2,
+            "XCiT-M24/16": 78.8,
+            "XCiT-M24/8": 80.3,
+        }
+    },
+    source="ImageNet; the official README",
+    order=20,
+)
+
+
 def _report(history: np.ndarray, names: list[str]) -> dict[str, Any]:
     """From epoch, top-1 and top-5 (test, then held-out) [evaluations, 3 or 5, heads] to the figures."""
     chosen_by = history[:, 1] if history.shape[1] == 3 else history[:, 3]
     best = chosen_by.argmax(axis=0)  # [heads] evaluation at which each head is taken
     head = int(chosen_by.max(axis=0).argmax())
     epoch, top1, top5 = (float(x) for x in history[best[head], :3, head])
-    rule = "best epoch and head on the test set (official)" if history.shape[1] == 3 else "best on held-out pictures"
+    rule = "best epoch and head on the test set (official)" if history.shape[1] == 3 else "best on held-out images"
     figures: dict[str, Any] = {"top1": top1, "top5": top5, "head": names[head], "epoch": int(epoch), "selection": rule}
     return figures | {f"top1_{name}": float(history[best[i], 1, i]) for i, name in enumerate(names)}
 
 
 def _hold_out(train: Source, config: ConfigDict) -> tuple[Source, Source | None]:
-    """The pictures to train on and those to select by."""
+    """The images to train on and those to select by."""
     if not config.holdout:
         return train, None
     order = np.random.default_rng(config.seed).permutation(len(train))
@@ -173,7 +200,7 @@ def score(model: Frozen, source: Source, heads: Heads, config: ConfigDict) -> np
     ]
     total = sum(valid for _, valid in counts)
     if not total:
-        raise UserError("none of the test pictures can be read: check --data")
+        raise UserError("none of the test images can be read: check --data")
     return 100 * sum(found for found, _ in counts) / total
 
 
@@ -237,7 +264,7 @@ def _save(path: epath.Path, epoch: int, heads: Heads, momentum: Heads, history: 
 
 
 def _restore(path: epath.Path | None, heads: Heads, momentum: Heads) -> tuple[int, Heads, Heads, list[np.ndarray]]:
-    """Epochs done, heads, momentum and scores so far, from a broken-off run if there was one."""
+    """Epochs done, heads, momentum and scores so far, from an interrupted run if there was one."""
     if path is None or not path.exists():
         return 0, heads, momentum, []
     saved = load_arrays(path)

@@ -1,8 +1,8 @@
-"""Video object segmentation on DAVIS 2017 by label propagation (paper table 5; official `eval_video_segmentation.py`).
+"""Video object segmentation on DAVIS 2017 by label propagation (paper table 5).
 
-The first frame's annotation is carried through the video by patch similarity (`propagation`), and the result is scored
-by J and F (`davis`). Layout: `DATA/JPEGImages/480p/VIDEO/*.jpg`, `DATA/Annotations/480p/VIDEO/*.png` and
-`DATA/ImageSets/2017/val.txt`. `scenes:` specs give rendered clips instead.
+As the official `eval_video_segmentation.py`: the first frame's annotation is carried through the video by patch
+similarity (`propagation`), and the result is scored by J and F (`davis`). Layout: `DATA/JPEGImages/480p/VIDEO/*.jpg`,
+`DATA/Annotations/480p/VIDEO/*.png` and `DATA/ImageSets/2017/val.txt`. `scenes:` specs give rendered clips instead.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from etils import epath
 from ml_collections import ConfigDict
 from PIL import Image
 
+from dino_jax.config import Key
 from dino_jax.data.scenes import Scenes
 from dino_jax.data.sources import open_source
 from dino_jax.errors import UserError
@@ -28,27 +29,25 @@ from dino_jax.eval.draw import SHOWN, palette, save_rows, tile, tinted
 from dino_jax.eval.features import Frozen, Patches, fingerprint, run
 from dino_jax.eval.images import grouped, linear_resize, list_pictures, nearest, parallel, read_labels, read_picture
 from dino_jax.eval.propagation import hard_labels, propagate
+from dino_jax.eval.protocol import THREADS, Data, Protocol
 from dino_jax.eval.results import save_json
 
-STD = (0.228, 0.224, 0.225)  # as the official script has it, .228 where ImageNet's is .229
+STD = (0.228, 0.224, 0.225)  # the official script's; ImageNet's first value is 0.229
 LABELS = 4  # the number of labels is rounded up to a multiple of this, so that videos share compiled programs
 
 _log = logging.getLogger(__name__)
 
-
-def default_config() -> ConfigDict:
-    """The protocol's keys."""
-    config = ConfigDict()
-    config.size = 480  # shorter side
-    config.multiple = 64  # the longer side is cut down to a multiple of this
-    config.context = 7  # previous frames beside the first
-    config.radius = 12  # reach of a patch, in rows and in columns
-    config.topk = 5
-    config.temperature = 0.1
-    config.split = "val"  # of ImageSets/2017
-    config.batch_size = 4  # frames
-    config.threads = 4
-    return config.lock()
+KEYS = {
+    "size": Key(480, "shorter side of the frames", "[1, inf)"),
+    "multiple": Key(64, "the longer side is cut down to a multiple of this", "[1, inf)"),
+    "context": Key(7, "previous frames beside the first", "[0, inf)"),
+    "radius": Key(12, "reach of a patch, in rows and in columns", "[0, inf)"),
+    "topk": Key(5, "most similar patches whose labels are averaged", "[1, inf)"),
+    "temperature": Key(0.1, "of the similarities' softmax", "(0, inf)"),
+    "split": Key("val", "of ImageSets/2017"),
+    "batch_size": Key(4, "frames per batch", "[1, inf)"),
+    "threads": THREADS,
+}
 
 
 class Video(NamedTuple):
@@ -66,8 +65,6 @@ def evaluate(model: Frozen, data: str, config: ConfigDict, workdir: str | None =
     With a `workdir` the label maps are written to `vos-<settings>/VIDEO/*.png` with a palette, and videos that are
     there are not computed again; `objects.json` beside them has each object's figures, and `vos.png` shows some videos.
     """
-    if model.backbone.patch_size is None:
-        raise UserError("vos needs a backbone with patch tokens, a ViT")
     if len(model.mean) == len(STD):
         model = model._replace(std=STD)
     folder = None
@@ -92,6 +89,17 @@ def evaluate(model: Frozen, data: str, config: ConfigDict, workdir: str | None =
         save_json(folder / "objects.json", objects)
         save_rows(epath.Path(folder.parent) / "vos.png", shown)
     return davis.summarize(objects.values())
+
+
+PROTOCOL = Protocol(
+    run=evaluate,
+    keys=KEYS,
+    data=Data("DAVIS's ImageSets/2017", lambda folder: (folder / "ImageSets" / "2017").is_dir(), scenes="test"),
+    needs_patches=True,
+    published={"J&F_mean": {"S/16": 61.8, "S/8": 69.9, "B/16": 62.3, "B/8": 71.4}},
+    source="DAVIS 2017 val; the paper, table 5",
+    order=60,
+)
 
 
 def _settings(model: Frozen, data: str, config: ConfigDict) -> str:
@@ -198,7 +206,7 @@ def _stacked(name: str, maps: list[np.ndarray]) -> np.ndarray:
 
 
 def _save(folder: epath.Path, stems: Sequence[str], labels: np.ndarray) -> None:
-    """Indexed pictures; the folder gets its name only when all of them are there."""
+    """Indexed images; the folder gets its name only when all of them are there."""
     partial = folder.parent / f"{folder.name}.partial"
     partial.mkdir(parents=True, exist_ok=True)
     for stem, frame in zip(stems, labels, strict=True):

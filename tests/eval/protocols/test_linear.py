@@ -18,7 +18,7 @@ from dino_jax.weights.pth import write_pth
 
 
 def small(epochs=3):
-    config = linear.default_config()
+    config = linear.PROTOCOL.default_config()
     config.features, config.lrs, config.epochs = ("2", "1+avg"), (0.01, 1.0), epochs
     config.resize, config.crop, config.batch_size, config.threads = 16, 16, 16, 2
     return config
@@ -129,7 +129,7 @@ def test_released_heads_are_read_and_fitted_by_their_width(vit, class_folders, t
 
 
 def test_choices(vit):
-    config = linear.default_config()
+    config = linear.PROTOCOL.default_config()
     for name, wanted in {
         "vit_base": ("4", "1+avg"),
         "resnet50": ("1",),

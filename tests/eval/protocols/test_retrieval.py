@@ -39,7 +39,7 @@ def oxford(tmp_path):
 
 
 def small():
-    config = retrieval.default_config()
+    config = retrieval.PROTOCOL.default_config()
     config.size, config.batch_size = 32, 2
     return config
 

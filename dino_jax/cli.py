@@ -108,9 +108,9 @@ class _Print(argparse.Action):
 # Arguments of several verbs.
 
 
-def config_argument(parser: argparse.ArgumentParser, *, help: str = CONFIG, required: bool = False) -> None:
-    """`--config` of a training run, and `--help-config`, which lists all its keys."""
-    parser.add_argument("--config", required=required, metavar="FILE|NAME", help=help)
+def config_argument(parser: argparse.ArgumentParser, *, help: str = CONFIG, **options: Any) -> None:
+    """`--config` of a training run, and `--help-config`, which lists all its keys; `options`: of `add_argument`."""
+    parser.add_argument("--config", metavar="FILE|NAME", help=help, **options)
     parser.add_argument("--help-config", action=_Print, text=_all_keys, help="list every key of a configuration")
     parser.epilog = "--config.KEY=VALUE sets any key of the configuration; --help-config lists them."
 
@@ -137,7 +137,3 @@ def process_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="of several processes: where process 0 listens")
     parser.add_argument("--processes", type=int, metavar="N", help="number of processes")
     parser.add_argument("--process", type=int, metavar="I", help="number of this process, 0 to N - 1")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

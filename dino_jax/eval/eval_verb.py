@@ -35,9 +35,11 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
 
 def keys_of_protocol(args: argparse.Namespace) -> str:
     """The protocol's keys, if it stands before `--help`."""
+    if args.protocol is None:
+        return ""
     from dino_jax.eval.run import keys
 
-    return keys(args.protocol) if args.protocol is not None else ""
+    return keys(args.protocol)
 
 
 VERB = Verb("eval", "evaluate a checkpoint by a protocol, or by all", arguments, run, keys_of_protocol)

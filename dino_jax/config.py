@@ -226,16 +226,6 @@ def flat_keys(keys: Keys = KEYS, prefix: str = "") -> Iterator[tuple[str, Key]]:
             yield from flat_keys(key, f"{prefix}{name}.")
 
 
-def describe(keys: Keys) -> str:
-    """What `--help` says of `keys`: a line each with the default, the meaning, and the bounds or choices."""
-    lines = []
-    for name, key in flat_keys(keys):
-        shown = f"--config.{name}" + (" (unset)" if isinstance(key.default, type) else f"={key.default}")
-        limits = f"one of {', '.join(key.choices)}" if key.choices else in_words(key.within) if key.within else ""
-        lines.append(f"  {shown:32}  {key.meaning}{f' ({limits})' if limits else ''}")
-    return "\n".join(lines)
-
-
 def _alike(values: tuple[Any, ...], examples: tuple[Any, ...]) -> bool:
     """Whether all values are of the examples' type; a whole number will do for a fraction."""
     kinds: tuple[type, ...] = tuple({type(example) for example in examples})

@@ -1,7 +1,7 @@
 """Flowers-102. The authors published no setting for it: this is theirs for CIFAR-10 (issue 81), with a learning rate
 that suits AdamW on so small a set. Sweep it.
 
-dino-jax eval finetune --config=configs/finetune/flowers.py --checkpoint=dino_vits16 --data=DIR
+dino-jax eval finetune --config=finetune/flowers --checkpoint=dino_vits16 --data=DIR
 """
 
 from dino_jax.eval.protocols.finetune import PROTOCOL

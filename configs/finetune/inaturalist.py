@@ -1,6 +1,6 @@
 """iNaturalist 2018 and 2019 (issue 171 of the official repository).
 
-dino-jax eval finetune --config=configs/finetune/inaturalist.py --checkpoint=dino_vits16 --data=DIR
+dino-jax eval finetune --config=finetune/inaturalist --checkpoint=dino_vits16 --data=DIR
 """
 
 from dino_jax.eval.protocols.finetune import PROTOCOL

@@ -26,7 +26,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from dino_jax import config_io
-from dino_jax.config import Key, Keys, build, describe, flat_keys
+from dino_jax.config import Key, Keys, build
 from dino_jax.errors import UserError
 from dino_jax.eval import protocols
 
@@ -104,11 +104,7 @@ def keys_of(name: str) -> Keys:
 
 def check(config: ConfigDict, keys: Keys) -> ConfigDict:
     """Returns a configuration of `keys`; raises `UserError` for a value outside of what they declare."""
-    flat = config_io.flatten(config)
-    for name, key in flat_keys(keys):
-        if (error := key.error(flat[name])) is not None:
-            near = config_io.suggest(flat[name], key.choices) if key.choices else ""
-            raise UserError(f"--config.{name}={flat[name]}: {error}{near}")
+    config_io.check_values(config_io.flatten(config), keys, "--config.")
     return config
 
 
@@ -119,4 +115,4 @@ def help_of(name: str | None = None) -> str:
         lines.append(f"  {ALL:15}Every protocol that the data allow; its keys are --config.PROTOCOL.KEY=VALUE.")
         return "\n".join(["protocols (`dino-jax eval PROTOCOL --help` lists the keys of one):", *lines])
     keys, text = get(name).keys, about(name).partition("\n\nLegend")[0]
-    return "\n".join([text, "", f"keys of {name} with their defaults:", describe(keys)])
+    return "\n".join([text, "", f"keys of {name} with their defaults:", config_io.describe(keys)])

@@ -178,7 +178,7 @@ def write_features(
     tokens of all pictures one after another, `patches` [sum of rows * columns, D], and `grids` [n, 2]. `resize` and
     `crop`: as for `Model.preprocess`. A picture that cannot be read is left out and named.
 
-    Returns the number of `pictures` and of those left out (`unreadable`).
+    Returns the number of `images` and of those left out (`unreadable`).
     """
     model, source = load(ckpt, heads=heads), open_source(images)
     names, labels, bad = [], [], []
@@ -206,7 +206,7 @@ def write_features(
     if bad:
         log.warning("%d pictures could not be read and are left out: %s", len(bad), "; ".join(bad[:5]))
     _save(epath.Path(out).expanduser(), arrays)
-    return {"pictures": len(names), "unreadable": len(bad)}
+    return {"images": len(names), "unreadable": len(bad)}
 
 
 def _save(path: epath.Path, arrays: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ colour operations, XLA:CPU computes the whole chain for each plane anew (200 tim
 laid out badly on a TPU. Values are clamped to 0..255 after each operation, as PIL's 8 bits do, but never rounded.
 
 Mean absolute difference from the same operation of Pillow 13, in levels of 255, over the random pictures (smooth,
-textured, white noise) and parameters of `tests/render/test_renderer.py`; most of it is PIL's rounding to 8 bits, which alone
+textured, white noise) and parameters of `tests/render/test_renderer.py`; PIL rounds to 8 bits, which alone
 makes 0.25 to 0.3:
 
     resample    0.30, at most 0.56 (white noise)      gray      0.25

@@ -1,6 +1,6 @@
 """What a machine, or the place that starts one, lacks before a run: found out in seconds, before money is spent.
 
-    dino-jax doctor [--config=FILE --workdir=DIR --data=SPEC --devices=N --launch=tpu|gke|slurm|hosts]
+    dino-jax doctor [--config=FILE|NAME --workdir=DIR --data=SPEC --devices=N --launch=tpu|gke|slurm|hosts]
 
 Each check is one line: ok, warn (it may be slow or surprising) or missing (a run would end), with the mend. Nothing is
 downloaded or installed; the network is touched only for remote paths that were given.

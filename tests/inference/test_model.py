@@ -182,7 +182,7 @@ def test_the_verb_writes_a_file(load_reference, tmp_path):
     (folder / "dog" / "broken.png").write_bytes(b"no picture")
     options = {"heads": 3, "patches": True, "progress": False}
     count = write_features(tmp_path / "w.pth", str(folder), tmp_path / "out" / "f.npz", **options)
-    assert count == {"pictures": 4, "unreadable": 1}
+    assert count == {"images": 4, "unreadable": 1}
     model = load(tmp_path / "w.pth", heads=3)
     with np.load(tmp_path / "out" / "f.npz") as file:
         assert file["labels"].tolist() == [0, 0, 1, 1]

@@ -84,7 +84,7 @@ def test_what_is_missing_gives_status_2_one_line_and_json(answer, tmp_path, caps
     absent = tmp_path / "absent"
     assert main(["doctor", f"--data={absent}", "--config=absent.py"]) == 2
     said = capsys.readouterr()
-    assert said.err == "dino-jax: error: missing: config, data; each with its mend above\n"
+    assert said.err == "dino-jax: error: missing: config, data; the fix for each is above\n"
     found = json.loads(said.out.splitlines()[-1])
     assert found["ok"] is False
     assert (found["checks"]["config"], found["checks"]["data"]) == ("missing", "missing")

@@ -1,7 +1,7 @@
 """The paper's evaluations, a module per protocol.
 
 Every module of `PROTOCOLS` has `default_config()`, its keys with their defaults, and
-`evaluate(model, data, config, workdir=None) -> dict` of figures, where `model` is a `features.Frozen`.
+`evaluate(model, data, config, workdir=None) -> dict` of figures, where `model` is a `inference.model.Model`.
 """
 
 from __future__ import annotations

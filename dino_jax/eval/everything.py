@@ -12,10 +12,10 @@ from ml_collections import ConfigDict
 
 from dino_jax.data.sources import split_spec
 from dino_jax.errors import UserError
-from dino_jax.eval.features import Frozen
 from dino_jax.eval.masks import voc_root
 from dino_jax.eval.protocols import copydetection, dense, knn, linear, lowshot, retrieval, voc, vos
 from dino_jax.eval.splits import TEST, TRAIN
+from dino_jax.inference.model import Model
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ def find(data: str) -> dict[str, str]:
 
 
 def evaluate(
-    model: Frozen, data: str, config: ConfigDict, workdir: str | None = None
+    model: Model, data: str, config: ConfigDict, workdir: str | None = None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """(protocol, figures) one after another, as `config` has them; a notice for each that is left out.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dino_jax.eval.features import Frozen
+from dino_jax.inference.model import Model
 
 # (module, width, depth, patch) -> name
 NAMES = {
@@ -82,13 +82,15 @@ SOURCES = {
 }
 
 
-def name_of(model: Frozen) -> str | None:
+def name_of(model: Model) -> str | None:
     """The paper's name of an architecture such as `S/16`, or None."""
     backbone = model.backbone
+    if backbone.registers:
+        return None
     return NAMES.get((type(backbone).__name__, backbone.embed_dim, backbone.depth, backbone.patch_size))
 
 
-def table(protocol: str, figures: Mapping[str, Any], model: Frozen) -> str:
+def table(protocol: str, figures: Mapping[str, Any], model: Model) -> str:
     """The figures of a protocol in lines of name, value and, where there is one, the published value."""
     name = name_of(model)
     known = {key: row[name] for key, row in PUBLISHED[protocol].items() if name in row}

@@ -14,7 +14,6 @@ from ml_collections import ConfigDict
 from dino_jax import config_io
 from dino_jax.errors import UserError
 from dino_jax.eval import everything, protocol
-from dino_jax.eval.features import Frozen
 from dino_jax.eval.published import table
 from dino_jax.inference.model import load
 
@@ -59,12 +58,11 @@ def evaluate(
     config = check(config_io.override(_settings(name, module.default_config(), config_file), overrides))
     if name == "all":
         everything.find(data)  # before anything is loaded
-    loaded = load(checkpoint, heads=heads)
-    _check_patches(name, config, loaded.backbone.patch_size)
+    model = load(checkpoint, heads=heads)
+    _check_patches(name, config, model.backbone.patch_size)
     workdir = None if workdir is None else _made("workdir", workdir)
     if out is not None:
         _made("out", str(epath.Path(out).parent))
-    model = Frozen(loaded.backbone, loaded.variables, loaded.config.data.mean, loaded.config.data.std)
     figures: dict[str, Any] = {}
 
     def parts() -> Iterator[tuple[str, dict[str, Any]]]:

@@ -5,10 +5,11 @@ import types
 import pytest
 
 from dino_jax import config_io
+from dino_jax.config import default
 from dino_jax.errors import UserError
 from dino_jax.eval import PROTOCOLS, everything, protocol
-from dino_jax.eval.features import Frozen
 from dino_jax.eval.published import NAMES, PUBLISHED, SOURCES, name_of, table
+from dino_jax.inference.model import Model
 from dino_jax.models import BACKBONES
 
 
@@ -74,14 +75,14 @@ def test_what_is_absent_is_said_and_what_fails_does_not_stop_the_others(vit, tmp
 def test_a_network_without_patches_leaves_their_protocols_out(tmp_path, caplog):
     for folder in ("images", "masks"):
         (tmp_path / folder).mkdir()
-    model = Frozen(BACKBONES["resnet50"](), {})
+    model = Model(default(), {}, BACKBONES["resnet50"]())
     with caplog.at_level("INFO"):
         assert list(everything.evaluate(model, str(tmp_path), everything.default_config())) == []
     assert "voc is left out: it needs patches" in caplog.text
 
 
 def test_tables_put_the_published_figure_beside_ours(vit):
-    model = Frozen(BACKBONES["vit_small"](patch_size=16), {})
+    model = Model(default(), {}, BACKBONES["vit_small"](patch_size=16))
     assert name_of(model) == "S/16" and name_of(vit) is None
     lines = table("knn", {"top1_k20": 74.44444, "top1_k10": 74.0}, model).splitlines()
     assert lines[0].split() == ["knn", "here", "published", "(S/16)"]
@@ -100,5 +101,5 @@ def test_published_figures_have_their_protocols_names_and_a_source():
     released = [("resnet50", {})]
     released += [(name, {"patch_size": patch}) for name in ("vit_small", "vit_base") for patch in (16, 8)]
     released += [(name, {"patch_size": patch}) for name in ("xcit_small_12", "xcit_medium_24") for patch in (16, 8)]
-    found = [name_of(Frozen(BACKBONES[name](**options), {})) for name, options in released]
+    found = [name_of(Model(default(), {}, BACKBONES[name](**options))) for name, options in released]
     assert set(found) == set(NAMES.values())

@@ -72,7 +72,7 @@ def tokens_and_attention(model, variables, images):
         return tuple(model.apply(variables, images, method=method) for method in ("tokens", "attention"))
 
     tokens, attention = jax.jit(both)(variables, images)
-    return tokens[0], attention
+    return np.concatenate([tokens.cls[:, :, None], tokens.registers, tokens.flat_patches], axis=2)[0], attention
 
 
 def timm_last_attention(model, images):

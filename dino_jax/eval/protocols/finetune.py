@@ -29,9 +29,9 @@ from dino_jax.data.sources import Source, open_source
 from dino_jax.errors import UserError
 from dino_jax.eval.augment import draw_mix, erase, mix_batch, rand_augment, smoothed
 from dino_jax.eval.batches import crop_and_flip, data_mesh, test_batches, train_batches
-from dino_jax.eval.features import Frozen, Net, net_of, normalise
 from dino_jax.eval.protocols.linear import hits
 from dino_jax.eval.splits import class_count, train_test
+from dino_jax.inference.model import Forward, Model
 from dino_jax.parallel.sharding import replicated
 from dino_jax.weights.checkpoint import Checkpointer, restore_config
 
@@ -47,7 +47,7 @@ def default_config() -> ConfigDict:
     config.warmup_epochs = 5
     config.warmup_lr = 1e-6  # at the start of the warm-up, not scaled
     config.min_lr = 1e-5  # end of the cosine, not scaled
-    config.weight_decay = 0.05  # on matrices; not on biases, norms, CLS and positions
+    config.weight_decay = 0.05  # on matrices; not on biases, norms, CLS, registers and positions
     config.layer_decay = 1.0  # factor of the learning rate from each block to the one below; 1: the same for all
     config.head_scale = 0.001  # of the new head's initial weights N(0, 0.02) (issue 31)
     config.drop_path = 0.1  # stochastic depth rate of the last block
@@ -77,7 +77,7 @@ class State(NamedTuple):
     step: jax.Array
 
 
-def evaluate(model: Frozen, data: str, config: ConfigDict, workdir: str | None = None) -> dict[str, float]:
+def evaluate(model: Model, data: str, config: ConfigDict, workdir: str | None = None) -> dict[str, float]:
     """`top1` and `top5` in percent after the last epoch, `top1_best` over the epochs, `top1_ema` of the average.
 
     `data` is as in `splits.train_test`. With a `workdir` the state is kept in `finetune/` there and a broken-off run
@@ -91,7 +91,7 @@ def evaluate(model: Frozen, data: str, config: ConfigDict, workdir: str | None =
         raise UserError(f"--config.batch_size={config.batch_size} is more than the {len(train)} training pictures")
     optimizer = make_optimizer(config, steps, model.backbone.depth)
     state = init(model, config, classes, optimizer)
-    step = make_step(net_of(model), config, classes, optimizer)
+    step = make_step(model.forward, config, classes, optimizer)
     keeper = _Keeper(workdir, config)
     epoch, best, state = keeper.restore(state)
     figures: dict[str, float] = {}
@@ -108,7 +108,7 @@ def evaluate(model: Frozen, data: str, config: ConfigDict, workdir: str | None =
     return figures | {"top1_best": best}
 
 
-def init(model: Frozen, config: ConfigDict, classes: int, optimizer: optax.GradientTransformation) -> State:
+def init(model: Model, config: ConfigDict, classes: int, optimizer: optax.GradientTransformation) -> State:
     """The pretrained backbone under a new head, on all devices."""
     shape = jax.ShapeDtypeStruct((1, config.size, config.size, len(model.mean)), jnp.float32)
     width = jax.eval_shape(model.backbone.apply, model.variables, shape).shape[-1]
@@ -143,9 +143,9 @@ def make_optimizer(config: ConfigDict, steps: int, depth: int) -> optax.Gradient
 
 
 def decayed(params: Any) -> Any:
-    """Which parameters weight decay is for: all matrices and kernels but CLS and the positions."""
+    """Which parameters weight decay is for: all matrices and kernels but CLS, registers and positions."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, x: x.ndim > 1 and not re.search(r"cls_token|pos_embed", _name(path)), params
+        lambda path, x: x.ndim > 1 and not re.search(r"_token|pos_embed", _name(path)), params
     )
 
 
@@ -154,7 +154,7 @@ def layer_of(name: str, depth: int) -> int:
     block = re.search(r"blocks_(\d+)/", name)
     if block is not None:
         return int(block[1]) + 1
-    return 0 if re.search(r"cls_token|pos_embed|patch_embed", name) else depth + 1
+    return 0 if re.search(r"_token|pos_embed|patch_embed", name) else depth + 1
 
 
 def _name(path: tuple) -> str:
@@ -162,7 +162,7 @@ def _name(path: tuple) -> str:
 
 
 def _train_epoch(
-    model: Frozen, train: Source, config: ConfigDict, epoch: int, step: Callable[..., State], state: State
+    model: Model, train: Source, config: ConfigDict, epoch: int, step: Callable[..., State], state: State
 ) -> State:
     batches = train_batches(
         train,
@@ -189,14 +189,14 @@ def augmented(pixels: np.ndarray, rng: np.random.Generator, config: ConfigDict) 
 
 
 def make_step(
-    net: Net, config: ConfigDict, classes: int, optimizer: optax.GradientTransformation
+    net: Forward, config: ConfigDict, classes: int, optimizer: optax.GradientTransformation
 ) -> Callable[[State, dict, Any], State]:
     """The jitted step; the state is donated."""
     root = jax.random.key(config.seed)
 
     def step(state: State, batch: dict[str, jax.Array], mix: Any) -> State:
         noise, paths = jax.random.split(jax.random.fold_in(root, state.step))
-        images = erase(noise, normalise(batch["image"], net.mean, net.std), config.erasing)
+        images = erase(noise, net.normalise(batch["image"]), config.erasing)
         targets = smoothed(batch["label"], classes, config.smoothing)
         images, targets = mix_batch(images, targets, batch["valid"], mix)
         weight = batch["valid"] / jnp.maximum(jnp.sum(batch["valid"]), 1)
@@ -214,7 +214,7 @@ def make_step(
     return jax.jit(step, donate_argnums=0)
 
 
-def drop_path(key: jax.Array, net: Net, batch: int, config: ConfigDict) -> jax.Array | None:
+def drop_path(key: jax.Array, net: Forward, batch: int, config: ConfigDict) -> jax.Array | None:
     """Factors [depth, 2, B] of the residual branches, 0 or 1 / keep; the rate rises linearly from 0 to `drop_path`."""
     if not config.drop_path or not net.backbone.depth:
         return None
@@ -223,7 +223,7 @@ def drop_path(key: jax.Array, net: Net, batch: int, config: ConfigDict) -> jax.A
 
 
 def forward(
-    net: Net, params: Any, batch_stats: Any, images: jax.Array, paths: jax.Array | None, train: bool = True
+    net: Forward, params: Any, batch_stats: Any, images: jax.Array, paths: jax.Array | None, train: bool = True
 ) -> tuple[jax.Array, Any]:
     """Class scores [B, K] of normalised pictures, and the batch statistics after them."""
     variables = {"params": params["backbone"], "batch_stats": batch_stats}
@@ -234,19 +234,19 @@ def forward(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _test_step(net: Net, params: Any, batch_stats: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    images = normalise(batch["image"], net.mean, net.std)
+def _test_step(net: Forward, params: Any, batch_stats: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    images = net.normalise(batch["image"])
     logits, _ = forward(net, params, batch_stats, images, None, train=False)
     return hits(logits[None], batch["label"], batch["valid"])[:, 0], jnp.sum(batch["valid"])
 
 
-def _test(model: Frozen, test: Source, config: ConfigDict, state: State) -> dict[str, float]:
+def _test(model: Model, test: Source, config: ConfigDict, state: State) -> dict[str, float]:
     found: dict[str, np.ndarray] = {"": np.zeros(2)} | ({"_ema": np.zeros(2)} if config.ema else {})
     total = 0
     for batch in test_batches(test, config, data_mesh(), len(model.mean)):
         for name in found:
             params = state.ema if name else state.params
-            right, valid = jax.device_get(_test_step(net_of(model), params, state.batch_stats, batch))
+            right, valid = jax.device_get(_test_step(model.forward, params, state.batch_stats, batch))
             found[name] = found[name] + right
         total += int(valid)
     if not total:

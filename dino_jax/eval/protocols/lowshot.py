@@ -15,9 +15,10 @@ from ml_collections import ConfigDict
 from dino_jax.data.folders import Files
 from dino_jax.data.sources import open_source
 from dino_jax.errors import UserError
-from dino_jax.eval.features import Frozen, dataset_features, source_features
+from dino_jax.eval.features import dataset_features, source_features
 from dino_jax.eval.logistic import fit_logistic
 from dino_jax.eval.splits import check_labels, train_test
+from dino_jax.inference.model import Model
 
 
 def default_config() -> ConfigDict:
@@ -35,7 +36,7 @@ def default_config() -> ConfigDict:
     return config.lock()
 
 
-def evaluate(model: Frozen, data: str, config: ConfigDict, workdir: str | None = None) -> dict[str, float]:
+def evaluate(model: Model, data: str, config: ConfigDict, workdir: str | None = None) -> dict[str, float]:
     """`top1_<subset>` in percent for every subset, with the `gap_<subset>` that its fit left.
 
     `data` is as in `splits.train_test`; features are kept in `workdir`.
@@ -54,7 +55,7 @@ def evaluate(model: Frozen, data: str, config: ConfigDict, workdir: str | None =
 
 
 def _subsets(
-    model: Frozen, train: str, config: ConfigDict, workdir: str | None
+    model: Model, train: str, config: ConfigDict, workdir: str | None
 ) -> Iterator[tuple[str, tuple[np.ndarray, np.ndarray]]]:
     """Name, features and labels of each labelled subset."""
     for path in config.lists:

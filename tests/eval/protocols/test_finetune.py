@@ -99,7 +99,7 @@ def test_a_step_equals_the_formula(vit):
     }
     before = jax.device_get(state.params)
     mix = finetune.draw_mix(rng, 16, 16, 0.0, 0.0)
-    state = finetune.make_step(finetune.net_of(vit), config, 3, optimizer)(state, batch, mix)
+    state = finetune.make_step(vit.forward, config, 3, optimizer)(state, batch, mix)
     images = (batch["image"][:6] / 255 - np.array(vit.mean)) / np.array(vit.std)
     features = np.asarray(vit.backbone.apply(vit.variables, jnp.asarray(images, jnp.float32)))
     logits = features @ before["head"]["kernel"]
@@ -123,7 +123,7 @@ def test_one_device_equals_eight(vit, class_folders, monkeypatch):
         monkeypatch.setattr(finetune, "data_mesh", lambda mesh=mesh: mesh)
         config.erasing = config.drop_path = config.mixup = config.cutmix = 0.0  # they draw for every row, filling too
         state = finetune.init(vit, config, 3, optimizer)
-        step = finetune.make_step(finetune.net_of(vit), config, 3, optimizer)
+        step = finetune.make_step(vit.forward, config, 3, optimizer)
         state = finetune._train_epoch(vit, source, config, 0, step, state)
         trained.append(jax.device_get(state.params))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *trained)
@@ -132,7 +132,7 @@ def test_one_device_equals_eight(vit, class_folders, monkeypatch):
 def test_drop_path_is_unbiased_and_rises(vit):
     config = small()
     config.drop_path = 0.4
-    masks = np.asarray(finetune.drop_path(jax.random.key(0), finetune.net_of(vit), 4000, config))
+    masks = np.asarray(finetune.drop_path(jax.random.key(0), vit.forward, 4000, config))
     assert masks.shape == (2, 2, 4000)
     assert np.all(masks[0] == 1) and set(np.unique(masks[1]).round(4)) == {0, np.float32(1 / 0.6).round(4)}
     np.testing.assert_allclose(masks.mean(-1), 1, atol=0.05)

@@ -20,7 +20,7 @@ from dino_jax.models import resize_pos_embed
 from dino_jax.objectives.dino import dino_loss, update_center
 from dino_jax.training.schedules import cosine
 from dino_jax.training.step import make_recipe, state_from_student, train_step
-from tests.models.torch_names import head_of, section, to_variables, vit_of
+from tests.models.torch_names import head_of, section, sequence, to_variables, vit_of
 
 OPTIMISERS = ("adamw", "sgd", "lars")
 
@@ -142,7 +142,7 @@ def check_vit(data: dict[str, np.ndarray], dtype, tolerance: float) -> None:
     for size in sizes:
         images = data[f"in/{size}"].transpose(0, 2, 3, 1).astype(dtype)
         cls, tokens, attention = run(images)
-        tokens = jnp.concatenate([tokens.cls[:, :, None], tokens.registers, tokens.flat_patches], axis=2)
+        tokens = sequence(tokens)
         assert cls.dtype == tokens.dtype == attention.dtype == dtype
         np.testing.assert_allclose(cls, data[f"cls/{size}"], rtol=0, atol=tolerance)
         np.testing.assert_allclose(attention, data[f"attn/{size}"], rtol=0, atol=tolerance)

@@ -151,9 +151,9 @@ class ViT(Backbone):
         rows, columns = patch_grid(*self.image_size, self.patch_size)
         self.patch_embed = PatchEmbed(self.embed_dim, self.patch_size, self.dtype, self.precision)
         self.cls_token = self.param("cls_token", normal_init, (1, 1, self.embed_dim))
-        if self.registers:
-            self.register_tokens = self.param("register_tokens", normal_init, (1, self.registers, self.embed_dim))
         self.pos_embed = self.param("pos_embed", normal_init, (1, 1 + rows * columns, self.embed_dim))
+        if self.registers:  # last, so that all else is drawn as without them
+            self.register_tokens = self.param("register_tokens", normal_init, (1, self.registers, self.embed_dim))
         block = nn.remat(Block) if self.remat else Block
         numerics = self.dtype, self.precision, self.init_std, self.fused
         self.blocks = [block(self.heads, self.embed_dim, *numerics) for _ in range(self.depth)]
@@ -254,7 +254,7 @@ class ViT(Backbone):
 
     def _sequence(self, patches: Array, positions: Array) -> Array:
         """CLS, registers and patches [B, N, D], with `positions` [1 or B, 1 + N, D] on all but the registers."""
-        batch, dtype = len(patches), patches.dtype
+        batch, dtype = patches.shape[0], patches.dtype
         cls = jnp.broadcast_to(self.cls_token.astype(dtype), (batch, 1, self.embed_dim))
         x = jnp.concatenate([cls, patches], axis=1) + positions.astype(dtype)
         if not self.registers:

@@ -64,7 +64,7 @@ class PositionEncoding(nn.Module):
     def __call__(self, features: Array) -> Array:
         init = torch_uniform(features.shape[-1])
         positions = conv(self.embed_dim, 1, self, kernel_init=init, bias_init=init, name="token_projection")(features)
-        return positions.reshape(len(features), -1, self.embed_dim)
+        return positions.reshape(features.shape[0], -1, self.embed_dim)
 
     @nn.nowrap
     def on_canvas(self, extent: Extent, call: Callable[..., Array], features: Array) -> Array:

@@ -14,7 +14,6 @@ from dino_jax.config import default
 from dino_jax.errors import UserError
 from dino_jax.inference import model as features
 from dino_jax.inference.model import Model, load, write_features
-from dino_jax.models.packing import round_up
 from dino_jax.weights import architecture
 from dino_jax.weights.pth import write_pth
 
@@ -80,12 +79,6 @@ def test_new_sizes_compile_next_to_nothing(vit):
     sizes = [(8 * rows, 8 * columns) for rows in range(1, 6) for columns in range(1, 6)]
     vit.features(pictures(sizes))
     assert vit._packed_forward._cache_size() - before <= 6  # for 25 sizes
-
-
-def test_filling_up_wastes_at_most_a_quarter():
-    filled = [round_up(count) for count in range(1, 5000)]
-    assert all(count <= length <= 1.25 * count for count, length in enumerate(filled, 1))
-    assert len(set(filled)) < 50
 
 
 def test_order_is_kept_over_many_batches(vit, monkeypatch):

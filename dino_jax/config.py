@@ -70,6 +70,7 @@ KEYS: Keys = {
         "init_std": Key(
             float, "of the blocks' linear layers; unset: 0.02, too small for a narrow ViT (ViT)", "(0, inf)"
         ),
+        "registers": Key(0, "learned tokens beside CLS and the patches, without positions (ViT)", "[0, inf)"),
         "small_stem": Key(
             False, "start with a 3 x 3 convolution and no pooling, for images of about 32 pixels (ResNet)"
         ),

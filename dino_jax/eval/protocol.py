@@ -31,7 +31,7 @@ from dino_jax.errors import UserError
 from dino_jax.eval import protocols
 
 if TYPE_CHECKING:
-    from dino_jax.eval.features import Frozen
+    from dino_jax.inference.model import Model
 
 ALL = "all"  # the name of every protocol together
 
@@ -55,7 +55,7 @@ class Data(NamedTuple):
 class Protocol(NamedTuple):
     """An evaluation protocol."""
 
-    run: Callable[[Frozen, str, ConfigDict, str | None], dict[str, Any]]  # (model, data, config, workdir) -> figures
+    run: Callable[[Model, str, ConfigDict, str | None], dict[str, Any]]  # (model, data, config, workdir) -> figures
     keys: Keys
     data: Data
     needs_patches: bool = False  # does not work with a backbone that has no patch tokens

@@ -15,10 +15,9 @@ from dino_jax import config_io
 from dino_jax.config import build
 from dino_jax.data.sources import split_spec
 from dino_jax.errors import UserError
-from dino_jax.eval.features import Frozen
 from dino_jax.eval.protocol import ALL, Protocol, check, get, keys_of, members, names
 from dino_jax.eval.published import architecture, table
-from dino_jax.inference.model import load
+from dino_jax.inference.model import Model, load
 
 log = logging.getLogger(__name__)
 
@@ -56,18 +55,17 @@ def evaluate(
     keys = keys_of(name)
     config = check(config_io.override(_settings(name, build(keys), config_file), overrides), keys)
     found = find(data) if name == ALL else {name: data}
-    loaded = load(checkpoint, heads=heads)
-    _check_patches(name, config, loaded.backbone.patch_size)
+    model = load(checkpoint, heads=heads)
+    _check_patches(name, config, model.backbone.patch_size)
     workdir = None if workdir is None else _writable("workdir", workdir)
     if out is not None:
         _writable("out", str(epath.Path(out).parent))
-    model = Frozen(loaded.backbone, loaded.variables, loaded.config.data.mean, loaded.config.data.std)
     parts = _all(model, data, found, config, workdir) if name == ALL else _one(model, name, data, config, workdir)
     figures: dict[str, Any] = {}
     for part, protocol, values in _explained(parts):
         figures |= {f"{part}/{key}": value for key, value in values.items()} if name == ALL else values
         if jax.process_index() == 0:
-            print(table(part, protocol, values, architecture(loaded.config.model)), flush=True)
+            print(table(part, protocol, values, architecture(model.config.model)), flush=True)
             if out is not None:
                 _write(out, figures)
     if jax.process_index() == 0:
@@ -98,14 +96,14 @@ def find(data: str) -> dict[str, str]:
     return {name: str(folder) for name, folder in found.items() if folder is not None}
 
 
-def _one(model: Frozen, name: str, data: str, config: ConfigDict, workdir: str | None) -> Iterator[Part]:
+def _one(model: Model, name: str, data: str, config: ConfigDict, workdir: str | None) -> Iterator[Part]:
     protocol = get(name)
     if protocol.needs_patches and model.backbone.patch_size is None:
         raise UserError(f"{name} needs patch tokens, which this backbone does not have: evaluate a ViT or an XCiT")
     yield name, protocol, protocol.run(model, data, config, workdir)
 
 
-def _all(model: Frozen, data: str, found: dict[str, str], config: ConfigDict, workdir: str | None) -> Iterator[Part]:
+def _all(model: Model, data: str, found: dict[str, str], config: ConfigDict, workdir: str | None) -> Iterator[Part]:
     """One protocol of `all` after another on the data `found`; a notice for each that is left out."""
     failed: dict[str, str] = {}
     protocols = members()

@@ -27,9 +27,10 @@ from dino_jax.data.pipeline import make_eval_dataset, steps_per_epoch
 from dino_jax.data.scenes import Scenes
 from dino_jax.data.sources import Source, open_source
 from dino_jax.errors import UserError, writing
-from dino_jax.eval.features import Frozen, extract, run
+from dino_jax.eval.features import ClsAttention, extract, run
 from dino_jax.eval.protocols import voc
 from dino_jax.eval.protocols.knn import knn_classify
+from dino_jax.inference.model import Model
 from dino_jax.parallel import sharding
 from dino_jax.show import drawing
 from dino_jax.training import online
@@ -107,7 +108,7 @@ def knn_pixels(config: ConfigDict, sets: Sequence[ArraySource]) -> float:
     return _knn(config, *((p - pixels[0].mean(0), s.labels) for p, s in zip(pixels, sets, strict=True)))
 
 
-def knn(config: ConfigDict, model: Frozen, sets: Sequence[ArraySource]) -> float:
+def knn(config: ConfigDict, model: Model, sets: Sequence[ArraySource]) -> float:
     """20-NN top-1 in percent on the CLS feature."""
     return _knn(config, *(extract(model, make_eval_dataset(s, resize=0, crop=SIZE, batch_size=200)) for s in sets))
 
@@ -117,12 +118,10 @@ def _knn(config: ConfigDict, bank: tuple, queries: tuple) -> float:
     return knn_classify(*bank, *queries, ks=(k,), temperature=config.eval.knn_temperature)[k][0]
 
 
-def cls_attention(model: Frozen, scenes: Scenes) -> np.ndarray:
+def cls_attention(model: Model, scenes: Scenes) -> np.ndarray:
     """Attention of CLS to the patches in the last block, float32 [B, H, h, w], of every image."""
     batches = make_eval_dataset(scenes, resize=0, crop=scenes.height, batch_size=40)
-    found = [w[batch["valid"], :, 0, 1:] for w, batch in run(model, lambda net, x: net.attention(x), batches)]
-    side = scenes.height // model.backbone.patch_size
-    return np.concatenate(found).reshape(len(scenes), -1, side, side)
+    return np.concatenate([maps[batch["valid"]] for maps, batch in run(model, ClsAttention(), batches)])
 
 
 def head_masks(attention: np.ndarray, side: int) -> np.ndarray:
@@ -131,13 +130,13 @@ def head_masks(attention: np.ndarray, side: int) -> np.ndarray:
     return voc.enlarge(voc.attention_masks(flat, 0.6).reshape(attention.shape), side, side)
 
 
-def attention_jaccard(model: Frozen, scenes: Scenes) -> float:
+def attention_jaccard(model: Model, scenes: Scenes) -> float:
     """Mean over the images of the best head's Jaccard index with the object mask, in percent."""
     masks = head_masks(cls_attention(model, scenes), scenes.height)  # [B, H, side, side]
     return 100 * float(np.mean([voc.jaccard(masks[i], scenes.mask(i)).max() for i in range(len(scenes))]))
 
 
-def attention_image(model: Frozen, scenes: Scenes) -> np.ndarray:
+def attention_image(model: Model, scenes: Scenes) -> np.ndarray:
     """Rows of: image, attention of each head, the best head's attention mask, the object mask. uint8 [h, w, 3]."""
     shown = Scenes(scenes.split, SHOWN, image_size=scenes.height)
     attention = cls_attention(model, shown)

@@ -92,10 +92,10 @@ def _fitted(
             fitted[key] = _placed(value, like)
     misfits += [f"{key} is unknown here" for key in have if key not in want and key.split("/")[1] != "head"]
     if misfits:
-        more = f" and {len(misfits) - 5} more" if len(misfits) > 5 else ""
+        more, model = f" and {len(misfits) - 5} more" if len(misfits) > 5 else "", weights.config.model
         raise UserError(
             f"init_from={config.init_from}: another backbone than config.model's: {', '.join(misfits[:5])}{more}; "
-            f"set model.name={weights.config.model.name} and model.patch_size={weights.config.model.patch_size}"
+            f"set model.name={model.name}, model.patch_size={model.patch_size} and model.registers={model.registers}"
         )
     return {"params": {}, "batch_stats": {}} | traverse_util.unflatten_dict(fitted, sep="/")
 

@@ -13,6 +13,7 @@ from etils import epath
 from dino_jax.errors import UserError
 from dino_jax.models import build_backbone
 from dino_jax.weights import architecture, keys, programs
+from dino_jax.weights.containers import timm_prefix
 from dino_jax.weights.importer import ARGS, GAIN, Weights
 from dino_jax.weights.load import open_weights
 from dino_jax.weights.pth import write_pth
@@ -75,7 +76,8 @@ def backbone_tensors(weights: Weights, name: str) -> Tensors:
     """The teacher's backbone under the names of `official`, `timm` or `hf`; `UserError` if it has none for it."""
     rules = architecture.rules(weights.config, name)
     table = keys.key_table(architecture.backbone_shapes(weights.config), rules)
-    return keys.to_torch(table, part(weights.teacher, "backbone"))
+    tensors = keys.to_torch(table, part(weights.teacher, "backbone"))
+    return timm_prefix(tensors) if name == "timm" else tensors
 
 
 def part(variables: keys.Variables, name: str) -> keys.Variables:

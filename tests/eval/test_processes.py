@@ -21,13 +21,16 @@ if process >= 0:
 import jax.numpy as jnp
 import numpy as np
 from dino_jax.eval.protocols import finetune, knn, linear
-from dino_jax.eval.features import Frozen, dataset_features
+from dino_jax.config import default
+from dino_jax.eval.features import dataset_features
+from dino_jax.inference.model import Model
 from dino_jax.models import ViT
 
 backbone = ViT(embed_dim=16, depth=2, heads=2, patch_size=4, image_size=(16, 16))
 shapes = jax.eval_shape(backbone.init, jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
 rng = np.random.default_rng(0)
-model = Frozen(backbone, jax.tree.map(lambda x: rng.normal(x.ndim == 1, 0.1, x.shape).astype(np.float32), shapes))
+variables = jax.tree.map(lambda x: rng.normal(x.ndim == 1, 0.1, x.shape).astype(np.float32), shapes)
+model = Model(default(), variables, backbone)
 small = {"resize": 16, "crop": 16, "batch_size": 8}
 figures = {}
 config = knn.PROTOCOL.default_config()

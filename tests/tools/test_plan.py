@@ -15,7 +15,7 @@ from dino_jax.errors import UserError
 from dino_jax.tools import plan
 from dino_jax.tools.plan import compiler
 from dino_jax.tools.plan.chips import CHIPS, chip_of
-from dino_jax.tools.plan.flops import _backbone, step_flops
+from dino_jax.tools.plan.flops import step_flops
 from dino_jax.tools.plan.hlo import collectives
 from tests.tiny import tiny_config
 
@@ -94,7 +94,7 @@ def test_forward_flops_are_the_published_ones(name, gmacs):
     config.model.name = name
     from dino_jax.models import build_backbone
 
-    macs = sum(_backbone(build_backbone(config.model, 224), [(224, 224)])) / 2
+    macs = sum(build_backbone(config.model, 224).flops(224, 224)) / 2
     assert macs / 1e9 == pytest.approx(gmacs, rel=0.01)
 
 

@@ -20,10 +20,11 @@ from PIL import Image
 
 from dino_jax.config import Key
 from dino_jax.errors import UserError
-from dino_jax.eval.features import Frozen, run
+from dino_jax.eval.features import run
 from dino_jax.eval.images import batches_by_size, list_pictures, parallel, read_picture, resize
 from dino_jax.eval.protocol import THREADS, Data, Protocol
 from dino_jax.eval.ranking import Whitening, average_precision, gem, similarity
+from dino_jax.inference.model import Model
 
 DEPTH = 20
 PREFIX = 4  # leading characters of a file name that a copy shares with its original
@@ -42,11 +43,11 @@ class ClsAndGem:
     """CLS and the GeM-pooled patch tokens of the last block side by side, [B, 2 * D]."""
 
     def __call__(self, backbone: nn.Module, images: jax.Array) -> jax.Array:
-        tokens = backbone.tokens(images, 1)[0]  # [B, N, D]
-        return jnp.concatenate([tokens[:, 0], gem(tokens[:, 1:])], axis=1)
+        tokens = backbone.tokens(images)
+        return jnp.concatenate([tokens.cls[0], gem(tokens.flat_patches[0])], axis=1)
 
 
-def evaluate(model: Frozen, data: str, config: ConfigDict, workdir: str | None = None) -> dict[str, float]:
+def evaluate(model: Model, data: str, config: ConfigDict, workdir: str | None = None) -> dict[str, float]:
     """`map_<block>` in percent for every block of copies found: `map_strong`, `map_jpegqual/3`, ..."""
     blocks = _blocks(data)
     features = {name: squeezed_features(model, paths, config) for name, paths in blocks.items()}
@@ -108,7 +109,7 @@ def _blocks(data: str) -> dict[str, list[epath.Path]]:
     return blocks
 
 
-def squeezed_features(model: Frozen, paths: Sequence[epath.Path], config: ConfigDict) -> np.ndarray:
+def squeezed_features(model: Model, paths: Sequence[epath.Path], config: ConfigDict) -> np.ndarray:
     """`ClsAndGem` [N, 2 * D] of images resized to a square."""
 
     def load(path: epath.Path) -> np.ndarray:

@@ -26,10 +26,11 @@ from dino_jax.config import Key
 from dino_jax.errors import UserError
 from dino_jax.eval.batches import cut, data_mesh, draw_crop, rounded
 from dino_jax.eval.draw import SHOWN, palette, save_rows, tile, tinted
-from dino_jax.eval.features import Frozen, Net, Patches, net_of, normalise, run, whole_patches
+from dino_jax.eval.features import Patches, run, whole_patches
 from dino_jax.eval.images import grouped, linear_matrix, nearest, parallel, resize
 from dino_jax.eval.masks import IGNORE, Masked, MaskedPictures, train_test_masks, voc_root
 from dino_jax.eval.protocol import SEED, THREADS, Data, Protocol
+from dino_jax.inference.model import Forward, Model
 from dino_jax.parallel.sharding import process_rows, replicated, to_devices
 
 _log = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ KEYS = {
 }
 
 
-def evaluate(model: Frozen, data: str, config: ConfigDict, workdir: str | None = None) -> dict[str, float]:
+def evaluate(model: Model, data: str, config: ConfigDict, workdir: str | None = None) -> dict[str, float]:
     """`miou` over the classes that occur (background included) and `pixel_accuracy`, in percent.
 
     With a `workdir`, `dense.png` there shows some images beside truth and prediction.
@@ -79,7 +80,7 @@ def iou_scores(counts: np.ndarray) -> dict[str, float]:
     }
 
 
-def fit(model: Frozen, train: MaskedPictures, classes: int, config: ConfigDict) -> dict[str, jax.Array]:
+def fit(model: Model, train: MaskedPictures, classes: int, config: ConfigDict) -> dict[str, jax.Array]:
     """The trained head: kernel [D, K], bias [K]."""
     mesh = data_mesh()
     size = rounded(config.batch_size, mesh)
@@ -88,14 +89,14 @@ def fit(model: Frozen, train: MaskedPictures, classes: int, config: ConfigDict) 
     optimizer = optax.adamw(schedule, weight_decay=config.weight_decay)
     side = whole_patches(model, config.size)
     shape = jax.ShapeDtypeStruct((1, side, side, len(model.mean)), jnp.uint8)
-    width = jax.eval_shape(functools.partial(_tokens, net_of(model)), model.variables, shape).shape[-1]
+    width = jax.eval_shape(functools.partial(_tokens, model.forward), model.variables, shape).shape[-1]
     head = {"kernel": np.zeros((width, classes), np.float32), "bias": np.zeros(classes, np.float32)}
     variables, head = jax.device_put((model.variables, head), replicated(mesh))
     opt_state = jax.device_put(optimizer.init(head), replicated(mesh))
 
     @functools.partial(jax.jit, donate_argnums=(1, 2))
     def step(variables, head, opt_state, batch):
-        tokens = jax.lax.stop_gradient(_tokens(net_of(model), variables, batch["image"]))
+        tokens = jax.lax.stop_gradient(_tokens(model.forward, variables, batch["image"]))
         grads = jax.grad(lambda head: _loss(head, tokens, batch["labels"]))(head)
         updates, opt_state = optimizer.update(grads, opt_state, head)
         return optax.apply_updates(head, updates), opt_state
@@ -122,8 +123,8 @@ def _pixels(head: dict[str, jax.Array], tokens: jax.Array, side: int) -> jax.Arr
     return jnp.einsum("yh,xw,bhwk->byxk", rows, columns, scores, precision="highest")
 
 
-def _tokens(net: Net, variables: Any, images: jax.Array) -> jax.Array:
-    tokens: Any = net.backbone.apply(variables, normalise(images, net.mean, net.std), method=Patches())
+def _tokens(net: Forward, variables: Any, images: jax.Array) -> jax.Array:
+    tokens: jax.Array = net(variables, images, Patches())
     return tokens
 
 
@@ -148,7 +149,7 @@ def _train_batches(
 
 
 def confusion(
-    model: Frozen,
+    model: Model,
     head: dict[str, jax.Array],
     test: MaskedPictures,
     classes: int,

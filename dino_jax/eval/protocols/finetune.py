@@ -31,10 +31,10 @@ from dino_jax.data.sources import Source, open_source
 from dino_jax.errors import UserError
 from dino_jax.eval.augment import draw_mix, erase, mix_batch, rand_augment, smoothed
 from dino_jax.eval.batches import crop_and_flip, data_mesh, test_batches, train_batches
-from dino_jax.eval.features import Frozen, Net, net_of, normalise
 from dino_jax.eval.protocol import CROP, RESIZE, SEED, THREADS, Protocol
 from dino_jax.eval.protocols.linear import hits
 from dino_jax.eval.splits import CLASSES, class_count, train_test
+from dino_jax.inference.model import Forward, Model
 from dino_jax.parallel.sharding import replicated
 from dino_jax.weights.checkpoint import Checkpointer, restore_config
 
@@ -47,7 +47,7 @@ KEYS = {
     "warmup_epochs": Key(5, "epochs of linear warm-up", "[0, inf)"),
     "warmup_lr": Key(1e-6, "learning rate at the start of the warm-up; not scaled", "[0, inf)"),
     "min_lr": Key(1e-5, "learning rate at the end of the cosine; not scaled", "[0, inf)"),
-    "weight_decay": Key(0.05, "of matrices; not of biases, norms, CLS and positions", "[0, inf)"),
+    "weight_decay": Key(0.05, "of matrices; not of biases, norms, CLS, registers and positions", "[0, inf)"),
     "layer_decay": Key(
         1.0, "factor of the learning rate from each block to the one below; 1: the same for all", "(0, inf)"
     ),
@@ -83,7 +83,7 @@ class State(NamedTuple):
     step: jax.Array
 
 
-def evaluate(model: Frozen, data: str, config: ConfigDict, workdir: str | None = None) -> dict[str, float]:
+def evaluate(model: Model, data: str, config: ConfigDict, workdir: str | None = None) -> dict[str, float]:
     """`top1` and `top5` in percent after the last epoch, `top1_best` over the epochs, `top1_ema` of the average.
 
     `data` is as in `splits.train_test`. With a `workdir` the state is kept in `finetune/` there, and an
@@ -99,7 +99,7 @@ def evaluate(model: Frozen, data: str, config: ConfigDict, workdir: str | None =
         )
     optimizer = make_optimizer(config, steps)
     state = init(model, config, classes, optimizer)
-    step = make_step(net_of(model), config, classes, optimizer)
+    step = make_step(model.forward, config, classes, optimizer)
     keeper = _Keeper(workdir, config)
     epoch, best, state = keeper.restore(state)
     figures: dict[str, float] = {}
@@ -128,7 +128,7 @@ PROTOCOL = Protocol(
 )
 
 
-def init(model: Frozen, config: ConfigDict, classes: int, optimizer: optax.GradientTransformation) -> State:
+def init(model: Model, config: ConfigDict, classes: int, optimizer: optax.GradientTransformation) -> State:
     """The pretrained backbone under a new head, on all devices."""
     shape = jax.ShapeDtypeStruct((1, config.size, config.size, len(model.mean)), jnp.float32)
     width = jax.eval_shape(model.backbone.apply, model.variables, shape).shape[-1]
@@ -163,9 +163,9 @@ def make_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformati
 
 
 def decayed(params: Any) -> Any:
-    """Which parameters weight decay is for: all matrices and kernels but CLS and the positions."""
+    """Which parameters weight decay is for: all matrices and kernels but CLS, registers and positions."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, x: x.ndim > 1 and not re.search(r"cls_token|pos_embed", _name(path)), params
+        lambda path, x: x.ndim > 1 and not re.search(r"_token|pos_embed", _name(path)), params
     )
 
 
@@ -180,7 +180,7 @@ def layers_of(params: Any) -> Any:
     def layer(name: str) -> int:
         if block := _block(name):
             return 1 + blocks.index(block)
-        return 0 if re.search(r"cls_token|pos_embed|patch_embed", name) else len(blocks) + 1
+        return 0 if re.search(r"_token|pos_embed|patch_embed", name) else len(blocks) + 1
 
     return jax.tree.map(layer, names)
 
@@ -196,7 +196,7 @@ def _name(path: tuple) -> str:
 
 
 def _train_epoch(
-    model: Frozen, train: Source, config: ConfigDict, epoch: int, step: Callable[..., State], state: State
+    model: Model, train: Source, config: ConfigDict, epoch: int, step: Callable[..., State], state: State
 ) -> State:
     batches = train_batches(
         train,
@@ -223,14 +223,14 @@ def augmented(pixels: np.ndarray, rng: np.random.Generator, config: ConfigDict) 
 
 
 def make_step(
-    net: Net, config: ConfigDict, classes: int, optimizer: optax.GradientTransformation
+    net: Forward, config: ConfigDict, classes: int, optimizer: optax.GradientTransformation
 ) -> Callable[[State, dict, Any], State]:
     """The jitted step; the state is donated."""
     root = jax.random.key(config.seed)
 
     def step(state: State, batch: dict[str, jax.Array], mix: Any) -> State:
         noise, paths = jax.random.split(jax.random.fold_in(root, state.step))
-        images = erase(noise, normalise(batch["image"], net.mean, net.std), config.erasing)
+        images = erase(noise, net.normalise(batch["image"]), config.erasing)
         targets = smoothed(batch["label"], classes, config.smoothing)
         images, targets = mix_batch(images, targets, batch["valid"], mix)
         weight = batch["valid"] / jnp.maximum(jnp.sum(batch["valid"]), 1)
@@ -248,7 +248,7 @@ def make_step(
     return jax.jit(step, donate_argnums=0)
 
 
-def drop_path(key: jax.Array, net: Net, batch: int, config: ConfigDict) -> jax.Array | None:
+def drop_path(key: jax.Array, net: Forward, batch: int, config: ConfigDict) -> jax.Array | None:
     """Drop-path factors [depth, branches, B], 0 or 1 / keep, at the backbone's rates; None where all of them are 0."""
     rates = net.backbone.drop_rates(config.drop_path)
     if not rates.any():
@@ -258,7 +258,7 @@ def drop_path(key: jax.Array, net: Net, batch: int, config: ConfigDict) -> jax.A
 
 
 def forward(
-    net: Net, params: Any, batch_stats: Any, images: jax.Array, paths: jax.Array | None, train: bool = True
+    net: Forward, params: Any, batch_stats: Any, images: jax.Array, paths: jax.Array | None, train: bool = True
 ) -> tuple[jax.Array, Any]:
     """Class scores [B, K] of normalized images, and the batch statistics after them."""
     variables = {"params": params["backbone"], "batch_stats": batch_stats}
@@ -269,19 +269,19 @@ def forward(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _test_step(net: Net, params: Any, batch_stats: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    images = normalise(batch["image"], net.mean, net.std)
+def _test_step(net: Forward, params: Any, batch_stats: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    images = net.normalise(batch["image"])
     logits, _ = forward(net, params, batch_stats, images, None, train=False)
     return hits(logits[None], batch["label"], batch["valid"])[:, 0], jnp.sum(batch["valid"])
 
 
-def _test(model: Frozen, test: Source, config: ConfigDict, state: State) -> dict[str, float]:
+def _test(model: Model, test: Source, config: ConfigDict, state: State) -> dict[str, float]:
     found: dict[str, np.ndarray] = {"": np.zeros(2)} | ({"_ema": np.zeros(2)} if config.ema else {})
     total = 0
     for batch in test_batches(test, config, data_mesh(), len(model.mean)):
         for name in found:
             params = state.ema if name else state.params
-            right, valid = jax.device_get(_test_step(net_of(model), params, state.batch_stats, batch))
+            right, valid = jax.device_get(_test_step(model.forward, params, state.batch_stats, batch))
             found[name] = found[name] + right
         total += int(valid)
     if not total:

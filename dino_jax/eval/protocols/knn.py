@@ -29,14 +29,18 @@ from dino_jax.data.decode import decode
 from dino_jax.data.sources import open_source
 from dino_jax.errors import UserError
 from dino_jax.eval.draw import GREEN, RED, SHOWN, save_rows, tile
-from dino_jax.eval.features import Frozen, source_features
+from dino_jax.eval.features import source_features
 from dino_jax.eval.protocol import CROP, RESIZE, WORKERS, Protocol
 from dino_jax.eval.splits import CLASSES, check_labels, train_test
+from dino_jax.inference.model import Model
+from dino_jax.models.layers import unit
 
 ROUND = 128  # training images in a chunk are a multiple of this
 QUERY_BLOCK = 5120  # queries on a device in one call
 QUERY_ROWS = 512  # of them compared at once
 AT_ONCE = 2  # calls: a CPU ranks for one while it multiplies for another
+
+_unit = jax.jit(unit)
 
 KEYS = {
     "k": Key((10, 20, 100, 200), "numbers of neighbors; those beyond the training set's size are left out", "[1, inf)"),
@@ -48,7 +52,7 @@ KEYS = {
 }
 
 
-def evaluate(model: Frozen, data: str, config: ConfigDict, workdir: str | None = None) -> dict[str, float]:
+def evaluate(model: Model, data: str, config: ConfigDict, workdir: str | None = None) -> dict[str, float]:
     """`top1_k<k>` and `top5_k<k>` in percent. `data` is as in `splits.train_test`.
 
     With a `workdir` the features are kept there, and `knn.png` shows some test images and their neighbors, those of
@@ -185,13 +189,13 @@ def nearest(
     put = functools.partial(_put, mesh=mesh, dtype=dtype)
     share = _equal(_equal(-(-len(queries) // len(devices)), QUERY_BLOCK)[1], QUERY_ROWS)
     rows = math.prod(share) * len(devices)  # in a block, over all devices
-    blocks = [_normalise(put(queries[i : i + rows], rows, P("data"))) for i in range(0, len(queries), rows)]
+    blocks = [_unit(put(queries[i : i + rows], rows, P("data"))) for i in range(0, len(queries), rows)]
     best: list[tuple[jax.Array, ...]] = [()] * len(blocks)
     chunk = -(-max(min(chunk, len(bank)), k) // ROUND) * ROUND
     search = _search(mesh, k)
     with ThreadPoolExecutor(AT_ONCE) as pool:
         for start in range(0, len(bank), chunk):
-            part = _normalise(put(bank[start : start + chunk], chunk, P()))
+            part = _unit(put(bank[start : start + chunk], chunk, P()))
             place = np.int32(start), np.int32(min(chunk, len(bank) - start))
             work = lambda block, found: jax.block_until_ready(search(part, *place, block, *found))  # noqa: B023, E731
             best = list(pool.map(work, blocks, best))
@@ -269,12 +273,6 @@ def candidates(values: jax.Array, k: int, valid: jax.Array) -> tuple[jax.Array, 
     held = jax.vmap(lambda row, places: row.at[places].get(mode="promise_in_bounds"))(blocks, chosen)  # [B, k, block]
     columns = (chosen[:, :, None] * block + inside).astype(jnp.int32)
     return mask(held, columns).reshape(len(values), -1), columns.reshape(len(values), -1)
-
-
-@jax.jit
-def _normalise(x: jax.Array) -> jax.Array:
-    """Rows divided by their L2 norm, which is floored at 1e-12 as torch's `normalize` does."""
-    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
 def _check(

@@ -28,11 +28,11 @@ from dino_jax.config import Key
 from dino_jax.data.sources import Source, open_source
 from dino_jax.errors import UserError
 from dino_jax.eval.batches import Subset, crop_and_flip, data_mesh, test_batches, train_batches
-from dino_jax.eval.features import Frozen, Net, Pooled, fingerprint, linear_input, net_of, normalise
+from dino_jax.eval.features import Pooled, fingerprint, linear_input
 from dino_jax.eval.protocol import RESIZE, SEED, THREADS, Protocol
 from dino_jax.eval.results import load_arrays, save_arrays
 from dino_jax.eval.splits import CLASSES, class_count, train_test
-from dino_jax.models import ViT
+from dino_jax.inference.model import Forward, Model
 from dino_jax.parallel.sharding import replicated
 from dino_jax.weights.names import PRETRAINED, fetch
 from dino_jax.weights.pth import read_pth
@@ -62,7 +62,7 @@ KEYS = {
 }
 
 
-def evaluate(model: Frozen, data: str, config: ConfigDict, workdir: str | None = None) -> dict[str, Any]:
+def evaluate(model: Model, data: str, config: ConfigDict, workdir: str | None = None) -> dict[str, Any]:
     """`top1` and `top5` in percent of the selected head, what was selected and how, and `top1_<head>` of each.
 
     A head's own figure is of its best epoch by the same rule. `data` is as in `splits.train_test`. With a `workdir` the
@@ -141,16 +141,14 @@ def parse_choice(choice: str) -> tuple[int, bool]:
     return int(match[1]), match[2] is not None
 
 
-def choices(model: Frozen, config: ConfigDict) -> tuple[str, ...]:
-    """The choices of features; by default the paper's for S (`4`) and B (`1+avg`), for others those that they have."""
+def choices(model: Model, config: ConfigDict) -> tuple[str, ...]:
+    """The choices of features; by default those of the backbone."""
     if config.features:
         return tuple(str(choice) for choice in config.features)
-    if isinstance(model.backbone, ViT):
-        return str(min(4, model.backbone.depth)), "1+avg"
-    return ("1",) if model.backbone.patch_size is None else ("1", "1+avg")
+    return model.backbone.linear_features
 
 
-def _init(model: Frozen, config: ConfigDict, classes: int) -> tuple[Heads, Heads]:
+def _init(model: Model, config: ConfigDict, classes: int) -> tuple[Heads, Heads]:
     """Kernels N(0, 0.01), zero biases, zero momentum; every learning rate starts from the same kernel."""
     rng, rates = np.random.default_rng(config.seed), len(config.lrs)
     heads = {}
@@ -161,15 +159,15 @@ def _init(model: Frozen, config: ConfigDict, classes: int) -> tuple[Heads, Heads
     return heads, jax.tree.map(np.zeros_like, heads)
 
 
-def widths(model: Frozen, config: ConfigDict) -> dict[str, int]:
+def widths(model: Model, config: ConfigDict) -> dict[str, int]:
     """The number of inputs of a head for each choice of features."""
     images = jax.ShapeDtypeStruct((1, config.crop, config.crop, len(model.mean)), jnp.uint8)
-    inputs = jax.eval_shape(functools.partial(_inputs, net_of(model), choices(model, config)), model.variables, images)
+    inputs = jax.eval_shape(functools.partial(_inputs, model.forward, choices(model, config)), model.variables, images)
     return {choice: x.shape[1] for choice, x in inputs.items()}
 
 
 def _train_epoch(
-    model: Frozen, source: Source, config: ConfigDict, epoch: int, heads: Heads, momentum: Heads
+    model: Model, source: Source, config: ConfigDict, epoch: int, heads: Heads, momentum: Heads
 ) -> tuple[Heads, Heads]:
     mesh = data_mesh()
     cosine = (1 + math.cos(math.pi * epoch / config.epochs)) / 2
@@ -186,16 +184,16 @@ def _train_epoch(
         threads=config.threads,
     )
     for batch in batches:
-        heads, momentum = _train_step(net_of(model), variables, heads, momentum, batch, rates)
+        heads, momentum = _train_step(model.forward, variables, heads, momentum, batch, rates)
     return heads, momentum
 
 
-def score(model: Frozen, source: Source, heads: Heads, config: ConfigDict) -> np.ndarray:
+def score(model: Model, source: Source, heads: Heads, config: ConfigDict) -> np.ndarray:
     """Top-1 and top-5 in percent of every head, [2, heads]."""
     mesh = data_mesh()
     variables, heads = jax.device_put((model.variables, heads), replicated(mesh))
     counts = [
-        jax.device_get(_test_step(net_of(model), variables, heads, batch))
+        jax.device_get(_test_step(model.forward, variables, heads, batch))
         for batch in test_batches(source, config, mesh, len(model.mean))
     ]
     total = sum(valid for _, valid in counts)
@@ -206,7 +204,7 @@ def score(model: Frozen, source: Source, heads: Heads, config: ConfigDict) -> np
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
 def _train_step(
-    net: Net, variables: Any, heads: Heads, momentum: Heads, batch: dict[str, jax.Array], rates: jax.Array
+    net: Forward, variables: Any, heads: Heads, momentum: Heads, batch: dict[str, jax.Array], rates: jax.Array
 ) -> tuple[Heads, Heads]:
     inputs = _inputs(net, tuple(heads), variables, batch["image"])
     weight = batch["valid"] / jnp.maximum(jnp.sum(batch["valid"]), 1)  # [B]
@@ -223,16 +221,16 @@ def _train_step(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _test_step(net: Net, variables: Any, heads: Heads, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+def _test_step(net: Forward, variables: Any, heads: Heads, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
     logits = logits_of(heads, _inputs(net, tuple(heads), variables, batch["image"]))  # [heads, B, K]
     return hits(logits, batch["label"], batch["valid"]), jnp.sum(batch["valid"])
 
 
-def _inputs(net: Net, choices: tuple[str, ...], variables: Any, images: jax.Array) -> dict[str, jax.Array]:
+def _inputs(net: Forward, choices: tuple[str, ...], variables: Any, images: jax.Array) -> dict[str, jax.Array]:
     """The input [B, F] of the heads of every choice, from one forward pass over uint8 [B, h, w, C]."""
     wanted = {choice: parse_choice(choice) for choice in choices}
     view = Pooled(max(n for n, _ in wanted.values()))
-    pooled: Any = net.backbone.apply(variables, normalise(images, net.mean, net.std), method=view)
+    pooled = net(variables, images, view)
     return {choice: linear_input(pooled, n, avgpool) for choice, (n, avgpool) in wanted.items()}
 
 
@@ -252,7 +250,7 @@ def hits(logits: jax.Array, labels: jax.Array, valid: jax.Array) -> jax.Array:
     return jnp.stack([jnp.sum((rank < depth) & valid, axis=1) for depth in (1, 5)])
 
 
-def _file_name(model: Frozen, config: ConfigDict, classes: int, examples: int) -> str:
+def _file_name(model: Model, config: ConfigDict, classes: int, examples: int) -> str:
     settings = sorted({**config.to_dict(), "threads": 0}.items())
     key = f"{settings} {classes} {examples} {fingerprint(model)}"
     return f"linear-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
@@ -273,7 +271,7 @@ def _restore(path: epath.Path | None, heads: Heads, momentum: Heads) -> tuple[in
     return int(saved["epoch"]), heads, momentum, list(saved["history"])
 
 
-def _test_released(model: Frozen, test: Source, config: ConfigDict) -> dict[str, Any]:
+def _test_released(model: Model, test: Source, config: ConfigDict) -> dict[str, Any]:
     """The figures of a released head, whose width tells which of the choices it was trained on."""
     kernel, bias = read_head(config.head)
     fitting = [choice for choice, width in widths(model, config).items() if width == len(kernel)]

@@ -16,10 +16,11 @@ from dino_jax.config import Key
 from dino_jax.data.folders import Files
 from dino_jax.data.sources import open_source
 from dino_jax.errors import UserError
-from dino_jax.eval.features import Frozen, dataset_features, source_features
+from dino_jax.eval.features import dataset_features, source_features
 from dino_jax.eval.logistic import fit_logistic
 from dino_jax.eval.protocol import CROP, RESIZE, WORKERS, Protocol
 from dino_jax.eval.splits import CLASSES, check_labels, train_test
+from dino_jax.inference.model import Model
 
 KEYS = {
     "shares": Key((0.01, 0.1), "shares of the labels", "(0, 1]"),
@@ -34,7 +35,7 @@ KEYS = {
 }
 
 
-def evaluate(model: Frozen, data: str, config: ConfigDict, workdir: str | None = None) -> dict[str, float]:
+def evaluate(model: Model, data: str, config: ConfigDict, workdir: str | None = None) -> dict[str, float]:
     """`top1_<subset>` in percent for every subset, with the `gap_<subset>` that its fit left.
 
     `data` is as in `splits.train_test`; features are kept in `workdir`.
@@ -64,7 +65,7 @@ PROTOCOL = Protocol(
 
 
 def _subsets(
-    model: Frozen, train: str, config: ConfigDict, workdir: str | None
+    model: Model, train: str, config: ConfigDict, workdir: str | None
 ) -> Iterator[tuple[str, tuple[np.ndarray, np.ndarray]]]:
     """Name, features and labels of each labeled subset."""
     for path in config.lists:

@@ -18,11 +18,12 @@ from dino_jax.config import Key
 from dino_jax.data.crops import to_pil
 from dino_jax.errors import UserError
 from dino_jax.eval.draw import GRAY, GREEN, RED, SHOWN, save_rows, tile
-from dino_jax.eval.features import Cls, Frozen, run
+from dino_jax.eval.features import Cls, run
 from dino_jax.eval.gnd import read_gnd
 from dino_jax.eval.images import batches_by_size, linear_resize, parallel, read_picture
 from dino_jax.eval.protocol import THREADS, Data, Protocol
 from dino_jax.eval.ranking import revisited_scores, similarity
+from dino_jax.inference.model import Model
 
 PAPER = {"roxford5k": (224, False), "rparis6k": (512, True)}  # size, multiscale
 SETS = tuple(PAPER)
@@ -39,7 +40,7 @@ KEYS = {
 }
 
 
-def evaluate(model: Frozen, data: str, config: ConfigDict, workdir: str | None = None) -> dict[str, float]:
+def evaluate(model: Model, data: str, config: ConfigDict, workdir: str | None = None) -> dict[str, float]:
     """`<set>_map_medium`, `<set>_map_hard` and `<set>_mp@<k>_<level>` in percent, for every set found in `data`.
 
     With a `workdir`, `retrieval-<set>.png` there shows some queries and the best of the database: easy and hard ones
@@ -101,7 +102,7 @@ def _sets(data: str) -> list[epath.Path]:
 
 
 def multiscale_features(
-    model: Frozen, paths: Sequence[epath.Path], config: ConfigDict, size: int, scales: Sequence[float]
+    model: Model, paths: Sequence[epath.Path], config: ConfigDict, size: int, scales: Sequence[float]
 ) -> np.ndarray:
     """Features [N, D] of images shrunk to fit a square of side `size`, the mean over `scales`."""
     patch = model.backbone.patch_size or 1

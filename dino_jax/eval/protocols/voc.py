@@ -10,6 +10,7 @@ Legend: B batch, H heads, N patches.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,10 +24,11 @@ from PIL import Image
 from dino_jax.config import Key
 from dino_jax.errors import UserError
 from dino_jax.eval.draw import GREEN, ORANGE, SHOWN, save_rows, tile, tinted
-from dino_jax.eval.features import ClsAttention, Frozen, run, whole_patches
+from dino_jax.eval.features import ClsAttention, run, whole_patches
 from dino_jax.eval.images import grouped, parallel, resize
 from dino_jax.eval.masks import IGNORE, Masked, MaskedPictures, open_masks, voc_root
 from dino_jax.eval.protocol import THREADS, Data, Protocol
+from dino_jax.inference.model import Model
 from dino_jax.weights.load import open_weights
 
 KEYS = {
@@ -41,7 +43,7 @@ KEYS = {
 }
 
 
-def evaluate(model: Frozen, data: str, config: ConfigDict, workdir: str | None = None) -> dict[str, float]:
+def evaluate(model: Model, data: str, config: ConfigDict, workdir: str | None = None) -> dict[str, float]:
     """`jaccard_60` and `jaccard_80` in percent (by `config.masses`); the same with `_random` and `_supervised` after
     them for the references that are asked for.
 
@@ -74,23 +76,23 @@ PROTOCOL = Protocol(
 )
 
 
-def _references(model: Frozen, config: ConfigDict) -> dict[str, Frozen]:
+def _references(model: Model, config: ConfigDict) -> dict[str, Model]:
     """The networks to compare with, by name."""
     shape = jnp.zeros((1, *[whole_patches(model, config.size)] * 2, len(model.mean)))
     found = {}
     if config.random:
-        found["random"] = model._replace(variables=jax.jit(model.backbone.init)(jax.random.key(0), shape))
+        found["random"] = dataclasses.replace(model, variables=jax.jit(model.backbone.init)(jax.random.key(0), shape))
     if config.supervised is not None:
         weights = open_weights(config.supervised, heads=model.backbone.heads)
         variables = {name: tree["backbone"] for name, tree in weights.teacher.items() if "backbone" in tree}
         expected = jax.eval_shape(model.backbone.init, jax.random.key(0), shape)
         if jax.tree.map(np.shape, variables["params"]) != jax.tree.map(np.shape, expected["params"]):
             raise UserError(f"--config.supervised={config.supervised}: not the weights of the network of --checkpoint")
-        found["supervised"] = model._replace(variables=variables)
+        found["supervised"] = dataclasses.replace(model, variables=variables)
     return found
 
 
-def _score(model: Frozen, pictures: MaskedPictures, config: ConfigDict, path: epath.Path | None) -> dict[str, float]:
+def _score(model: Model, pictures: MaskedPictures, config: ConfigDict, path: epath.Path | None) -> dict[str, float]:
     side = whole_patches(model, config.size)
     scores: dict[float, list[float]] = {mass: [] for mass in config.masses}
     shown: list[list[np.ndarray]] = []

@@ -8,6 +8,7 @@ similarity (`propagation`), and the result is scored by J and F (`davis`). Layou
 from __future__ import annotations
 
 import collections
+import dataclasses
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -26,11 +27,12 @@ from dino_jax.data.sources import open_source
 from dino_jax.errors import UserError
 from dino_jax.eval import davis
 from dino_jax.eval.draw import SHOWN, palette, save_rows, tile, tinted
-from dino_jax.eval.features import Frozen, Patches, fingerprint, run
+from dino_jax.eval.features import Patches, fingerprint, run
 from dino_jax.eval.images import grouped, linear_resize, list_pictures, nearest, parallel, read_labels, read_picture
 from dino_jax.eval.propagation import hard_labels, propagate
 from dino_jax.eval.protocol import THREADS, Data, Protocol
 from dino_jax.eval.results import save_json
+from dino_jax.inference.model import Model
 
 STD = (0.228, 0.224, 0.225)  # the official script's; ImageNet's first value is 0.229
 LABELS = 4  # the number of labels is rounded up to a multiple of this, so that videos share compiled programs
@@ -59,14 +61,16 @@ class Video(NamedTuple):
     truth: Callable[[], np.ndarray]
 
 
-def evaluate(model: Frozen, data: str, config: ConfigDict, workdir: str | None = None) -> dict[str, float]:
+def evaluate(model: Model, data: str, config: ConfigDict, workdir: str | None = None) -> dict[str, float]:
     """J&F, and mean, recall and decay of J and F in percent, over all objects.
 
     With a `workdir` the label maps are written to `vos-<settings>/VIDEO/*.png` with a palette, and videos that are
     there are not computed again; `objects.json` beside them has each object's figures, and `vos.png` shows some videos.
     """
     if len(model.mean) == len(STD):
-        model = model._replace(std=STD)
+        config_of_model = model.config.copy_and_resolve_references()
+        config_of_model.data.std = STD
+        model = dataclasses.replace(model, config=config_of_model)
     folder = None
     if workdir is not None:
         folder = epath.Path(workdir) / f"vos-{_settings(model, data, config)}"
@@ -102,14 +106,14 @@ PROTOCOL = Protocol(
 )
 
 
-def _settings(model: Frozen, data: str, config: ConfigDict) -> str:
+def _settings(model: Model, data: str, config: ConfigDict) -> str:
     """A short name of everything that the label maps depend on."""
     keys = ("size", "multiple", "context", "radius", "topk", "temperature")
     key = f"{data} {fingerprint(model)} {[config[key] for key in keys]}"
     return hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
-def segment(model: Frozen, video: Video, first: np.ndarray, config: ConfigDict) -> np.ndarray:
+def segment(model: Model, video: Video, first: np.ndarray, config: ConfigDict) -> np.ndarray:
     """Label maps uint8 [T, H, W] of all frames, from the annotation uint8 [H, W] of the first, which stays as it is."""
     patch = model.backbone.patch_size
     height, width = frame_size(first.shape[0], first.shape[1], config.size, config.multiple)

@@ -8,8 +8,8 @@ import pytest
 
 from dino_jax.data.sources import open_source
 from dino_jax.errors import UserError
-from dino_jax.eval.features import Frozen
 from dino_jax.eval.protocols import finetune
+from dino_jax.inference.model import Model
 from dino_jax.models import XCiT
 from dino_jax.parallel.sharding import make_mesh
 
@@ -32,7 +32,7 @@ def flat(tree):
 def xcit():
     """An XCiT of two blocks and two of class attention, width 16, patch 8."""
     backbone = XCiT(embed_dim=16, depth=2, heads=2, eta=1.0, patch_size=8)
-    return Frozen(backbone, jax.jit(backbone.init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3))))
+    return Model(backbone, jax.jit(backbone.init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3))))
 
 
 def test_protocol_trains_and_resumes_to_the_same_end(vit, class_folders, tmp_path, monkeypatch):
@@ -106,7 +106,7 @@ def test_an_xcit_is_fine_tuned_with_the_default_drop_path(xcit, class_folders):
     assert config.drop_path == 0.1
     figures = finetune.evaluate(xcit, str(class_folders), config)
     assert all(0 <= value <= 100 for value in figures.values())
-    factors = np.asarray(finetune.drop_path(jax.random.key(0), finetune.net_of(xcit), 4000, config))
+    factors = np.asarray(finetune.drop_path(jax.random.key(0), finetune.xcit.forward, 4000, config))
     assert factors.shape == (2, 3, 4000)  # attention, MLP and local branches
     np.testing.assert_allclose(factors.mean(-1), 1, atol=0.05)
     np.testing.assert_allclose((factors == 0).mean(-1), 0.1, atol=0.02)
@@ -143,7 +143,7 @@ def test_a_step_equals_the_formula(vit):
     }
     before = jax.device_get(state.params)
     mix = finetune.draw_mix(rng, 16, 16, 0.0, 0.0)
-    state = finetune.make_step(finetune.net_of(vit), config, 3, optimizer)(state, batch, mix)
+    state = finetune.make_step(vit.forward, config, 3, optimizer)(state, batch, mix)
     images = (batch["image"][:6] / 255 - np.array(vit.mean)) / np.array(vit.std)
     features = np.asarray(vit.backbone.apply(vit.variables, jnp.asarray(images, jnp.float32)))
     logits = features @ before["head"]["kernel"]
@@ -167,7 +167,7 @@ def test_one_device_equals_eight(vit, class_folders, monkeypatch):
         monkeypatch.setattr(finetune, "data_mesh", lambda mesh=mesh: mesh)
         config.erasing = config.drop_path = config.mixup = config.cutmix = 0.0  # they draw for every row, filling too
         state = finetune.init(vit, config, 3, optimizer)
-        step = finetune.make_step(finetune.net_of(vit), config, 3, optimizer)
+        step = finetune.make_step(vit.forward, config, 3, optimizer)
         state = finetune._train_epoch(vit, source, config, 0, step, state)
         trained.append(jax.device_get(state.params))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *trained)
@@ -176,7 +176,7 @@ def test_one_device_equals_eight(vit, class_folders, monkeypatch):
 def test_drop_path_is_unbiased_and_rises(vit):
     config = small()
     config.drop_path = 0.4
-    masks = np.asarray(finetune.drop_path(jax.random.key(0), finetune.net_of(vit), 4000, config))
+    masks = np.asarray(finetune.drop_path(jax.random.key(0), vit.forward, 4000, config))
     assert masks.shape == (2, 2, 4000)
     assert np.all(masks[0] == 1) and set(np.unique(masks[1]).round(4)) == {0, np.float32(1 / 0.6).round(4)}
     np.testing.assert_allclose(masks.mean(-1), 1, atol=0.05)

@@ -7,6 +7,8 @@ import errno
 import os
 from collections.abc import Iterator
 
+from dino_jax.storage import is_remote
+
 FULL = tuple(os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 SHUT = tuple(os.strerror(code) for code in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST))
 
@@ -40,6 +42,6 @@ def writing(what: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        if not isinstance(error, OSError) and "://" not in what:
+        if not isinstance(error, OSError) and not is_remote(what):
             raise
         raise unwritable(what, error) from error

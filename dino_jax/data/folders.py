@@ -13,6 +13,7 @@ from etils import epath
 from dino_jax.data.decode import BadImage
 from dino_jax.data.example import Example
 from dino_jax.errors import UserError
+from dino_jax.storage import is_remote
 
 SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".jp2", ".gif"),
@@ -98,9 +99,9 @@ class ListSource(Files):
 
     @staticmethod
     def _require(path: str, root: str, names: Sequence[str]) -> None:
-        if "://" in root:
+        if is_remote(root):
             return  # one request for every file: left to the reading
-        missing = [name for name in names if "://" not in name and not os.path.lexists(join(root, name))]
+        missing = [name for name in names if not is_remote(name) and not os.path.lexists(join(root, name))]
         if missing:
             raise UserError(
                 f"{path}: {len(missing)} of {len(names)} files are missing, first {printable(missing[0])} "
@@ -147,14 +148,14 @@ def _walk(path: str, prefix: str, above: tuple[str, ...]) -> Iterator[str]:
 def _entries(path: str) -> tuple[list[str], list[str]]:
     """Names of the sub-folders and of the pictures in a folder, without hidden ones."""
     folders, names = [], []
-    if "://" in path:  # asking whether it is a folder is a request: spare it for names of pictures
+    if is_remote(path):  # asking whether it is a folder is a request: spare it for names of pictures
         found = ((entry.name, entry.is_dir) for entry in epath.Path(path).iterdir())
     else:
         found = ((entry.name, entry.is_dir) for entry in os.scandir(path))
     for name, is_folder in found:
         if name.startswith("."):
             continue
-        if os.path.splitext(name)[1].lower() in SUFFIXES and ("://" in path or not is_folder()):
+        if os.path.splitext(name)[1].lower() in SUFFIXES and (is_remote(path) or not is_folder()):
             names.append(name)
         elif is_folder():
             folders.append(name)
@@ -163,7 +164,7 @@ def _entries(path: str) -> tuple[list[str], list[str]]:
 
 def join(root: str, name: str) -> str:
     """`name` under `root`, unless it is absolute or a URL itself."""
-    return name if "://" in name else os.path.join(root, name)
+    return name if is_remote(name) else os.path.join(root, name)
 
 
 def printable(name: str) -> str:
@@ -174,7 +175,7 @@ def printable(name: str) -> str:
 def read_bytes(path: str) -> bytes:
     """The whole file, local or remote. Raises `BadImage` if it cannot be read."""
     try:
-        if "://" in path:
+        if is_remote(path):
             return epath.Path(path).read_bytes()
         with open(path, "rb") as file:
             return file.read()

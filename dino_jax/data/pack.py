@@ -21,6 +21,7 @@ from dino_jax.data.shards import Shards, Summary, begin_worker, intact, make_in_
 from dino_jax.data.sources import open_source
 from dino_jax.errors import UserError
 from dino_jax.progress import Progress
+from dino_jax.storage import write_atomically
 
 UNFINISHED = "packing.json"
 SHARD_SIZE = 1000  # pictures: about 110 MB of ImageNet
@@ -107,7 +108,7 @@ def claim(out: str, settings: dict[str, Any]) -> bool:
         folder.mkdir(parents=True, exist_ok=True)
         for left in folder.glob("*.part"):  # of a run that was killed
             left.unlink()
-        (folder / UNFINISHED).write_text(json.dumps(settings))
+        write_atomically(folder / UNFINISHED, json.dumps(settings))
     except OSError as error:
         raise UserError(f"--out={out}: cannot write there: {error.strerror or error}") from error
     return False
@@ -165,9 +166,7 @@ def _finish(shards: Shards, manifest: dict[str, Any]) -> None:
     """Writes the manifest, then removes what only an unfinished folder needs."""
     folder = epath.Path(shards.out)
     try:
-        fresh = folder / (MANIFEST + ".part")
-        fresh.write_text(json.dumps(manifest, indent=1, ensure_ascii=False))
-        fresh.replace(folder / MANIFEST)
+        write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False))
         for shard in range(len(shards)):
             shards.summary_path(shard).unlink(missing_ok=True)
         (folder / UNFINISHED).unlink(missing_ok=True)

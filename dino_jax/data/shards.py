@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import pathlib
 import signal
-import tempfile
 import threading
 import zlib
 from collections.abc import Iterator, Sequence
@@ -25,6 +24,7 @@ from dino_jax.data.example import Example
 from dino_jax.data.packed import WRITER_OPTIONS, encode_record
 from dino_jax.data.sources import Source
 from dino_jax.errors import UserError
+from dino_jax.storage import is_remote, new_file, write_atomically
 
 JPEG_QUALITY = 95  # of JPEGs that were shrunk
 
@@ -69,25 +69,16 @@ class Shards:
     def make(self, shard: int) -> Summary:
         """Writes a shard and its summary. Raises `UserError` where they cannot be written."""
         path, tally = self.path(shard), Tally()
-        scratch = tempfile.mkdtemp() if "://" in self.out else self.out
-        part = pathlib.Path(scratch) / f"{path.name}.{os.getpid()}.part"
         try:
-            about = write(part, self._records(shard, tally))
-            if not intact(part, about):
-                raise UserError(f"{path}: what was written does not read back; is the disk sound? Run it again")
-            if "://" in self.out:
-                epath.Path(part).copy(path, overwrite=True)
-            else:
-                part.replace(path)
+            with new_file(path) as local:
+                about = write(local, self._records(shard, tally))
+                if not intact(local, about):
+                    raise UserError(f"{path}: what was written does not read back; is the disk sound? Run it again")
             summary = {"file": path.name, **about, **tally.summary()}
-            _write_whole(self.summary_path(shard), json.dumps(summary))
+            write_atomically(self.summary_path(shard), json.dumps(summary))
         except (OSError, RuntimeError) as error:  # RuntimeError: of ArrayRecord's writer
             reason = " ".join(str(error).split())
             raise UserError(f"{path}: cannot be written: {reason}; then run it again: it goes on from here") from error
-        finally:
-            part.unlink(missing_ok=True)
-            if scratch != self.out:
-                os.rmdir(scratch)
         return summary
 
     def _records(self, shard: int, tally: Tally) -> Iterator[bytes]:
@@ -165,7 +156,7 @@ def intact(path: epath.Path | pathlib.Path, about: Summary) -> bool:
     here = epath.Path(path)
     if not here.exists() or here.stat().length != about["bytes"]:
         return False
-    if "://" in str(path):
+    if is_remote(path):
         return True  # as many bytes as were verified before they were sent
     try:
         reader = array_record_module.ArrayRecordReader(str(path))
@@ -221,16 +212,6 @@ def merged(summaries: Sequence[Summary]) -> Summary:
         "bad": [entry for summary in summaries for entry in summary["bad"]],
         "shards": [{key: summary[key] for key in ("file", "count", "bytes", "crc32")} for summary in summaries],
     }
-
-
-def _write_whole(path: epath.Path, text: str) -> None:
-    """Writes a file that is either absent or complete, at any moment."""
-    if "://" in str(path):
-        path.write_text(text)
-    else:
-        fresh = path.with_name(path.name + ".part")
-        fresh.write_text(text)
-        fresh.replace(path)
 
 
 def begin_worker(shards: Shards) -> None:

@@ -17,6 +17,7 @@ from dino_jax.data.decode import BadImage
 from dino_jax.data.example import Example
 from dino_jax.data.folders import SUFFIXES, numbered, printable
 from dino_jax.errors import UserError
+from dino_jax.storage import is_remote
 
 LABEL_KEYS = ("label", "cls", "class")  # of .json members, the first that is there
 
@@ -84,11 +85,11 @@ def _matches(spec: str) -> list[str]:
         return [spec]
     if "*" not in spec:
         raise UserError(f"{spec}: no such tar file")
-    return sorted(str(path) for path in here.parent.glob(here.name)) if "://" in spec else sorted(glob.glob(spec))
+    return sorted(str(path) for path in here.parent.glob(here.name)) if is_remote(spec) else sorted(glob.glob(spec))
 
 
 def _open(path: str) -> BinaryIO:
-    return epath.Path(path).open("rb") if "://" in path else open(path, "rb")
+    return epath.Path(path).open("rb") if is_remote(path) else open(path, "rb")
 
 
 def _examples(path: str) -> Iterator[tuple[str, str, int, int]]:

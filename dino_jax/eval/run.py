@@ -17,6 +17,7 @@ from dino_jax.eval import everything, protocol
 from dino_jax.eval.features import Frozen
 from dino_jax.eval.published import table
 from dino_jax.inference.model import load
+from dino_jax.storage import absolute, write_atomically
 
 # Keys, by their last part: values are more than 0; shares of 1; shares below 1.
 POSITIVE = {"batch_size", "crop", "epochs", "eval_every", "k", "layer_decay", "lr", "lrs", "masses", "multiple"}
@@ -135,7 +136,7 @@ def _settings(name: str, default: ConfigDict, file: str | None) -> ConfigDict:
 
 def _made(option: str, path: str) -> str:
     """The folder at `path`, made and tried by process 0 before the long part."""
-    folder = epath.Path(path).expanduser()
+    folder = absolute(path)
     try:
         if jax.process_index() == 0:
             folder.mkdir(parents=True, exist_ok=True)
@@ -148,8 +149,6 @@ def _made(option: str, path: str) -> str:
 
 def _write(out: str, figures: dict[str, Any]) -> None:
     try:
-        path = epath.Path(out).expanduser()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(figures, indent=2, default=float) + "\n")
+        write_atomically(absolute(out), json.dumps(figures, indent=2, default=float) + "\n")
     except OSError as error:
         raise UserError(f"--out={out}: cannot write: {error.strerror or error}") from error

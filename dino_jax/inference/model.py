@@ -31,6 +31,7 @@ from dino_jax.errors import UserError
 from dino_jax.inference.anysize import Filled, any_size
 from dino_jax.models import build_backbone
 from dino_jax.models.layers import Array
+from dino_jax.storage import absolute, new_file
 from dino_jax.weights.load import open_weights
 
 Picture = str | os.PathLike | bytes | np.ndarray
@@ -205,11 +206,6 @@ def write_features(
         arrays["features"] = found
     if bad:
         log.warning("%d pictures could not be read and are left out: %s", len(bad), "; ".join(bad[:5]))
-    _save(epath.Path(out).expanduser(), arrays)
-    return {"pictures": len(names), "unreadable": len(bad)}
-
-
-def _save(path: epath.Path, arrays: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
+    with new_file(absolute(out)) as local, local.open("wb") as file:
         np.savez(file, **arrays)
+    return {"pictures": len(names), "unreadable": len(bad)}

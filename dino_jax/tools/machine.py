@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from dino_jax import config_io
 from dino_jax.errors import UserError
+from dino_jax.storage import is_remote
 
 T = TypeVar("T")
 ROOT = pathlib.Path(__file__).parents[2]
@@ -209,7 +210,7 @@ def memory() -> Check:
 
 def disk(workdir: str | None) -> Check:
     """Space where checkpoints go, or for temporary files where they go to a bucket."""
-    remote = workdir is not None and "://" in workdir
+    remote = workdir is not None and is_remote(workdir)
     place = existing(pathlib.Path(workdir or ".").expanduser()) if not remote else pathlib.Path(".")
     free = shutil.disk_usage(place).free
     found = f"{free / GIB:.1f} GiB free at {place.resolve()}"

@@ -26,6 +26,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from dino_jax.errors import UserError, cause, unwritable
+from dino_jax.storage import absolute
 
 PyTree = Any
 T = TypeVar("T")
@@ -51,7 +52,7 @@ class Checkpointer:
     ):
         if keep < 1:
             raise UserError(f"at least one checkpoint must stay, but keep={keep}")
-        self.directory = _absolute(directory)
+        self.directory = absolute(directory)
         self._policy = _Keep(keep, keep_every_steps)
         self._asynchronous = asynchronous
         self._manager: ocp.CheckpointManager | None = None
@@ -134,7 +135,7 @@ class Checkpointer:
 
 def steps(directory: epath.PathLike) -> list[int]:
     """The complete steps of a folder, ascending; none where there is no folder."""
-    found = ocp.path.step.standard_name_format().find_all(_absolute(directory))
+    found = ocp.path.step.standard_name_format().find_all(absolute(directory))
     return sorted(metadata.step for metadata in found)
 
 
@@ -143,7 +144,7 @@ def resolve(path: epath.PathLike) -> tuple[epath.Path, int]:
 
     Raises `UserError`, naming the path, where there is nothing, no complete step or only damaged ones.
     """
-    path = _absolute(path)
+    path = absolute(path)
     if not path.exists():
         raise UserError(f"{path}: there is no such checkpoint")
     if path.name.isdigit() and int(path.name) in steps(path.parent):
@@ -164,7 +165,7 @@ def restore(directory: epath.PathLike, step: int, items: Mapping[str, PyTree]) -
     Raises `UserError` if the step or an item is missing, if tree, shapes or dtypes differ (naming the first few
     keys), or if the data does not read back as it was written.
     """
-    folder = _absolute(directory) / str(step)
+    folder = absolute(directory) / str(step)
     restored = {}
     for name, wanted in items.items():
         _check_tree(folder / name, _abstract(folder, name), wanted)
@@ -177,12 +178,12 @@ def restore(directory: epath.PathLike, step: int, items: Mapping[str, PyTree]) -
 
 def abstract(directory: epath.PathLike, step: int, item: str) -> PyTree:
     """What an item holds: nested dicts and lists of `jax.ShapeDtypeStruct`, no shardings, from the files alone."""
-    return _abstract(_absolute(directory) / str(step), item)
+    return _abstract(absolute(directory) / str(step), item)
 
 
 def restore_config(directory: epath.PathLike, step: int) -> str:
     """The configuration that `save` was given, as JSON."""
-    return json.dumps(_read(_absolute(directory) / str(step), CONFIG, _json))
+    return json.dumps(_read(absolute(directory) / str(step), CONFIG, _json))
 
 
 @dataclasses.dataclass
@@ -337,11 +338,6 @@ def _host_checksum(x: np.ndarray) -> np.uint32:
 
 
 _WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint32}  # by bytes an item
-
-
-def _absolute(path: epath.PathLike) -> epath.Path:
-    path = epath.Path(path).expanduser()
-    return path if "://" in str(path) else path.absolute()
 
 
 def _first(keys: Sequence[str], count: int = 3) -> str:

@@ -12,6 +12,7 @@ from etils import epath
 from tqdm import tqdm
 
 from dino_jax.errors import UserError
+from dino_jax.storage import absolute
 
 BASE = "https://dl.fbaipublicfiles.com/dino/"
 CACHE = "DINO_JAX_CACHE"  # environment variable: where downloads are kept
@@ -60,7 +61,7 @@ def known(name: str = "") -> str:
 
 def cache_folder() -> epath.Path:
     """Where downloads are kept: `$DINO_JAX_CACHE`, or `~/.cache/dino-jax`."""
-    return epath.Path(os.environ.get(CACHE, "~/.cache/dino-jax")).expanduser()
+    return absolute(os.environ.get(CACHE, "~/.cache/dino-jax"))
 
 
 def fetch(name: str, head: bool = False) -> epath.Path:
@@ -82,7 +83,9 @@ def fetch(name: str, head: bool = False) -> epath.Path:
 
 
 def download(address: str, target: epath.Path) -> None:
-    """Downloads to `target`, which appears only when it is complete; until then `<target>.part` grows.
+    """Downloads to `target`, which appears only when it is complete.
+
+    Until then `<target>.part` grows. It outlives a failure, unlike a `storage.new_file`, so that a download resumes.
 
     Raises:
       UserError: the transfer failed or the answer is a web page.

@@ -16,7 +16,6 @@ import io
 import math
 import pickle
 import re
-import tempfile
 import zipfile
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -26,6 +25,7 @@ import numpy as np
 from etils import epath
 
 from dino_jax.errors import UserError
+from dino_jax.storage import new_file
 
 STORAGES = {
     "FloatStorage": np.dtype(np.float32),
@@ -292,22 +292,15 @@ def write_pth(path: epath.PathLike, value: Any) -> None:
 
     Arrays become contiguous tensors. The same value gives the same bytes. The file appears whole or not at all.
     """
-    path = epath.Path(path)
     buffer = io.BytesIO()
     pickler = _Pickler(buffer)
     pickler.dump(value)
-    with tempfile.TemporaryDirectory() as folder:
-        local = epath.Path(folder) / "archive.pth"
-        with local.open("wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-            _add(archive, "data.pkl", buffer.getvalue())
-            _add(archive, "byteorder", b"little")
-            for key, storage in enumerate(pickler.storages):
-                _add(archive, f"data/{key}", storage.tobytes())
-            _add(archive, "version", b"3\n")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.parent / f"{path.name}.part"
-        local.copy(partial, overwrite=True)
-        partial.replace(path)
+    with new_file(path) as local, zipfile.ZipFile(local, "w", zipfile.ZIP_STORED) as archive:
+        _add(archive, "data.pkl", buffer.getvalue())
+        _add(archive, "byteorder", b"little")
+        for key, storage in enumerate(pickler.storages):
+            _add(archive, f"data/{key}", storage.tobytes())
+        _add(archive, "version", b"3\n")
 
 
 def _add(archive: zipfile.ZipFile, name: str, data: bytes) -> None:

@@ -198,7 +198,7 @@ def _stacked(name: str, maps: list[np.ndarray]) -> np.ndarray:
 
 
 def _save(folder: epath.Path, stems: Sequence[str], labels: np.ndarray) -> None:
-    """Indexed pictures; the folder gets its name only when all of them are there."""
+    """Indexed images. The whole folder is renamed at the end, since it is read back only if complete."""
     partial = folder.parent / f"{folder.name}.partial"
     partial.mkdir(parents=True, exist_ok=True)
     for stem, frame in zip(stems, labels, strict=True):

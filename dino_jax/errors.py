@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from dino_jax.storage import is_remote
 
@@ -15,6 +16,22 @@ SHUT = tuple(os.strerror(code) for code in (errno.EACCES, errno.EPERM, errno.ERO
 
 class UserError(ValueError):
     """Bad input. The message is one line that names the file or key and says what to do; the CLI prints just that."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown word: `; did you mean 'optim.lr'?`, or "" where no known word is near.
+
+    A dotted word is also compared by its last part.
+    """
+
+    def last(name: str) -> str:
+        return name.rpartition(".")[2]
+
+    known = list(known)
+    near = difflib.get_close_matches(word, known, 1)
+    near = near or [name for name in known if last(name) == last(word)]
+    near = near or difflib.get_close_matches(last(word), map(last, known), 1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def cause(error: BaseException) -> str:

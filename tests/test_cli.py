@@ -75,7 +75,7 @@ def test_export_and_import_give_the_weights_back(run, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["eval", "kmn", "--checkpoint=x", "--data=y"], "unknown protocol 'kmn': did you mean knn?"),
+        (["eval", "kmn", "--checkpoint=x", "--data=y"], "did you mean 'knn'?"),
         (["eval", "knn", "--checkpoint=absent", "--data=y"], "absent"),
         (["eval", "all", "--checkpoint=x", "--data=y", "--config.k=3"], "--config.k=3"),
         (["export", "--checkpoint=absent", "--format=gguf", "--out=x"], "--format=gguf"),

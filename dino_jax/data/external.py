@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from typing import Any
 
 from dino_jax.data.decode import BadImage
 from dino_jax.data.example import Example
-from dino_jax.errors import UserError
+from dino_jax.errors import UserError, did_you_mean
 
 
 class TfdsSource:
@@ -45,8 +44,7 @@ class TfdsSource:
             builder = tfds.builder(name, data_dir=data_dir)
         except Exception as error:  # unknown names, versions and configs each have an exception of their own
             known = tfds.list_builders(with_community_datasets=False)
-            close = difflib.get_close_matches(re.split("[/:]", name)[0], known, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
+            hint = did_you_mean(re.split("[/:]", name)[0], known)
             raise UserError(f"{self.where}: {_line(error)}{hint}") from error
         if not builder.is_prepared():
             raise UserError(

@@ -16,11 +16,10 @@ picklable, and cheap to pickle: worker processes get copies.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 from urllib.parse import parse_qsl
 
@@ -33,7 +32,7 @@ from dino_jax.data.example import Example
 from dino_jax.data.folders import FolderSource, ListSource
 from dino_jax.data.packed import MANIFEST, PackedSource
 from dino_jax.data.tars import TarSource
-from dino_jax.errors import UserError
+from dino_jax.errors import UserError, did_you_mean
 
 
 class Source(Protocol):
@@ -108,11 +107,9 @@ def detect(path: str) -> str:
     raise UserError(f"{path}: not a folder, a list (.txt) or arrays (.npz); say which kind, as in list:{path}")
 
 
-def _unknown(what: str, name: str, known: object) -> str:
-    names = sorted(known)  # type: ignore[call-overload]
-    close = difflib.get_close_matches(name, names, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    return f"unknown {what} {name!r} (known: {', '.join(names) or 'none'}){hint}"
+def _unknown(what: str, name: str, known: Iterable[str]) -> str:
+    names = sorted(known)
+    return f"unknown {what} {name!r} (known: {', '.join(names) or 'none'}){did_you_mean(name, names)}"
 
 
 def _open_scenes(split: str, **options: str) -> Source:

@@ -6,11 +6,10 @@ Every module of `PROTOCOLS` has `default_config()`, its keys with their defaults
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from types import ModuleType
 
-from dino_jax.errors import UserError
+from dino_jax.errors import UserError, did_you_mean
 
 PROTOCOLS = ("knn", "linear", "lowshot", "finetune", "retrieval", "copydetection", "vos", "voc", "dense")
 
@@ -18,7 +17,6 @@ PROTOCOLS = ("knn", "linear", "lowshot", "finetune", "retrieval", "copydetection
 def protocol(name: str) -> ModuleType:
     """The module of a protocol. Raises `UserError` for an unknown name."""
     if name not in PROTOCOLS:
-        close = difflib.get_close_matches(name, PROTOCOLS, n=1)
-        hint = f": did you mean {close[0]}?" if close else ""
-        raise UserError(f"unknown protocol {name!r}{hint} (one of {', '.join(PROTOCOLS)}, all)")
+        known = f"one of {', '.join(PROTOCOLS)}, all"
+        raise UserError(f"unknown protocol {name!r} ({known}){did_you_mean(name, PROTOCOLS)}")
     return importlib.import_module(f"dino_jax.eval.protocols.{name}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import urllib.error
 import urllib.request
@@ -11,7 +10,7 @@ from typing import NamedTuple
 from etils import epath
 from tqdm import tqdm
 
-from dino_jax.errors import UserError
+from dino_jax.errors import UserError, did_you_mean
 from dino_jax.storage import absolute
 
 BASE = "https://dl.fbaipublicfiles.com/dino/"
@@ -53,10 +52,9 @@ PRETRAINED = {
 
 
 def known(name: str = "") -> str:
-    """The released names as the end of an error message; the nearest one first where `name` is close to it."""
-    near = difflib.get_close_matches(name, PRETRAINED, 1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    return f"{hint}names are {', '.join(key for key in PRETRAINED if not key.endswith('_full'))} (or with _full)"
+    """The released names as the end of an error message, with the one that is near to `name`."""
+    names = ", ".join(key for key in PRETRAINED if not key.endswith("_full"))
+    return f"names are {names} (or with _full){did_you_mean(name, PRETRAINED)}"
 
 
 def cache_folder() -> epath.Path:

@@ -17,7 +17,7 @@ def test_every_protocol_has_the_same_two_functions():
         module = protocol(name)
         assert module.default_config().is_locked and callable(module.evaluate)
         assert name in PUBLISHED
-    with pytest.raises(UserError, match="did you mean linear"):
+    with pytest.raises(UserError, match="did you mean 'linear'"):
         protocol("liner")
 
 

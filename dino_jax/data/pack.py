@@ -65,22 +65,28 @@ def pack(
         "shard_size": shard_size,
     }
     workers = min(workers or os.cpu_count() or 1, len(shards))
-    bar = Progress(len(source), 0, "pack", active=progress)
-    if claim(out, settings):
-        return _mend(shards, workers, bar)
-    done = {shard: summary for shard in range(len(shards)) if (summary := shards.finished(shard)) is not None}
-    if done:
-        bar.note(f"{out}: {len(done)} of {len(shards)} shards are there already")
-    for shard, summary in _make(shards, [shard for shard in range(len(shards)) if shard not in done], workers):
-        done[shard] = summary
-        bad = _check_bad(spec, done, len(source), max_bad_share)
-        bar.update(sum(len(shards.indices(one)) for one in done), shards=f"{len(done)}/{len(shards)}", bad=bad)
-    _check_bad(spec, done, len(source), max_bad_share)
+    with Progress(len(source), 0, "pack", unit="images", active=progress) as bar:
+        if claim(out, settings):
+            return _mend(shards, workers, bar)
+        done = _pack(spec, shards, workers, max_bad_share, bar)
     names = list(source.class_names) if source.class_names is not None else None
     about = {"format": FORMAT, "version": VERSION, "packed": settings, "class_names": names}
     manifest = about | merged([done[shard] for shard in range(len(shards))])
     _finish(shards, manifest)
     return manifest
+
+
+def _pack(spec: str, shards: Shards, workers: int, max_bad_share: float, bar: Progress) -> dict[int, Summary]:
+    """Makes the shards that are not there yet; returns the summaries of all by number."""
+    done = {shard: summary for shard in range(len(shards)) if (summary := shards.finished(shard)) is not None}
+    if done:
+        bar.note(f"{shards.out}: {len(done)} of {len(shards)} shards are there already")
+    for shard, summary in _make(shards, [shard for shard in range(len(shards)) if shard not in done], workers):
+        done[shard] = summary
+        bad = _check_bad(spec, shards, done, max_bad_share)
+        bar.update(sum(len(shards.indices(one)) for one in done), shards=f"{len(done)}/{len(shards)}", bad=bad)
+    _check_bad(spec, shards, done, max_bad_share)
+    return done
 
 
 def report(out: str, manifest: dict[str, Any]) -> str:
@@ -150,8 +156,9 @@ def _mend(shards: Shards, workers: int, bar: Progress) -> dict[str, Any]:
     return manifest
 
 
-def _check_bad(spec: str, done: dict[int, Summary], total: int, share: float) -> int:
+def _check_bad(spec: str, shards: Shards, done: dict[int, Summary], share: float) -> int:
     """The number of bad pictures; more than a share of the whole are a `UserError`, and so are all."""
+    total = len(shards.source)
     bad = [entry for summary in done.values() for entry in summary["bad"]]
     if len(bad) > share * total or len(bad) == total:
         first = ", ".join(f"{name} ({reason})" for name, reason in bad[:3])

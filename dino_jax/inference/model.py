@@ -22,7 +22,6 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from dino_jax.data.decode import BadImage, decode
 from dino_jax.data.pipeline import centre_crop, resize_shorter
@@ -31,6 +30,7 @@ from dino_jax.errors import UserError
 from dino_jax.inference.anysize import Filled, any_size
 from dino_jax.models import build_backbone
 from dino_jax.models.layers import Array
+from dino_jax.progress import track
 from dino_jax.storage import absolute, new_file
 from dino_jax.weights.load import open_weights
 
@@ -118,7 +118,7 @@ class Model:
             flying.append((self._run([filled.inputs for _, filled in group], patches), group))
             land(2)
 
-        for place, image in enumerate(tqdm(images, disable=not progress, unit="picture")):
+        for place, image in enumerate(track(images, "features", active=progress)):
             filled = self._any_size.fill(self._checked(image))
             group = waiting.setdefault(filled.key, [])
             group.append((place, filled))
@@ -185,7 +185,7 @@ def write_features(
     names, labels, bad = [], [], []
 
     def pictures() -> Iterable[np.ndarray]:
-        for index in tqdm(range(len(source)), disable=not progress, unit="picture"):
+        for index in track(range(len(source)), "features", active=progress):
             try:
                 example = source[index]
                 pixels = model.preprocess(example.image, resize=resize or 0, crop=crop or 0)

@@ -8,9 +8,9 @@ import urllib.request
 from typing import NamedTuple
 
 from etils import epath
-from tqdm import tqdm
 
 from dino_jax.errors import UserError, did_you_mean
+from dino_jax.progress import Progress
 from dino_jax.storage import absolute
 
 BASE = "https://dl.fbaipublicfiles.com/dino/"
@@ -100,11 +100,12 @@ def download(address: str, target: epath.Path) -> None:
             total = have + int(answer.headers["Content-Length"])
             with (
                 partial.open("ab" if have else "wb") as file,
-                tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=target.name) as bar,
+                Progress(total, have, target.name, unit="B") as bar,
             ):
                 while block := answer.read(1 << 20):
                     file.write(block)
-                    bar.update(len(block))
+                    have += len(block)
+                    bar.update(have)
     except urllib.error.HTTPError as error:
         if error.code != 416:
             raise UserError(f"{target.name}: the server answered {error.code} {error.reason}; {mend}") from None

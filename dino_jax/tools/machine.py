@@ -66,7 +66,9 @@ def packages() -> Iterator[Check]:
             "packages", "warn", "dino-jax runs from its folder, not installed: its packages are not known", mend
         )
         return
-    absent, other, pins = [], [], pinned(ROOT / "constraints.txt")
+    absent: list[str] = []
+    other: list[str] = []
+    pins = pinned(ROOT / "constraints.txt")
     required = [one for one in map(Requirement, needed) if one.marker is None or one.marker.evaluate({"extra": ""})]
     for one in required:
         name = canonicalize_name(one.name)
@@ -90,7 +92,7 @@ def packages() -> Iterator[Check]:
 
 def pinned(path: pathlib.Path, python: Sequence[int] = sys.version_info[:2]) -> dict[str, str]:
     """The pins of a constraints file that apply to this Python: name -> version. Empty where there is no file."""
-    pins = {}
+    pins: dict[str, str] = {}
     for line in path.read_text().splitlines() if path.exists() else ():
         if not line.partition("#")[0].strip():
             continue

@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -27,6 +26,7 @@ from jax.experimental import multihost_utils
 
 from dino_jax.errors import UserError, cause, unwritable
 from dino_jax.storage import absolute
+from dino_jax.weights import quiet
 
 PyTree = Any
 T = TypeVar("T")
@@ -91,6 +91,7 @@ class Checkpointer:
         if self._manager is not None:
             self._manager.close()
             self._manager = None
+            quiet.end()
 
     def latest_step(self) -> int | None:
         """The newest step that reads back whole, or None. Newer ones that do not are one logged warning.
@@ -115,6 +116,7 @@ class Checkpointer:
                 cleanup_tmp_directories=True,
                 save_root_metadata=False,
             )
+            quiet.begin()
             self._manager = ocp.CheckpointManager(self.directory, options=options)
         return self._manager
 
@@ -253,7 +255,8 @@ def _read(folder: epath.Path, item: str, action: Callable[[epath.Path], T]) -> T
         there = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir())) or "nothing"
         raise UserError(f"{folder}: no {item!r} in this checkpoint; it has {there}")
     try:
-        return action(folder / item)
+        with quiet.quiet():
+            return action(folder / item)
     except Exception as error:  # broken files raise nearly anything: JSON, key, value and OS errors
         raise UserError(f"{folder / item}: cannot be read: {cause(error)}") from error
 
@@ -342,19 +345,3 @@ _WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint32}  # by bytes an 
 
 def _first(keys: Sequence[str], count: int = 3) -> str:
     return ", ".join(keys[:count]) + (f" and {len(keys) - count} more" if len(keys) > count else "")
-
-
-def _not_ours(record: logging.LogRecord) -> bool:
-    """Drops the tracebacks that Orbax, or asyncio of Orbax's tasks, logs of errors which become one line here."""
-    return not (record.levelno >= logging.ERROR and "orbax" in record.pathname + record.getMessage())
-
-
-def _unraised(lost: sys.UnraisableHookArgs, hook: Callable[[sys.UnraisableHookArgs], Any] = sys.unraisablehook) -> None:
-    """TensorStore's threads answer tasks that Orbax has given up after such an error, each with a traceback."""
-    if str(lost.exc_value) != "Event loop is closed":
-        hook(lost)
-
-
-sys.unraisablehook = _unraised
-for _name in ("absl", "asyncio"):
-    logging.getLogger(_name).addFilter(_not_ours)

@@ -163,7 +163,7 @@ ALLOWED = {
 }
 TAKES = {
     **STATES,
-    argparse.Namespace: lambda namespace, state: vars(namespace).update(state),
+    argparse.Namespace: lambda namespace, state: namespace.__dict__.update(state),
     collections.OrderedDict: lambda *_: None,  # its `_metadata` is dropped
 }
 

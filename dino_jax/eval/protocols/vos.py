@@ -26,7 +26,16 @@ from dino_jax.errors import UserError
 from dino_jax.eval import davis
 from dino_jax.eval.draw import SHOWN, palette, save_rows, tile, tinted
 from dino_jax.eval.features import Frozen, Patches, fingerprint, run
-from dino_jax.eval.images import grouped, linear_resize, list_pictures, nearest, parallel, read_labels, read_picture
+from dino_jax.eval.images import (
+    grouped,
+    linear_resize,
+    list_pictures,
+    listed,
+    nearest,
+    parallel,
+    read_labels,
+    read_picture,
+)
 from dino_jax.eval.propagation import hard_labels, propagate
 from dino_jax.eval.results import save_json
 
@@ -165,12 +174,7 @@ def open_videos(data: str, split: str, channels: int = 3) -> Iterator[Video]:
         yield from (_clip(source, index) for index in range(len(source)))
         return
     root = epath.Path(data)
-    listing = root / "ImageSets" / "2017" / f"{split}.txt"
-    if not listing.exists():
-        raise UserError(f"{listing}: no such file: give the DAVIS 2017 folder as --data")
-    names = listing.read_text().split()
-    if not names:
-        raise UserError(f"{listing}: the list is empty")
+    names = listed(root / "ImageSets" / "2017" / f"{split}.txt", "give the DAVIS 2017 folder as --data")
     yield from (_davis(root, name, channels) for name in names)
 
 

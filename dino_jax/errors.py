@@ -1,4 +1,4 @@
-"""The one exception for mistakes a user can mend, and what is said where something cannot be written."""
+"""The exception for mistakes that a user can fix, and the messages that many places share."""
 
 from __future__ import annotations
 
@@ -35,25 +35,25 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def cause(error: BaseException) -> str:
-    """The error in a line; the system's words alone where a library wraps them in long ones."""
+    """The error in one line: the system's own words where a library wraps them in longer ones."""
     text = " ".join(str(error).split())
     known = next((words for words in (*FULL, *SHUT) if words in text), None)
     return known or getattr(error, "strerror", None) or text[:300] or type(error).__name__
 
 
 def unwritable(what: str, error: BaseException) -> UserError:
-    """`what` ("PATH: cannot write"), why, and the mend."""
-    reason, mend = cause(error), ""
+    """The error for `what` ("PATH: cannot write"), with the reason and the fix."""
+    reason, fix = cause(error), ""
     if reason in FULL:
-        mend = "; make room there, then the same command goes on from what was saved"
+        fix = "; make room there, then the same command goes on from what was saved"
     elif reason in SHUT:
-        mend = "; make it writable or name another folder"
-    return UserError(f"{what}: {reason}{mend}")
+        fix = "; make it writable or name another folder"
+    return UserError(f"{what}: {reason}{fix}")
 
 
 @contextlib.contextmanager
 def writing(what: str) -> Iterator[None]:
-    """Errors of files within, and any where `what` names a bucket, whose errors are of many kinds, are `unwritable`."""
+    """Raises OSErrors of the block as `unwritable`; where `what` names a bucket, all errors: clients have their own."""
     try:
         yield
     except UserError:

@@ -1,4 +1,4 @@
-"""Pictures in memory, or in one .npz or .npy file."""
+"""Images in memory, or in one .npz or .npy file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dino_jax.storage import is_remote
 
 
 class ArraySource:
-    """Pictures in an array [N, H, W] or [N, H, W, C], with optional labels [N]."""
+    """Images in an array [N, H, W] or [N, H, W, C], with optional labels [N]."""
 
     def __init__(
         self,

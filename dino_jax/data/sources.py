@@ -1,10 +1,10 @@
-"""Where pictures come from: one grammar, `open_source(spec)`, used wherever a data set is named.
+"""Where images come from: one grammar, `open_source(spec)`, used wherever a data set is named.
 
-    folder:PATH              class folders if sub-folders hold pictures, else flat and unlabelled
+    folder:PATH              class folders if sub-folders hold images, else flat and unlabelled
     list:FILE                one path a line, relative to the file's folder, then optionally a tab, comma or blank and a
                              whole-number label (or a tab and a class name); # starts a comment
     arrays:FILE.npz          `images` uint8 [N, H, W] or [N, H, W, C] and optionally `labels` [N]; or a bare .npy stack
-    scenes:SPLIT?size=N&seed=S&image_size=P        rendered pictures, nothing on disk
+    scenes:SPLIT?size=N&seed=S&image_size=P        rendered images, nothing on disk
     arrayrecord:DIR          shards written by `dino-jax pack`
     tar:PATH                 a .tar file, a folder of them, or a pattern (* or {000..146}), as WebDataset writes them
     tfds:NAME[/CONFIG][:VERSION]:SPLIT[?data_dir=DIR&image=KEY&label=KEY]       TensorFlow Datasets, array_record format
@@ -36,7 +36,7 @@ from dino_jax.errors import UserError, did_you_mean
 
 
 class Source(Protocol):
-    """A finite, random-access collection of pictures."""
+    """A finite, random-access collection of images."""
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
@@ -49,7 +49,7 @@ class Source(Protocol):
 
 
 def open_source(spec: str) -> Source:
-    """Opens the data set that `spec` names (grammar above). Raises `UserError` naming what is wrong and the mend."""
+    """Opens the data set that `spec` names (grammar above). Raises `UserError` with the fix."""
     kind, rest, options = split_spec(spec)
     opener, allowed = KINDS[kind]
     for key in options:
@@ -64,7 +64,7 @@ def open_source(spec: str) -> Source:
 
 
 def fingerprint(source: Source, count: int = 16) -> str:
-    """A short name of what a source holds, from `count` of its examples spread evenly: pictures, labels and names."""
+    """A short name of what a source holds, from `count` of its examples spread evenly."""
     digest = hashlib.sha256(str(len(source)).encode())
     for index in sorted({i * (len(source) - 1) // max(count - 1, 1) for i in range(count)}):
         try:

@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from dino_jax.data.decode import BadImage, decode
-from dino_jax.data.pipeline import centre_crop, resize_shorter
+from dino_jax.data.pipeline import center_crop, resize_shorter
 from dino_jax.data.sources import open_source
 from dino_jax.errors import UserError
 from dino_jax.inference.anysize import Filled, any_size
@@ -87,7 +87,7 @@ class Model:
         if resize:
             pixels = resize_shorter(pixels, resize)
         if crop:
-            pixels = centre_crop(pixels, (crop, crop) if isinstance(crop, int) else crop)
+            pixels = center_crop(pixels, (crop, crop) if isinstance(crop, int) else crop)
         mean, std = (np.asarray(values, np.float32) for values in (self.config.data.mean, self.config.data.std))
         return (pixels.astype(np.float32) / 255 - mean) / std
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import itertools
 import json
 import os
@@ -18,7 +17,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from dino_jax.config import KEYS, Key, Keys, default, flat_keys, in_words
-from dino_jax.errors import UserError
+from dino_jax.errors import UserError, did_you_mean
 
 PER_CHANNEL = ("data.mean", "data.std")  # as many values as there are channels
 _PACKAGE = pathlib.Path(__file__).parent
@@ -56,7 +55,7 @@ def find(name: str | os.PathLike[str]) -> pathlib.Path:
         return pathlib.Path(path)
     known, wanted = named(), str(name).removesuffix(".py")
     if wanted not in known:
-        near = suggest(wanted.removeprefix("configs/"), known)
+        near = did_you_mean(wanted.removeprefix("configs/"), known)
         raise UserError(f"--config={name}: there is no such file or name{near} (names: {', '.join(known)})")
     return known[wanted]
 
@@ -79,7 +78,7 @@ def override(config: ConfigDict, overrides: Iterable[str]) -> ConfigDict:
         if not argument.startswith("--config.") or not equals:
             raise UserError(f"{argument}: overrides have the form --config.KEY=VALUE")
         if key not in known:
-            raise UserError(f"{argument}: there is no key {key!r}{suggest(key, known)}")
+            raise UserError(f"{argument}: there is no key {key!r}{did_you_mean(key, known)}")
         given[key] = _as_pair(value, known[key])  # the last one counts
     argv = ["dino-jax", *(f"--config.{key}={value}" for key, value in given.items())]
     values = flags.FlagValues()
@@ -92,15 +91,6 @@ def override(config: ConfigDict, overrides: Iterable[str]) -> ConfigDict:
             kind = type(known[key]).__name__ if known[key] is not None else owner.get_type(name).__name__
             raise UserError(f"--config.{key}={value}: this key takes a value of type {kind}") from error
     return config
-
-
-def suggest(word: str, known: Iterable[str]) -> str:
-    """`; did you mean 'optim.lr'?`, or nothing if no known word is near."""
-    known = list(known)
-    near = difflib.get_close_matches(word, known, 1, 0.6)
-    near = near or [k for k in known if k.rsplit(".", 1)[-1] == word.rsplit(".", 1)[-1]]
-    near = near or difflib.get_close_matches(word.rsplit(".", 1)[-1], [k.rsplit(".", 1)[-1] for k in known], 1, 0.6)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _as_pair(text: str, current: Any) -> str:
@@ -143,7 +133,7 @@ def from_json(text: str, where: str = "the saved configuration") -> ConfigDict:
     known = flatten(config)
     for key, value in flat.items():
         if key not in known:
-            raise UserError(f"{where}: there is no key {key!r} in this version{suggest(key, known)}")
+            raise UserError(f"{where}: there is no key {key!r} in this version{did_you_mean(key, known)}")
         owner, name = _place(config, key)
         owner[name] = tuple(value) if isinstance(value, list | tuple) else value
     return config
@@ -193,7 +183,7 @@ def check_values(flat: Mapping[str, Any], keys: Keys, prefix: str = "") -> None:
     """Raises `UserError` for a value (by dotted key) outside of what `keys` declare; `prefix` goes before the key."""
     for name, key in flat_keys(keys):
         if (error := key.error(flat[name])) is not None:
-            near = suggest(flat[name], key.choices) if key.choices else ""
+            near = did_you_mean(flat[name], key.choices) if key.choices else ""
             raise UserError(f"{prefix}{name}={flat[name]!r}: {error}{near}")
 
 

@@ -24,7 +24,6 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from dino_jax.data.pipeline import make_eval_dataset
 from dino_jax.data.sources import Source, open_source
@@ -32,6 +31,7 @@ from dino_jax.errors import UserError
 from dino_jax.eval.results import load_arrays, save_arrays
 from dino_jax.inference.model import Forward, Model
 from dino_jax.models import Backbone
+from dino_jax.progress import Progress
 
 Batch = dict[str, Any]
 View = Callable[[Backbone, jax.Array], Any]
@@ -225,12 +225,12 @@ def source_features(
         channels=len(model.mean),
         workers=config.workers,
     )
-    with tqdm(total=len(source), desc=spec, unit="picture", disable=None) as bar:  # on a terminal only
+    with Progress(len(source), 0, spec, unit="images", active=jax.process_index() == 0) as bar:
         features, labels = extract(
             model,
             counted(batches, spec, len(source)),
             view=view,
-            progress=lambda done: bar.update(min(done * jax.process_count(), len(source)) - bar.n),
+            progress=lambda done: bar.update(min(done * jax.process_count(), len(source))),
         )
     if path is not None and jax.process_index() == 0:
         save_arrays(path, features=features, labels=labels)

@@ -27,7 +27,7 @@ from ml_collections import ConfigDict
 
 from dino_jax import config_io
 from dino_jax.config import Key, Keys, build
-from dino_jax.errors import UserError
+from dino_jax.errors import UserError, did_you_mean
 from dino_jax.eval import protocols
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def names() -> list[str]:
 def get(name: str) -> Protocol:
     """The protocol of a name. Raises `UserError` for an unknown one."""
     if name not in (known := names()):
-        near = config_io.suggest(name, [*known, ALL])
+        near = did_you_mean(name, [*known, ALL])
         raise UserError(f"unknown protocol {name!r}{near} (one of {', '.join(known)}, {ALL})")
     found: Protocol = importlib.import_module(f"{protocols.__name__}.{name}").PROTOCOL
     return found

@@ -18,6 +18,7 @@ from dino_jax.errors import UserError
 from dino_jax.eval.protocol import ALL, Protocol, check, get, keys_of, members, names
 from dino_jax.eval.published import architecture, table
 from dino_jax.inference.model import Model, load
+from dino_jax.storage import absolute, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -162,7 +163,7 @@ def _settings(name: str, default: ConfigDict, file: str | None) -> ConfigDict:
 
 def _writable(option: str, path: str) -> str:
     """The folder at `path`, made and tested by process 0 before the long part."""
-    folder = epath.Path(path).expanduser()
+    folder = absolute(path)
     try:
         if jax.process_index() == 0:
             folder.mkdir(parents=True, exist_ok=True)
@@ -175,8 +176,6 @@ def _writable(option: str, path: str) -> str:
 
 def _write(out: str, figures: dict[str, Any]) -> None:
     try:
-        path = epath.Path(out).expanduser()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(figures, indent=2, default=float) + "\n")
+        write_atomically(absolute(out), json.dumps(figures, indent=2, default=float) + "\n")
     except OSError as error:
         raise UserError(f"--out={out}: cannot be written: {error.strerror or error}") from error

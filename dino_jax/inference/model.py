@@ -25,14 +25,15 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from dino_jax.data.decode import BadImage, decode
-from dino_jax.data.pipeline import centre_crop, resize_shorter
+from dino_jax.data.pipeline import center_crop, resize_shorter
 from dino_jax.data.sources import open_source
 from dino_jax.errors import UserError
 from dino_jax.models import Backbone, build_backbone
 from dino_jax.models.packing import AnySize, Array, Packed
+from dino_jax.progress import track
+from dino_jax.storage import absolute, new_file
 from dino_jax.weights.load import open_weights
 
 Picture = str | os.PathLike | bytes | np.ndarray
@@ -130,7 +131,7 @@ class Model:
         if resize:
             pixels = resize_shorter(pixels, resize)
         if crop:
-            pixels = centre_crop(pixels, (crop, crop) if isinstance(crop, int) else crop)
+            pixels = center_crop(pixels, (crop, crop) if isinstance(crop, int) else crop)
         mean, std = (np.asarray(values, np.float32) for values in (self.config.data.mean, self.config.data.std))
         return (pixels.astype(np.float32) / 255 - mean) / std
 
@@ -162,7 +163,7 @@ class Model:
             flying.append((self._run([packed.inputs for _, packed in group], patches), group))
             land(2)
 
-        for place, image in enumerate(tqdm(images, disable=not progress, unit="picture")):
+        for place, image in enumerate(track(images, "features", active=progress)):
             packed = self._any_size.pack(self._checked(image))
             group = waiting.setdefault(packed.key, [])
             group.append((place, packed))
@@ -242,7 +243,7 @@ def write_features(
     names, labels, bad = [], [], []
 
     def pictures() -> Iterable[np.ndarray]:
-        for index in tqdm(range(len(source)), disable=not progress, unit="picture"):
+        for index in track(range(len(source)), "features", active=progress):
             try:
                 example = source[index]
                 pixels = model.preprocess(example.image, resize=resize or 0, crop=crop or 0)
@@ -263,11 +264,6 @@ def write_features(
         arrays["features"] = found
     if bad:
         log.warning("%d pictures could not be read and are left out: %s", len(bad), "; ".join(bad[:5]))
-    _save(epath.Path(out).expanduser(), arrays)
-    return {"images": len(names), "unreadable": len(bad)}
-
-
-def _save(path: epath.Path, arrays: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
+    with new_file(absolute(out)) as local, local.open("wb") as file:
         np.savez(file, **arrays)
+    return {"images": len(names), "unreadable": len(bad)}

@@ -7,14 +7,13 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from dino_jax.errors import UserError
+from dino_jax.errors import UserError, did_you_mean
 from dino_jax.models.backbone import Backbone, Tokens
 from dino_jax.models.head import Head
 from dino_jax.models.layers import can_fuse_attention, patch_grid
@@ -118,6 +117,4 @@ def _numerics(model: ConfigDict) -> dict:
 def _choice(key: str, name: str, table: dict) -> Any:
     if name in table:
         return table[name]
-    close = difflib.get_close_matches(name, table, n=1)
-    hint = f"did you mean {close[0]}? " if close else ""
-    raise UserError(f"{key}={name!r} is unknown: {hint}one of {', '.join(table)}")
+    raise UserError(f"{key}={name!r} is unknown: one of {', '.join(table)}{did_you_mean(name, table)}")

@@ -348,7 +348,7 @@ def test_data_whose_first_picture_is_damaged(tmp_path):
     (tmp_path / "a.jpg").write_bytes(b"not a picture")
     check = doctor._data("data", str(tmp_path), None)
     assert check.state == "missing"
-    assert "not a picture" in check.found
+    assert "not an image" in check.found
 
 
 @pytest.mark.parametrize("spec", ["/nowhere", "tfds", "scene:train", "scenes:train?sise=3", "list:/nowhere.txt", ""])

@@ -28,7 +28,16 @@ from dino_jax.errors import UserError
 from dino_jax.eval import davis
 from dino_jax.eval.draw import SHOWN, palette, save_rows, tile, tinted
 from dino_jax.eval.features import Patches, fingerprint, run
-from dino_jax.eval.images import grouped, linear_resize, list_pictures, nearest, parallel, read_labels, read_picture
+from dino_jax.eval.images import (
+    grouped,
+    linear_resize,
+    list_pictures,
+    listed,
+    nearest,
+    parallel,
+    read_labels,
+    read_picture,
+)
 from dino_jax.eval.propagation import hard_labels, propagate
 from dino_jax.eval.protocol import THREADS, Data, Protocol
 from dino_jax.eval.results import save_json
@@ -177,12 +186,7 @@ def open_videos(data: str, split: str, channels: int = 3) -> Iterator[Video]:
         yield from (_clip(source, index) for index in range(len(source)))
         return
     root = epath.Path(data)
-    listing = root / "ImageSets" / "2017" / f"{split}.txt"
-    if not listing.exists():
-        raise UserError(f"{listing}: no such file: give the DAVIS 2017 folder as --data")
-    names = listing.read_text().split()
-    if not names:
-        raise UserError(f"{listing}: the list is empty")
+    names = listed(root / "ImageSets" / "2017" / f"{split}.txt", "give the DAVIS 2017 folder as --data")
     yield from (_davis(root, name, channels) for name in names)
 
 
@@ -210,7 +214,7 @@ def _stacked(name: str, maps: list[np.ndarray]) -> np.ndarray:
 
 
 def _save(folder: epath.Path, stems: Sequence[str], labels: np.ndarray) -> None:
-    """Indexed images; the folder gets its name only when all of them are there."""
+    """Indexed images. The whole folder is renamed at the end, since it is read back only if complete."""
     partial = folder.parent / f"{folder.name}.partial"
     partial.mkdir(parents=True, exist_ok=True)
     for stem, frame in zip(stems, labels, strict=True):

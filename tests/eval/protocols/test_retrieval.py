@@ -94,6 +94,9 @@ def test_gnd_files_cannot_run_anything(tmp_path):
     path.write_bytes(pickle.dumps({"imlist": [], "qimlist": [], "gnd": Evil()}))
     with pytest.raises(UserError, match="refused"):
         read_gnd(path)
+    path.write_bytes(b"cnumpy\ndtype\n(N(Vpwned\nI1\ndtb.")  # BUILD with (None, {"pwned": 1}) sets attributes
+    with pytest.raises(UserError, match="state for a type"):
+        read_gnd(path)
     path.write_bytes(b"\x80\x02garbage")
     with pytest.raises(UserError, match="not a ground-truth file"):
         read_gnd(path)

@@ -6,9 +6,13 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from dino_jax.models import ViT, build_network
+from dino_jax.models.network import Outputs
+from dino_jax.objectives.objective import make_objectives
 
 
 def step_flops(config: ConfigDict, rows: float, model_ways: int = 1) -> float | None:
@@ -26,9 +30,15 @@ def step_flops(config: ConfigDict, rows: float, model_ways: int = 1) -> float | 
     crop_sizes = sizes + [tuple(crops.local_size)] * crops.local_count
     patches, blocks = _backbone(vit, crop_sizes)
     crop_head = _head(head, vit.embed_dim, model_ways)
-    loss = 2 * 2 * len(crop_sizes) * head.out_dim / model_ways  # each crop against both targets
+    at_once = rows / config.run.accum_steps
+
+    def shaped(width: float) -> Any:
+        return jax.ShapeDtypeStruct((at_once, len(crop_sizes), width), jnp.float32)
+
+    outputs = Outputs(cls=shaped(vit.embed_dim), logits=shaped(head.out_dim / model_ways))
+    objectives = sum(term.flops(outputs) for term in make_objectives(config)) / at_once
     recomputed = blocks if config.run.remat == "blocks" else 0
-    student = 2 * patches + 3 * (blocks + crop_head * len(crop_sizes)) + 2 * loss + recomputed
+    student = 2 * patches + 3 * (blocks + crop_head * len(crop_sizes)) + objectives + recomputed
     teacher = sum(_backbone(vit, sizes)) + 2 * crop_head
     return rows * (student + teacher)
 

@@ -152,6 +152,9 @@ KEYS: Keys = {
             "student_temp": Key(0.1, "softmax temperature of the student", "(0, inf)"),
             "center_momentum": Key(0.9, "EMA momentum of the center", "[0, 1]"),
         },
+        "koleo": {
+            "weight": Key(0.0, "of the KoLeo loss, which spreads the CLS features (DINOv2: 0.1); 0: off", "[0, inf)"),
+        },
     },
     "eval": {
         "knn_every": Key(0, "epochs between k-NN evaluations of the teacher; 0: never", "[0, inf)"),

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dino_jax.errors import UserError
+from dino_jax.models.layers import unit
 
 
 def average_precision(ranks: np.ndarray, positives: int) -> float:
@@ -67,7 +68,6 @@ def revisited_scores(
 
 def similarity(database: np.ndarray, queries: np.ndarray) -> np.ndarray:
     """Cosine similarity [N, Q] at the highest matmul precision."""
-    unit = lambda x: x / jnp.maximum(jnp.linalg.norm(x, axis=1, keepdims=True), 1e-12)  # noqa: E731
     return np.asarray(jnp.matmul(unit(jnp.asarray(database)), unit(jnp.asarray(queries)).T, precision="highest"))
 
 

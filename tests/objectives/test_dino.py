@@ -20,7 +20,7 @@ B, C, K = 3, 4, 7
 def logits():
     """Student [B, C, K], teacher [B, 2, K], center [K]."""
     rng = np.random.default_rng(0)
-    return [rng.standard_normal(shape).astype(np.float32) for shape in ((B, C, K), (B, 2, K), (K,))]
+    return [jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((B, C, K), (B, 2, K), (K,))]
 
 
 def softmax(x):

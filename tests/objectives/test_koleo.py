@@ -44,7 +44,7 @@ def test_official_numbers_in_float32(load_reference, case):
 
 def test_closed_form():
     """Minus the mean log of each unit vector's distance to its nearest other one."""
-    x = np.random.default_rng(0).standard_normal((6, 5)).astype(np.float32)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((6, 5)), jnp.float32)
     unit = x / np.linalg.norm(x, axis=1, keepdims=True)
     distances = np.linalg.norm(unit[:, None] - unit[None], axis=-1) + 10 * np.eye(6)
     np.testing.assert_allclose(koleo(x), -np.log(distances.min(axis=1)).mean(), rtol=1e-5)
@@ -64,13 +64,13 @@ def koleo_config(weight: float = 0.1):
     return config
 
 
-def test_both_global_views_and_no_other_crop_count():
+def test_the_two_global_views_count_and_no_other_crop():
     rng = np.random.default_rng(0)
-    cls = rng.standard_normal((4, 5, 8)).astype(np.float32)
+    cls = jnp.asarray(rng.standard_normal((4, 5, 8)), jnp.float32)
     _, term = make_objectives(koleo_config())
     assert (term.name, term.weight) == ("koleo", 0.1)
-    outputs = Outputs(cls, np.zeros((4, 5, 64), np.float32))
-    loss, _ = term.loss(outputs, None, 0)
+    outputs = Outputs(cls, jnp.zeros((4, 5, 64)))
+    loss, _ = term.loss(outputs, None, jnp.int32(0))
     np.testing.assert_allclose(loss, koleo(cls[:, 0]) + koleo(cls[:, 1]), rtol=1e-6)
 
 

@@ -15,7 +15,9 @@ import jax
 import numpy as np
 import pytest
 
-from tests import reference_files
+from tests import reference_files, type_checks
+
+type_checks.install()
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from dino_jax.errors import UserError
 from dino_jax.models.layers import (
@@ -217,7 +218,12 @@ class XCiT(nn.Module):
         ]
         self.norm = layer_norm(self)
 
-    def __call__(self, images: Array, drop_path: Array | None = None, train: bool = False) -> Array:
+    def __call__(
+        self,
+        images: Float[Array, "B h w c"],
+        drop_path: Float[Array, "depth 3 B"] | None = None,
+        train: bool = False,
+    ) -> Float[Array, "B D"]:
         """CLS after the final norm, [B, D], for normalised `images` [B, h, w, c].
 
         `drop_path` [depth, 3, B]: factors (0 or 1 / keep probability) of the attention, MLP and local branches of the

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Bool, Float, UInt8
 
 from dino_jax.eval.images import linear_matrix
 from dino_jax.models.layers import unit
@@ -26,16 +27,16 @@ TILE = 8  # patches
 
 
 def propagate(
-    context_features: jax.Array,
-    target_features: jax.Array,
-    context_labels: jax.Array,
-    valid: np.ndarray | None = None,
+    context_features: Float[jax.Array | np.ndarray, "n h w D"],
+    target_features: Float[jax.Array | np.ndarray, "h w D"],
+    context_labels: Float[jax.Array | np.ndarray, "n h w L"],
+    valid: Bool[np.ndarray, " n"] | None = None,
     *,
     radius: int = 12,
     topk: int = 5,
     temperature: float = 0.1,
     devices: Sequence[jax.Device] | None = None,
-) -> jax.Array:
+) -> Float[jax.Array, "h w L"]:
     """Soft labels [h, w, L] of the target frame.
 
     Args:
@@ -112,7 +113,7 @@ def _tile(
     return mixed.reshape(TILE, TILE, -1)
 
 
-def hard_labels(soft: jax.Array, scale: int) -> jax.Array:
+def hard_labels(soft: Float[jax.Array | np.ndarray, "h w L"], scale: int) -> UInt8[jax.Array, "y x"]:
     """Label map uint8 [scale * h, scale * w] of soft labels [h, w, L].
 
     Bilinear enlargement (half-pixel centres, edges repeated), each label stretched to 0..1 over the picture, argmax.

@@ -8,6 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from dino_jax.models.backbone import Backbone
 from dino_jax.models.layers import Array, check_channels, conv
@@ -66,7 +67,9 @@ class ResNet(Backbone):
         return 64 * 2 ** (len(self.stages) - 1) * (4 if self.bottleneck else 1)
 
     @nn.compact
-    def __call__(self, images: Array, drop_path: None = None, train: bool = False) -> Array:
+    def __call__(
+        self, images: Float[Array, "B h w c"], drop_path: Float[Array, "0 _ B"] | None = None, train: bool = False
+    ) -> Float[Array, "B D"]:
         """Features [B, D] of normalised `images` [B, h, w, c]; there are no branches for a `drop_path`."""
         check_channels(images, self.in_chans)
         size, stride = (3, 1) if self.small_stem else (7, 2)

@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from dino_jax.errors import UserError
 from dino_jax.models.backbone import Backbone, Tokens, split_tokens
@@ -50,7 +51,11 @@ def resize_matrix(source: int, target: int) -> np.ndarray:
     return matrix
 
 
-def resize_pos_embed(pos_embed: Array, grid: tuple[int, int], table_grid: tuple[int, int] | None = None) -> Array:
+def resize_pos_embed(
+    pos_embed: Float[Array | np.ndarray, "1 source D"],
+    grid: tuple[int, int],
+    table_grid: tuple[int, int] | None = None,
+) -> Float[Array | np.ndarray, "1 target D"]:
     """The position table [1, 1 + N, D] for another `grid` (rows, columns): [1, 1 + rows * columns, D], CLS first.
 
     As the official `interpolate_pos_encoding` for images that the patches fill: bicubic with the scale (n + 0.1) /
@@ -159,7 +164,12 @@ class ViT(Backbone):
         self.blocks = [block(self.heads, self.embed_dim, *numerics) for _ in range(self.depth)]
         self.norm = layer_norm(self)
 
-    def __call__(self, images: Array, drop_path: Array | None = None, train: bool = False) -> Array:
+    def __call__(
+        self,
+        images: Float[Array, "B h w c"],
+        drop_path: Float[Array, "depth 2 B"] | None = None,
+        train: bool = False,
+    ) -> Float[Array, "B D"]:
         """CLS after the final norm, [B, D], for normalised `images` [B, h, w, c].
 
         `drop_path` [depth, 2, B]: factors (0 or 1 / keep probability) of the attention and MLP branches; None: off.

@@ -152,7 +152,7 @@ def test_official_checkpoint(reference, load_reference):
     for name, found in (("student", weights.student), ("teacher", weights.teacher)):
         state = section(data, f"{name}/", np.float32)
         jax.tree.map(np.testing.assert_array_equal, found["params"], network_params(state, said["norm_last_layer"]))
-    np.testing.assert_array_equal(weights.center, data["center"].ravel().astype(np.float32))
+    np.testing.assert_array_equal(weights.objectives["dino"]["center"], data["center"].ravel().astype(np.float32))
 
 
 def check_vit(data: dict[str, np.ndarray], dtype, tolerance: float) -> None:
@@ -213,7 +213,7 @@ def check_linear_features(vit: dict, data: dict, dtype, tolerance: float) -> Non
     state = section(vit, "param/", dtype)
     heads = next(value.shape[1] for key, value in vit.items() if key.startswith("attn/"))
     model, variables = vit_of(state, heads, dtype), {"params": to_variables(state)["params"]}
-    images = data["in"].transpose(0, 2, 3, 1).astype(dtype)
+    images = jnp.asarray(data["in"].transpose(0, 2, 3, 1), dtype)
     last_two = model.apply(variables, images, 2, method="tokens")  # [2, B, ...]
     n2 = jnp.concatenate([last_two.cls[0], last_two.cls[1]], axis=-1)
     pair = jnp.stack([last_two.cls[-1], last_two.flat_patches[-1].mean(axis=1)], axis=-1)  # [B, D, 2]: interleaved

@@ -18,7 +18,7 @@ from dino_jax.errors import UserError
 from dino_jax.models.vit import resize_pos_embed
 from dino_jax.training.step import TrainState, make_recipe, state_from_student, to_items
 from dino_jax.weights import architecture, checkpoint, importer
-from dino_jax.weights.importer import Moments, Weights
+from dino_jax.weights.importer import Moments, Restored
 from dino_jax.weights.load import open_weights
 
 STEMS = ("patch_embed/kernel", "patch_embed/proj_0_0/kernel", "conv1/kernel")  # what sees the image's channels
@@ -61,7 +61,7 @@ def start_from(state: TrainState, config: ConfigDict) -> tuple[TrainState, list[
     return state, notes
 
 
-def _same_head(weights: Weights, state: TrainState) -> tuple[bool, str]:
+def _same_head(weights: Restored, state: TrainState) -> tuple[bool, str]:
     """Whether the CKPT's head fits, and if not why."""
     theirs = weights.teacher["params"].get("head")
     if theirs is None:
@@ -76,7 +76,7 @@ def _same_head(weights: Weights, state: TrainState) -> tuple[bool, str]:
 
 
 def _fitted(
-    source: Any, target: Any, weights: Weights, config: ConfigDict, head: bool, notes: list[str]
+    source: Any, target: Any, weights: Restored, config: ConfigDict, head: bool, notes: list[str]
 ) -> dict[str, Any]:
     """`source`'s arrays in the shapes, dtypes and places of `target`; its head only with `head`."""
     have, want = _flat(source), _flat(target)
@@ -151,7 +151,7 @@ def import_weights(
     return write_checkpoint(importer.read(file_or_name, heads=heads, from_file=from_file), out)
 
 
-def write_checkpoint(weights: Weights, out: epath.PathLike) -> epath.Path:
+def write_checkpoint(weights: Restored, out: epath.PathLike) -> epath.Path:
     """Writes `weights` as step 0 of a new workdir `out`, with the configuration beside it; returns `out`.
 
     A whole network becomes a whole training state, its optimizer at the file's moments or at none; a backbone alone is
@@ -168,7 +168,7 @@ def write_checkpoint(weights: Weights, out: epath.PathLike) -> epath.Path:
     return out
 
 
-def _items(weights: Weights) -> dict[str, Any]:
+def _items(weights: Restored) -> dict[str, Any]:
     if weights.student is None:
         return {"teacher": weights.teacher}
     recipe = make_recipe(weights.config, steps_per_epoch=1)

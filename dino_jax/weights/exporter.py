@@ -17,7 +17,7 @@ from dino_jax.models import build_backbone
 from dino_jax.objectives.objective import make_objectives
 from dino_jax.weights import architecture, keys, programs
 from dino_jax.weights.containers import timm_prefix
-from dino_jax.weights.importer import ARGS, GAIN, Weights
+from dino_jax.weights.importer import ARGS, GAIN, Restored
 from dino_jax.weights.load import open_weights
 from dino_jax.weights.pth import write_pth
 
@@ -61,7 +61,7 @@ def export_weights(
     return path
 
 
-def official(weights: Weights) -> dict[str, Any]:
+def official(weights: Restored) -> dict[str, Any]:
     """What the official code saves: `student`, `teacher`, `args`, the objectives' states where it keeps them.
 
     Of a backbone alone, its state dict.
@@ -81,7 +81,7 @@ def official(weights: Weights) -> dict[str, Any]:
     return {**content, "args": _arguments(weights)}
 
 
-def backbone_tensors(weights: Weights, name: str) -> Tensors:
+def backbone_tensors(weights: Restored, name: str) -> Tensors:
     """The teacher's backbone under the names of `official`, `timm` or `hf`; `UserError` if it has none for it."""
     rules = architecture.rules(weights.config, name)
     table = keys.key_table(architecture.backbone_shapes(weights.config), rules)
@@ -94,7 +94,7 @@ def part(variables: keys.Variables, name: str) -> keys.Variables:
     return {collection: tree[name] for collection, tree in variables.items() if name in tree}
 
 
-def _network(weights: Weights, variables: keys.Variables) -> Tensors:
+def _network(weights: Restored, variables: keys.Variables) -> Tensors:
     """The state dict of backbone and head; a gain that is not trained is 1."""
     rules = architecture.rules(weights.config, "official")
     tensors = keys.to_torch(architecture.network_table(weights.config, rules, with_head=True), variables)
@@ -107,7 +107,7 @@ def _prefixed(tensors: Tensors, prefix: str) -> Tensors:
     return {f"{prefix}{key}": value for key, value in tensors.items()}
 
 
-def _arguments(weights: Weights) -> dict[str, Any]:
+def _arguments(weights: Restored) -> dict[str, Any]:
     """The official `args`, as a plain dict: `torch.load(weights_only=True)` refuses a Namespace."""
     config = weights.config
     args: dict[str, Any] = {}
@@ -122,11 +122,11 @@ def _arguments(weights: Weights) -> dict[str, Any]:
     return args | {"norm_last_layer": config.head.norm_last_layer, "use_bn_in_head": config.head.use_bn}
 
 
-def _write_official(weights: Weights, path: epath.Path, **_: Any) -> None:
+def _write_official(weights: Restored, path: epath.Path, **_: Any) -> None:
     write_pth(path, official(weights))
 
 
-def _write_timm(weights: Weights, path: epath.Path, **_: Any) -> None:
+def _write_timm(weights: Restored, path: epath.Path, **_: Any) -> None:
     tensors = backbone_tensors(weights, "timm")
     if path.suffix == ".pth":
         write_pth(path, tensors)
@@ -134,7 +134,7 @@ def _write_timm(weights: Weights, path: epath.Path, **_: Any) -> None:
         write_atomically(path, safetensors.numpy.save(tensors, metadata={"format": "pt"}))
 
 
-def _write_hf(weights: Weights, path: epath.Path, **_: Any) -> None:
+def _write_hf(weights: Restored, path: epath.Path, **_: Any) -> None:
     write_atomically(path, safetensors.numpy.save(backbone_tensors(weights, "hf"), metadata={"format": "pt"}))
     config, (height, width) = weights.config, weights.config.crops.global_size
     backbone = build_backbone(config.model, (height, width))
@@ -157,15 +157,15 @@ def _write_hf(weights: Weights, path: epath.Path, **_: Any) -> None:
     write_atomically(path.parent / "config.json", json.dumps(description, indent=2))
 
 
-def _write_stablehlo(weights: Weights, path: epath.Path, **options: Any) -> None:
+def _write_stablehlo(weights: Restored, path: epath.Path, **options: Any) -> None:
     write_atomically(path, programs.stablehlo(*_backbone(weights), channels=weights.config.model.in_chans, **options))
 
 
-def _write_onnx(weights: Weights, path: epath.Path, **options: Any) -> None:
+def _write_onnx(weights: Restored, path: epath.Path, **options: Any) -> None:
     write_atomically(path, programs.onnx(*_backbone(weights), channels=weights.config.model.in_chans, **options))
 
 
-def _backbone(weights: Weights) -> tuple[Any, keys.Variables]:
+def _backbone(weights: Restored) -> tuple[Any, keys.Variables]:
     return build_backbone(weights.config.model, weights.config.crops.global_size), part(weights.teacher, "backbone")
 
 

@@ -58,7 +58,7 @@ class Moments(NamedTuple):
     count: Any  # params tree of int32 scalars; the last layer's may be fewer (it was frozen)
 
 
-class Weights(NamedTuple):
+class Restored(NamedTuple):
     """What a weight file holds, as this package has it. Trees are NumPy, float32."""
 
     config: ConfigDict
@@ -68,7 +68,9 @@ class Weights(NamedTuple):
     moments: Moments | None = None
 
 
-def read(file_or_name: epath.PathLike, *, heads: int | None = None, from_file: epath.PathLike | None = None) -> Weights:
+def read(
+    file_or_name: epath.PathLike, *, heads: int | None = None, from_file: epath.PathLike | None = None
+) -> Restored:
     """The weights in a file, or under a released model's name (downloaded once).
 
     Args:
@@ -101,14 +103,14 @@ def read(file_or_name: epath.PathLike, *, heads: int | None = None, from_file: e
     raise UserError(f"{path}: no weights in it: neither named tensors nor a `teacher` that holds them")
 
 
-def _from_backbone(tensors: keys.Tensors, heads: int | None, source: epath.Path) -> Weights:
+def _from_backbone(tensors: keys.Tensors, heads: int | None, source: epath.Path) -> Restored:
     """A backbone alone, or a network's state dict without anything around it."""
     network = _regular(tensors)
     hints = _neighbor(source) if any("embeddings." in key for key in network) else architecture.Hints()
     return _weights(default(), network, hints._replace(heads=heads or hints.heads), source)
 
 
-def _from_checkpoint(content: Mapping[str, Any], heads: int | None, source: epath.Path) -> Weights:
+def _from_checkpoint(content: Mapping[str, Any], heads: int | None, source: epath.Path) -> Restored:
     """A full checkpoint of the official code."""
     config, args = default(), _arguments(content.get("args"))
     student, optimizer = content.get("student"), content.get("optimizer")
@@ -172,7 +174,7 @@ def _weights(
     source: epath.Path,
     student: dict[str, np.ndarray] | None = None,
     train_gain: bool = False,
-) -> Weights:
+) -> Restored:
     """Fills the configuration from the shapes and maps teacher and student through its table."""
     backbone, head = section(network, "backbone."), section(network, "head.")
     fmt = architecture.recognise(backbone, source)
@@ -183,7 +185,7 @@ def _weights(
         architecture.fill_head(config, head, train_gain, source)
     table = architecture.network_table(config, fmt.rules, bool(head))
     trees = [keys.from_torch(table, _without_gain(state, train_gain), source) for state in both]
-    return Weights(config, trees[0], trees[1] if student is not None else None)
+    return Restored(config, trees[0], trees[1] if student is not None else None)
 
 
 def _without_gain(state: dict[str, np.ndarray], train_gain: bool) -> dict[str, np.ndarray]:

@@ -8,10 +8,10 @@ from etils import epath
 
 from dino_jax import config_io
 from dino_jax.weights import checkpoint, importer, names
-from dino_jax.weights.importer import Weights
+from dino_jax.weights.importer import Restored
 
 
-def open_weights(ckpt: epath.PathLike, *, heads: int | None = None, everything: bool = False) -> Weights:
+def open_weights(ckpt: epath.PathLike, *, heads: int | None = None, everything: bool = False) -> Restored:
     """The weights of a CKPT: a workdir, one step's folder, an imported folder, a weight file, a released model's name.
 
     Args:
@@ -34,7 +34,7 @@ def open_weights(ckpt: epath.PathLike, *, heads: int | None = None, everything: 
     restored = checkpoint.restore(directory, step, abstract)
     objectives = restored["rest"]["objectives"] if "rest" in restored else {}
     student = _variables(restored["student"]) if "student" in restored else None
-    return Weights(config, _variables(restored["teacher"]), student, objectives)
+    return Restored(config, _variables(restored["teacher"]), student, objectives)
 
 
 def _variables(tree: Any) -> dict[str, Any]:

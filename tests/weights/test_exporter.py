@@ -15,7 +15,7 @@ from dino_jax.models import BACKBONES, build_backbone
 from dino_jax.training.start import import_weights, write_checkpoint
 from dino_jax.weights import architecture, importer, keys
 from dino_jax.weights.exporter import backbone_tensors, export_weights, official, part
-from dino_jax.weights.importer import Weights
+from dino_jax.weights.importer import Restored
 from dino_jax.weights.load import open_weights
 from dino_jax.weights.pth import read_pth, write_pth
 from tests.weights.test_importer import same
@@ -23,7 +23,7 @@ from tests.weights.test_importer import same
 TINY = {"vit": {"embed_dim": 24, "depth": 2, "heads": 3}, "xcit": {"embed_dim": 32, "depth": 2, "heads": 4}}
 
 
-def random_weights(name: str, head: bool = False, size=(32, 32), registers: int = 0, **head_options) -> Weights:
+def random_weights(name: str, head: bool = False, size=(32, 32), registers: int = 0, **head_options) -> Restored:
     """A network of the registry, ViT and XCiT made tiny, with random numbers in every variable."""
     config, rng = default(), np.random.default_rng(0)
     config.model.name, config.model.patch_size = name, 8
@@ -46,8 +46,8 @@ def random_weights(name: str, head: bool = False, size=(32, 32), registers: int 
         for collection in ("params", "batch_stats")
     }
     if not head:
-        return Weights(config, trees)
-    return Weights(config, trees, fill(trees), {"dino": {"center": np.asarray(rng.normal(size=16), np.float32)}})
+        return Restored(config, trees)
+    return Restored(config, trees, fill(trees), {"dino": {"center": np.asarray(rng.normal(size=16), np.float32)}})
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +129,7 @@ def test_registers_come_back(tmp_path):
 
 
 def test_other_channel_counts_and_small_stem(tmp_path):
-    weights = Weights(default(), {})
+    weights = Restored(default(), {})
     weights.config.model.update({"name": "resnet18", "small_stem": True, "in_chans": 1})
     weights.config.data.mean, weights.config.data.std = (0.5,), (0.5,)
     shapes = architecture.backbone_shapes(weights.config)

@@ -12,7 +12,7 @@ from dino_jax.training.loop import train
 from dino_jax.training.start import write_checkpoint
 from dino_jax.weights import importer
 from dino_jax.weights.exporter import backbone_tensors, export_weights, part
-from dino_jax.weights.importer import Weights
+from dino_jax.weights.importer import Restored
 from dino_jax.weights.load import open_weights
 from tests.models.torch_names import sequence
 from tests.peers import peer
@@ -22,7 +22,7 @@ from tests.weights.test_exporter import random_weights
 pytestmark = pytest.mark.extra
 
 
-def ours(weights: Weights, images: np.ndarray, method=None) -> np.ndarray:
+def ours(weights: Restored, images: np.ndarray, method=None) -> np.ndarray:
     """Our output for images [B, c, h, w], or that of a method."""
     backbone = build_backbone(weights.config.model, weights.config.crops.global_size)
     apply = jax.jit(lambda variables, x: backbone.apply(variables, x, method=method))

@@ -15,20 +15,15 @@ import jax
 import numpy as np
 import pytest
 
-REFERENCE = pathlib.Path(os.environ.get("DINO_REFERENCE", pathlib.Path(__file__).parent / "reference"))
+from tests import reference_files, type_checks
+
+type_checks.install()
 
 
 @pytest.fixture
 def reference():
-    """`reference(name)`: the path of a reference file, or a skip where it is absent."""
-
-    def find(name: str) -> pathlib.Path:
-        path = REFERENCE / name
-        if not path.exists():
-            pytest.skip(f"{path} is absent")
-        return path
-
-    return find
+    """`reference(name)`: the path of a reference file in the repository's copy, which must hold it."""
+    return reference_files.own
 
 
 @pytest.fixture

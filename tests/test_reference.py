@@ -1,11 +1,12 @@
-"""Equality with the official implementation's numbers: every file under `$DINO_REFERENCE` (default tests/reference).
+"""The official implementation's numbers, file by file, in `tests/reference` or `$DINO_REFERENCE`.
 
-All sizes are read from the files; a file that is absent there is skipped.
+All sizes are read from the files, so other tensors of the same form can be checked too.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from functools import partial
 
 import jax
@@ -18,11 +19,29 @@ from dino_jax.eval import propagation, ranking
 from dino_jax.eval.protocols import knn, voc
 from dino_jax.models import resize_pos_embed
 from dino_jax.objectives.dino import dino_loss, teacher_log_probs, update_center
+from dino_jax.objectives.koleo import koleo
 from dino_jax.training.schedules import cosine
 from dino_jax.training.step import make_recipe, state_from_student, train_step
+from dino_jax.weights import importer
+from tests import reference_files
 from tests.models.torch_names import head_of, section, sequence, to_variables, vit_of
 
-OPTIMISERS = ("adamw", "sgd", "lars")
+TRAJECTORIES = ("trajectory_adamw.npz", "trajectory_sgd.npz", "trajectory_lars.npz")
+
+
+@pytest.fixture
+def reference():
+    """`reference(name)`: the path of a reference file in `$DINO_REFERENCE` if that is set."""
+    return reference_files.chosen
+
+
+def test_koleo(load_reference, x64):
+    data = load_reference("family/koleo.npz")
+    for case in {key.partition("/")[0] for key in data}:
+        loss, grad = jax.value_and_grad(koleo)(data[f"{case}/in"])
+        np.testing.assert_allclose(loss, data[f"{case}/loss"], rtol=1e-8, err_msg=case)
+        largest = np.abs(data[f"{case}/grad"]).max()  # gradients reach 1e7
+        np.testing.assert_allclose(grad, data[f"{case}/grad"], rtol=0, atol=1e-6 * largest, err_msg=case)
 
 
 def test_schedules(load_reference, x64):
@@ -42,7 +61,7 @@ def test_loss(load_reference, dtype, tolerance):
 
 
 def check_loss(data: dict[str, np.ndarray], dtype: str, tolerance: float) -> None:
-    """Loss, its gradient and the centre over consecutive steps; the files keep logits crop-major."""
+    """Loss, gradient and center over consecutive steps; the file keeps logits crop-major."""
     temps = data["teacher_temp_per_epoch"]
     center = jnp.zeros(data["step0/student"].shape[-1], dtype)
     batch = data["step0/teacher"].shape[0] // 2
@@ -67,7 +86,7 @@ def check_loss(data: dict[str, np.ndarray], dtype: str, tolerance: float) -> Non
 
 
 def trajectory_config(said: dict, dtype: str):
-    """The configuration that a trajectory's file describes."""
+    """The configuration of a trajectory, from the JSON in its file."""
     config = default()
     config.epochs, config.batch_size = said["epochs"], said["batch"]
     model = {"embed_dim": said["dim"], "patch_size": said["patch"], "drop_path": said["drop_path"], "dtype": dtype}
@@ -78,7 +97,7 @@ def trajectory_config(said: dict, dtype: str):
     config.crops.local_count = said["crops"] - 2
     config.optim.update({"name": said["optimizer"], "clip_grad": said["clip"], "min_lr": said["min_lr"]})
     config.optim.update({"weight_decay": said["wd"], "weight_decay_end": said["wd_end"]})
-    config.optim.lr = said["lr"] * 256 / said["batch"]  # the files give the scaled learning rate
+    config.optim.lr = said["lr"] * 256 / said["batch"]  # the file has the scaled learning rate
     config.optim.update({"warmup_epochs": said["warmup_epochs"], "freeze_last_layer": said["freeze_last_layer_epochs"]})
     config.teacher.update({"momentum": said["momentum"], "temp": said["teacher_temp"]})
     config.teacher.update(
@@ -88,7 +107,7 @@ def trajectory_config(said: dict, dtype: str):
 
 
 def network_params(state: dict[str, np.ndarray], norm_last_layer: bool):
-    """Torch names and arrays of backbone and head -> parameters; a fixed gain is none."""
+    """Torch names and arrays of backbone and head -> parameters; a fixed gain is not a parameter."""
     fixed = "head.last_layer.weight_g"
     if norm_last_layer:
         np.testing.assert_array_equal(state[fixed], 1)
@@ -98,15 +117,15 @@ def network_params(state: dict[str, np.ndarray], norm_last_layer: bool):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("float64", 1e-8)])
-@pytest.mark.parametrize("optimiser", OPTIMISERS)
-def test_trajectory(load_reference, optimiser, dtype, tolerance):
-    data = load_reference(f"trajectory_{optimiser}.npz")
+@pytest.mark.parametrize("file", TRAJECTORIES)
+def test_trajectory(load_reference, file, dtype, tolerance):
+    data = load_reference(file)
     with jax.enable_x64(dtype == "float64"):
         check_trajectory(data, dtype, tolerance)
 
 
 def check_trajectory(data: dict[str, np.ndarray], dtype: str, tolerance: float) -> None:
-    """Every loss of a short training run, and where student, teacher and centre end."""
+    """Every loss of a short training run, then student, teacher and center at its end."""
     said = json.loads(str(data["config"]))
     recipe = make_recipe(trajectory_config(said, dtype), said["steps_per_epoch"])
 
@@ -123,6 +142,17 @@ def check_trajectory(data: dict[str, np.ndarray], dtype: str, tolerance: float) 
     for found, prefix in ((state.student["params"], "student/"), (state.ema.teacher, "teacher/")):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=tolerance), found, params(prefix))
     np.testing.assert_allclose(state.objectives["dino"]["center"], data["center"].ravel(), rtol=0, atol=tolerance)
+
+
+def test_official_checkpoint(reference, load_reference):
+    """The end of the AdamW trajectory as a checkpoint of the official code."""
+    data = load_reference("trajectory_adamw.npz")
+    said = json.loads(str(data["config"]))
+    weights = importer.read(reference("official_checkpoint.pth"), heads=said["heads"])
+    for name, found in (("student", weights.student), ("teacher", weights.teacher)):
+        state = section(data, f"{name}/", np.float32)
+        jax.tree.map(np.testing.assert_array_equal, found["params"], network_params(state, said["norm_last_layer"]))
+    np.testing.assert_array_equal(weights.center, data["center"].ravel().astype(np.float32))
 
 
 def check_vit(data: dict[str, np.ndarray], dtype, tolerance: float) -> None:
@@ -155,7 +185,7 @@ def test_vit_float32(load_reference):
 
 
 def exactness(data: dict[str, np.ndarray]) -> float:
-    """What float64 can reach: the network was run in float64, and its weights may be kept rounded to float32."""
+    """The tolerance in float64: wider where the file keeps the weights rounded to float32."""
     return 1e-8 if data["param/cls_token"].dtype == np.float64 else 1e-6
 
 
@@ -207,7 +237,7 @@ def check_head(data: dict[str, np.ndarray], kind: str, dtype, tolerance: float) 
         del variables["params"]["last_layer"]["g"]
     features = data[f"{kind}/in"].astype(dtype)
     expected = to_variables(section(data, f"{kind}/after/", dtype))["batch_stats"]
-    # The file keeps the statistics after the training pass under `param` too; the pass itself began with torch's fresh.
+    # `param` in the file holds the statistics after the training pass, which began with torch's initial ones.
     variables["batch_stats"] = {
         name: {"mean": 0 * old["mean"], "var": 0 * old["var"] + 1} for name, old in expected.items()
     }
@@ -232,10 +262,12 @@ def test_head_float64(load_reference, x64, kind):
     check_head(load_reference("head.npz"), kind, np.float64, 1e-8)
 
 
-@pytest.mark.parametrize("mass", [0.6, 0.8])
-def test_attention_threshold(load_reference, mass):
+def test_attention_threshold(load_reference):
     data = load_reference("attention_threshold.npz")
-    np.testing.assert_array_equal(voc.attention_masks(data["attention"], mass), data[f"mask_{mass}"])
+    masks = section(data, "mask_")
+    assert masks
+    for mass, expected in masks.items():
+        np.testing.assert_array_equal(voc.attention_masks(data["attention"], float(mass)), expected, err_msg=mass)
 
 
 def test_label_propagation(load_reference):
@@ -252,7 +284,9 @@ def test_label_propagation(load_reference):
         temperature=float(data["temperature"]),
     )
     np.testing.assert_allclose(np.moveaxis(got, -1, 0), data["propagated"], atol=1e-5)
-    np.testing.assert_array_equal(propagation.hard_labels(got, 8), data["upsampled_x8_labels"])
+    (name,) = (key for key in data if key.startswith("upsampled_x"))
+    scale = int(re.fullmatch(r"upsampled_x(\d+)_labels", name)[1])
+    np.testing.assert_array_equal(propagation.hard_labels(got, scale), data[name])
 
 
 def test_knn(load_reference):
@@ -281,7 +315,7 @@ def test_whitening(load_reference):
     whiten = ranking.Whitening(data["whitening"])
     for name in ("queries", "database"):
         got, wanted = whiten(data[name]), data[f"{name}_whitened"]
-        sign = np.sign(np.sum(got * wanted, axis=0))  # eigenvectors are unique up to their sign
+        sign = np.sign(np.sum(got * wanted, axis=0))  # an eigenvector's sign is arbitrary
         np.testing.assert_allclose(got * sign, wanted, atol=1e-8)
 
 

@@ -1,7 +1,7 @@
 """The two DAVIS 2017 measures of video object segmentation (Perazzi et al. 2016; Pont-Tuset et al. 2017).
 
 J, the region similarity, is intersection over union. F, the boundary accuracy, is the harmonic mean of the precision
-and recall of boundary pixels, where a pixel matches within a disk of 0.8% of the picture's diagonal. Each is reported
+and recall of boundary pixels, where a pixel matches within a disk of 0.8% of the image's diagonal. Each is reported
 as its mean over frames, its recall (share of frames above 0.5) and its decay (first quarter less last quarter), then
 averaged over all objects of all videos. As in the official semi-supervised track the first and the last frame do not
 count, and void pixels (255) count as background.
@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import numpy as np
+from jaxtyping import Bool, Float, Integer
 from scipy import ndimage
 
 from dino_jax.errors import UserError
@@ -22,14 +23,18 @@ VOID = 255
 TOLERANCE = 0.008  # of the diagonal
 
 
-def region(prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
+def region(
+    prediction: Bool[np.ndarray, "*frames h w"], truth: Bool[np.ndarray, "*frames h w"]
+) -> Float[np.ndarray, "*frames"]:
     """J of boolean masks [..., h, w]; 1 where both are empty."""
     overlap = np.sum(prediction & truth, axis=(-2, -1))
     union = np.sum(prediction | truth, axis=(-2, -1))
     return np.where(union == 0, 1.0, overlap / np.maximum(union, 1))
 
 
-def boundary(prediction: np.ndarray, truth: np.ndarray, tolerance: float = TOLERANCE) -> float:
+def boundary(
+    prediction: Bool[np.ndarray, "h w"], truth: Bool[np.ndarray, "h w"], tolerance: float = TOLERANCE
+) -> float:
     """F of two boolean masks [h, w]; 1 where neither has a boundary, 0 where only one has."""
     radius = np.ceil(tolerance * np.hypot(*truth.shape))
     edges, true_edges = contour(prediction), contour(truth)
@@ -44,8 +49,8 @@ def boundary(prediction: np.ndarray, truth: np.ndarray, tolerance: float = TOLER
     return float(2 * precision * recall / max(precision + recall, np.finfo(float).tiny))
 
 
-def contour(mask: np.ndarray) -> np.ndarray:
-    """Boundary pixels of a boolean mask [h, w]: those that differ from the neighbour right, below, or right below.
+def contour(mask: Bool[np.ndarray, "h w"]) -> Bool[np.ndarray, "h w"]:
+    """Boundary pixels of a boolean mask [h, w]: those that differ from the neighbor right, below, or right below.
 
     The last row and column compare along themselves, so boundaries lie half a pixel towards the origin.
     """
@@ -62,7 +67,7 @@ def _near(edges: np.ndarray, radius: float) -> np.ndarray:
     return ndimage.distance_transform_edt(~edges) <= radius
 
 
-def statistics(values: np.ndarray) -> dict[str, float]:
+def statistics(values: Float[np.ndarray, " T"]) -> dict[str, float]:
     """`mean`, `recall` and `decay` of one object's values [T] over the frames."""
     edges = np.floor(np.linspace(0, len(values) - 1, 5) + 0.5).astype(int)  # quarters share their border frames
     first, last = values[edges[0] : edges[1] + 1], values[edges[3] : edges[4] + 1]
@@ -73,7 +78,9 @@ def statistics(values: np.ndarray) -> dict[str, float]:
     }
 
 
-def score_video(prediction: np.ndarray, truth: np.ndarray, name: str = "video") -> list[dict[str, dict[str, float]]]:
+def score_video(
+    prediction: Integer[np.ndarray, "..."], truth: Integer[np.ndarray, "..."], name: str = "video"
+) -> list[dict[str, dict[str, float]]]:
     """`{"J": statistics, "F": statistics}` of each object of the first frame, from label maps [T, h, w] of all frames.
 
     Raises:

@@ -1,4 +1,4 @@
-"""l2-regularised multinomial logistic regression on the devices, by Newton-CG to a certified distance from the optimum.
+"""l2-regularized multinomial logistic regression on the devices, by Newton-CG to a certified distance from the optimum.
 
 The objective is mean cross-entropy + penalty / 2 * |W|^2, without an intercept. It is strongly convex, so
 |gradient|^2 / (2 * penalty) bounds how far its value is above the optimum; that bound is the stopping rule.
@@ -18,6 +18,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
 
 CG_STEPS = 100  # at most, for one Newton direction
 SHORTEST = 2.0**-20  # of a step, as a share of the Newton direction
@@ -33,8 +34,8 @@ class Fit(NamedTuple):
 
 
 def fit_logistic(
-    features: np.ndarray,
-    labels: np.ndarray,
+    features: Float[np.ndarray, "n D"],
+    labels: Int[np.ndarray, " n"],
     num_classes: int,
     penalty: float,
     *,
@@ -42,7 +43,7 @@ def fit_logistic(
     max_iterations: int = 100,
     devices: Sequence[jax.Device] | None = None,
 ) -> Fit:
-    """Minimises the objective for features [n, D] and labels int [n].
+    """Minimizes the objective for features [n, D] and labels int [n].
 
     Args:
       tolerance: stop once the value is certified to lie no further than this above the optimum.
@@ -61,7 +62,12 @@ def fit_logistic(
     return Fit(np.asarray(weights), float(loss), float(gap), int(count))
 
 
-def objective(logits: jax.Array, weights: jax.Array, labels: jax.Array, penalty: float) -> jax.Array:
+def objective(
+    logits: Float[Array, "n K"],
+    weights: Float[Array, "D K"],
+    labels: Int[Array, " n"],
+    penalty: float | Float[Array, ""],
+) -> Float[Array, ""]:
     """Mean cross-entropy over the rows whose label is not -1, plus penalty / 2 times the weights' squared norm."""
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
     counted = labels >= 0
@@ -70,13 +76,13 @@ def objective(logits: jax.Array, weights: jax.Array, labels: jax.Array, penalty:
 
 @functools.partial(jax.jit, static_argnames="max_iterations")
 def _solve(
-    weights: jax.Array,
-    features: jax.Array,
-    labels: jax.Array,
-    penalty: float,
-    tolerance: float,
+    weights: Float[Array, "D K"],
+    features: Float[Array, "n D"],
+    labels: Int[Array, " n"],
+    penalty: float | Float[Array, ""],
+    tolerance: float | Float[Array, ""],
     max_iterations: int,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+) -> tuple[Float[Array, "D K"], Float[Array, ""], Float[Array, ""], Int[Array, ""]]:
     """Newton steps, each direction by conjugate gradients, each length by halving along the cached logits."""
     dot = functools.partial(jnp.matmul, precision="highest")
     share = (labels >= 0)[:, None] / jnp.sum(labels >= 0)  # [n, 1]

@@ -12,12 +12,13 @@ from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 from dino_jax.errors import UserError
 from dino_jax.models.layers import unit
 
 
-def average_precision(ranks: np.ndarray, positives: int) -> float:
+def average_precision(ranks: Int[np.ndarray, " found"], positives: int) -> float:
     """Area under the precision-recall curve by trapezoids.
 
     Args:
@@ -31,7 +32,9 @@ def average_precision(ranks: np.ndarray, positives: int) -> float:
 
 
 def revisited_scores(
-    similarity: np.ndarray, truth: Sequence[Mapping[str, np.ndarray]], ks: Sequence[int] = (1, 5, 10)
+    similarity: Float[np.ndarray, "N Q"],
+    truth: Sequence[Mapping[str, Sequence[int] | np.ndarray]],
+    ks: Sequence[int] = (1, 5, 10),
 ) -> dict[str, dict]:
     """Mean average precision of the revisited protocol.
 
@@ -66,13 +69,13 @@ def revisited_scores(
     return scores
 
 
-def similarity(database: np.ndarray, queries: np.ndarray) -> np.ndarray:
+def similarity(database: Float[np.ndarray, "N D"], queries: Float[np.ndarray, "Q D"]) -> Float[np.ndarray, "N Q"]:
     """Cosine similarity [N, Q] at the highest matmul precision."""
     return np.asarray(jnp.matmul(unit(jnp.asarray(database)), unit(jnp.asarray(queries)).T, precision="highest"))
 
 
-def gem(patches: jnp.ndarray, power: float = 4.0, floor: float = 1e-6) -> jnp.ndarray:
-    """Generalised mean over the patch tokens [B, N, D], values below `floor` raised to it: [B, D]."""
+def gem(patches: Float[Array | np.ndarray, "B N D"], power: float = 4.0, floor: float = 1e-6) -> Float[Array, "B D"]:
+    """Generalized mean over the patch tokens [B, N, D], values below `floor` raised to it: [B, D]."""
     return jnp.mean(jnp.maximum(patches, floor) ** power, axis=1) ** (1 / power)
 
 
@@ -80,15 +83,15 @@ class Whitening:
     """PCA whitening as the official copy detection does it, fitted on features [N, D].
 
     The axes are the eigenvectors of the *uncentred* covariance, largest first, each divided by its eigenvalue to
-    `power` (0.5 whitens). Eigenvalues below 1e-5 of the largest are raised to that. Data are centred by the mean.
+    `power` (0.5 whitens). Eigenvalues below 1e-5 of the largest are raised to that. Data are centered by the mean.
     """
 
-    def __init__(self, features: np.ndarray, power: float = 0.5):
+    def __init__(self, features: Float[np.ndarray, "N D"], power: float = 0.5):
         features = np.asarray(features, np.float64)
         values, vectors = np.linalg.eigh(features.T @ features / len(features))
         values = np.maximum(values, values.max() * 1e-5)[::-1]
         self.mean = features.mean(axis=0)  # [D]
         self.projection = vectors[:, ::-1] / values**power  # [D, D]
 
-    def __call__(self, features: np.ndarray) -> np.ndarray:
+    def __call__(self, features: Float[np.ndarray, "N D"]) -> Float[np.ndarray, "N D"]:
         return (np.asarray(features, np.float64) - self.mean) @ self.projection

@@ -6,6 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from dino_jax.models.layers import Array, dense, gelu, statistics_dtype, torch_uniform, unit
 from dino_jax.models.norm import BatchNorm
@@ -23,7 +24,7 @@ class PrototypeLayer(nn.Module):
     precision: Any = None
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "B D"]) -> Float[Array, "B K"]:
         width, exact = x.shape[-1], statistics_dtype(self.dtype)
         v = self.param("v", torch_uniform(width), (self.out_dim, width)).astype(exact)
         weight = v / jnp.linalg.norm(v, axis=1, keepdims=True)
@@ -56,7 +57,7 @@ class Head(nn.Module):
     precision: Any = None
 
     @nn.compact
-    def __call__(self, x: Array, train: bool = False) -> Array:
+    def __call__(self, x: Float[Array, "B D"], train: bool = False) -> Float[Array, "B K"]:
         index = 0
         for _ in range(self.layers - 1):
             x = dense(self.hidden_dim, self, f"mlp_{index}")(x)

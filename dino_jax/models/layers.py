@@ -1,4 +1,4 @@
-"""Layers and initialisers that several backbones and the head share.
+"""Layers and initializers that several backbones and the head share.
 
 Shape legend of the package: B batch, C crops, N tokens, D width, H heads, K prototypes.
 """
@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from dino_jax.errors import UserError
 from dino_jax.models.packing import Array, Extent
@@ -32,14 +33,14 @@ def patch_grid(height: int, width: int, patch_size: int) -> tuple[int, int]:
     return height // patch_size, width // patch_size
 
 
-def check_channels(images: Array, in_chans: int) -> None:
+def check_channels(images: Float[Array, "B h w c"], in_chans: int) -> None:
     """Raises `UserError` unless `images` [B, h, w, c] have the model's channels."""
     if images.shape[-1] != in_chans:
         raise UserError(f"the images have {images.shape[-1]} channels: set model.in_chans={images.shape[-1]}")
 
 
 def torch_uniform(fan_in: int) -> Callable[..., Array]:
-    """Initialiser U(-b, b) with b = 1 / sqrt(fan_in): what torch's `Linear` and `Conv2d` draw by default."""
+    """Initializer U(-b, b) with b = 1 / sqrt(fan_in): what torch's `Linear` and `Conv2d` draw by default."""
     bound = 1 / np.sqrt(fan_in)
 
     def init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
@@ -59,7 +60,7 @@ def unit(x: Array, axis: int = -1) -> Array:
 
 
 @jax.checkpoint
-def gelu(x: Array) -> Array:
+def gelu(x: Float[Array, "*N"]) -> Float[Array, "*N"]:
     """GELU with the exact error function, torch's default, in at least float32 inside; same shape and dtype.
 
     The backward pass keeps `x` alone and computes the rest again, which costs less than to write and read it.
@@ -69,7 +70,7 @@ def gelu(x: Array) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def linear_map(x: Array, kernel: Array, precision: Any = None) -> Array:
+def linear_map(x: Float[Array, "*N D"], kernel: Float[Array, "D E"], precision: Any = None) -> Float[Array, "*N E"]:
     """[..., D] by [D, E] -> [..., E] in their dtype. On a CPU its gradient is made to measure: `_kernel_gradient`."""
     return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), precision=precision)
 
@@ -171,7 +172,9 @@ def can_fuse_attention(dtype: Any, head_width: int) -> bool:
     return float(getattr(device, "compute_capability", 0)) >= 8.0
 
 
-def fused_attention(query: Array, key: Array, value: Array) -> Array:
+def fused_attention(
+    query: Float[Array, "B N H d"], key: Float[Array, "B N H d"], value: Float[Array, "B N H d"]
+) -> Float[Array, "B N H d"]:
     """Attention of [B, N, H, D/H] by cuDNN, which keeps no [N, N]; in bfloat16, its softmax in float32.
 
     Over a mesh it works on the rows that a device holds: XLA cannot share out a cuDNN kernel by itself.

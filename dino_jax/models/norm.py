@@ -1,4 +1,4 @@
-"""Batch normalisation as torch computes it."""
+"""Batch normalization as torch computes it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from dino_jax.errors import UserError
 from dino_jax.models.layers import Array, statistics_dtype
@@ -16,7 +17,7 @@ from dino_jax.models.packing import Extent
 
 
 class BatchNorm(nn.Module):
-    """Normalises each channel (last axis) over all others; statistics in at least float32, output in `dtype`.
+    """Normalizes each channel (last axis) over all others; statistics in at least float32, output in `dtype`.
 
     In training the batch's own statistics are used (those of the global batch, however it is sharded: under `shard_map`
     the axes in manual mode are taken to hold other rows of it), and
@@ -29,7 +30,7 @@ class BatchNorm(nn.Module):
     eps: float = 1e-5
 
     @nn.compact
-    def __call__(self, x: Array, train: bool = False) -> Array:
+    def __call__(self, x: Float[Array, "*N D"], train: bool = False) -> Float[Array, "*N D"]:
         width = x.shape[-1:]
         scale = self.param("scale", nn.initializers.ones, width)
         bias = self.param("bias", nn.initializers.zeros, width)

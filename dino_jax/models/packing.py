@@ -10,7 +10,7 @@ Legend: B batch, N tokens, D width; h, w an image's own size in pixels.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
@@ -35,11 +35,12 @@ class Packed(NamedTuple):
         return patches[: rows * columns].reshape(rows, columns, -1)[: self.grid[0], : self.grid[1]]
 
 
+@runtime_checkable
 class AnySize(Protocol):
     """`pack` on the host for each image; `forward` on the device for a batch of those that share a key."""
 
     def pack(self, image: np.ndarray) -> Packed:
-        """A normalised float32 image [h, w, c], at least a patch wide and high; what exceeds whole patches is cut."""
+        """A normalized float32 image [h, w, c], at least a patch wide and high; what exceeds whole patches is cut."""
 
     def forward(self, variables: Any, inputs: tuple[Array, ...], patches: bool) -> tuple[Array, Array | None]:
         """CLS or pooled feature [B, D] and, with `patches`, the patch tokens [B, N, D], both after the final norm."""

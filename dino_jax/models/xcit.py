@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from dino_jax.errors import UserError
 from dino_jax.models.backbone import Backbone, Tokens, split_tokens
@@ -238,8 +239,13 @@ class XCiT(Backbone):
         ]
         self.norm = layer_norm(self)
 
-    def __call__(self, images: Array, drop_path: Array | None = None, train: bool = False) -> Array:
-        """CLS after the final norm, [B, D], for normalised `images` [B, h, w, c].
+    def __call__(
+        self,
+        images: Float[Array, "B h w c"],
+        drop_path: Float[Array, "depth 3 B"] | None = None,
+        train: bool = False,
+    ) -> Float[Array, "B D"]:
+        """CLS after the final norm, [B, D], for normalized `images` [B, h, w, c].
 
         `drop_path` [depth, 3, B]: factors (0 or 1 / keep probability) of the attention, MLP and local branches of the
         patches' blocks; None: off. In training batch norm uses the batch's statistics.

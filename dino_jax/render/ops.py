@@ -21,7 +21,7 @@ import functools
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Num
 
 Plane = Float[Array, "H W"]
 RGB = list[Plane]
@@ -30,12 +30,12 @@ BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # numbering of CropParams.orde
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601-2, PIL's "L"
 
 
-def clamp(plane: Array) -> Array:
+def clamp(plane: Float[Array, "*C H W"]) -> Float[Array, "*C H W"]:
     """Values into 0..255."""
     return jnp.clip(plane, 0.0, 255.0)
 
 
-def cubic(x: Array) -> Array:
+def cubic(x: Float[Array, "*N"]) -> Float[Array, "*N"]:
     """Keys' cubic kernel with a = -0.5, PIL's BICUBIC; zero outside [-2, 2]."""
     x = jnp.abs(x)
     near = (1.5 * x - 2.5) * x * x + 1.0
@@ -192,12 +192,14 @@ def blur(planes: RGB, radius: Float[Array, ""]) -> RGB:
     return [jnp.matmul(rows, plane, precision=lax.Precision.HIGH) for plane in wide]
 
 
-def solarize(plane: Plane, threshold: int) -> Plane:
+def solarize(plane: Float[Array, "*C H W"], threshold: int) -> Float[Array, "*C H W"]:
     """Inverts the values that PIL's 8 bits would round to `threshold` or more."""
     return jnp.where(plane >= threshold - 0.5, 255.0 - plane, plane)
 
 
-def normalize(images: Array, mean: tuple[float, ...], std: tuple[float, ...], dtype: jnp.dtype) -> Array:
+def normalize(
+    images: Num[Array, "*B H W c"], mean: tuple[float, ...], std: tuple[float, ...], dtype: jnp.dtype
+) -> Float[Array, "*B H W c"]:
     """Values 0..255 with channels last to zero mean and unit variance; float32 inside, `dtype` out."""
     scale = 1.0 / (255.0 * jnp.asarray(std, jnp.float32))
     shift = jnp.asarray(mean, jnp.float32) / jnp.asarray(std, jnp.float32)

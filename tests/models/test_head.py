@@ -1,4 +1,4 @@
-"""Projection head and batch norm: behaviour beyond the reference tensors."""
+"""Projection head and batch norm: behavior beyond the reference tensors."""
 
 from __future__ import annotations
 

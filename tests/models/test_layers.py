@@ -73,7 +73,7 @@ def test_attention_is_plain_without_a_gpu():
 
 
 def attention(query, key, value):
-    """In float32, [B, N, H, D/H]."""
+    """Attention of [B, N, H, D/H] in float32."""
     query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
     logits = jnp.einsum("bnhd,bmhd->bhnm", query, key, precision="highest") * query.shape[-1] ** -0.5
     return jnp.einsum("bhnm,bmhd->bnhd", jax.nn.softmax(logits), value, precision="highest")
@@ -93,7 +93,7 @@ def test_cudnn_attention_and_gradients_are_those_of_float32_up_to_rounding(token
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    """cuDNN's two kernels by plain operations on the CPU; everything around them stays."""
+    """Replaces cuDNN's two kernels by plain operations on the CPU."""
     kernels = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
     monkeypatch.setattr(kernels, "check_cudnn_version", lambda: 91300)
     monkeypatch.setattr(kernels, "check_compute_capability", lambda capability: True)

@@ -1,4 +1,4 @@
-"""The same function as timm's, transformers' and torchvision's models, side by side with random weights."""
+"""Backbones equal those of timm, transformers and torchvision with the same random weights."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _HUGGING_FACE = (
 
 
 def shake(model) -> None:
-    """Random values for what initialisation leaves alike, so that a swapped or forgotten tensor shows."""
+    """Adds noise to every tensor, so that a swapped or forgotten one shows even where all start equal."""
     torch = peer("torch")
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -41,7 +41,7 @@ def shake(model) -> None:
 
 
 def arrays_of(model) -> dict[str, np.ndarray]:
-    """A copy of the state dict; separate queries, keys and values are joined as the official layout has them."""
+    """A copy of the state dict, with separate queries, keys and values joined as in the official layout."""
     state = {name: np.array(tensor) for name, tensor in model.state_dict().items()}
     for name in [name for name in state if re.search(r"\.attn\.q\.", name)]:
         parts = [state.pop(name.replace(".q.", f".{part}.")) for part in "qkv"]
@@ -49,7 +49,7 @@ def arrays_of(model) -> dict[str, np.ndarray]:
     return state
 
 
-def pictures(height: int, width: int, count: int = 1) -> np.ndarray:
+def random_images(height: int, width: int, count: int = 1) -> np.ndarray:
     return np.random.default_rng(0).standard_normal((count, height, width, 3), np.float32)
 
 
@@ -66,7 +66,7 @@ def assert_close(ours, theirs) -> None:
 
 
 def tokens_and_attention(model, variables, images):
-    """Both in one program, in which they share all blocks but the last."""
+    """Tokens and attention of the last block, compiled together so that the other blocks run once."""
 
     def both(variables, images):
         return tuple(model.apply(variables, images, method=method) for method in ("tokens", "attention"))
@@ -76,7 +76,7 @@ def tokens_and_attention(model, variables, images):
 
 
 def timm_last_attention(model, images):
-    """timm's fused attention keeps no weights: they are recomputed from the last block's queries and keys."""
+    """Features, and the last block's attention from its queries and keys: timm's fused attention keeps none."""
     caught = []
     last = model.blocks[-1].attn
     handle = last.qkv.register_forward_hook(lambda module, inputs, output: caught.append(output))
@@ -103,7 +103,7 @@ def test_vit_equals_timm(name, patch, sizes):
     state = arrays_of(model)
     ours, variables = BACKBONES[name](patch_size=patch), {"params": to_variables(state)["params"]}
     for height, width in sizes:
-        images, grid = pictures(height, width), (height // patch, width // patch)
+        images, grid = random_images(height, width), (height // patch, width // patch)
         resized = create(official, pretrained=False, num_classes=0, img_size=(height, width)).eval()
         resized.load_state_dict(model.state_dict() | {"pos_embed": torch.from_numpy(official_size(state, grid))})
         with torch.no_grad():
@@ -140,7 +140,7 @@ def test_vit_equals_transformers(name, patch, height, width):
         parts = [state.pop(name.replace(".q.", f".{part}.")) for part in "qkv"]
         state[name.replace(".q.", ".qkv.")] = np.concatenate(parts)
     variables = {"params": to_variables(state)["params"]}
-    resized, images = create((height, width)), pictures(height, width)
+    resized, images = create((height, width)), random_images(height, width)
     table = torch.from_numpy(official_size(state, (height // patch, width // patch)))
     resized.load_state_dict(model.state_dict() | {"embeddings.position_embeddings": table})
     with torch.no_grad():
@@ -151,7 +151,7 @@ def test_vit_equals_transformers(name, patch, height, width):
 
 
 def settle(model, images) -> None:
-    """Running statistics that fit the weights, so that features in evaluation mode are of order 1."""
+    """Sets running statistics that fit the weights, so that features in evaluation mode are of order 1."""
     norms = [module for module in model.modules() if hasattr(module, "running_mean")]
     for norm in norms:
         norm.momentum = 1.0
@@ -161,7 +161,7 @@ def settle(model, images) -> None:
 
 
 def check_batch_norm_model(name: str, ours, model, official: dict[str, str], count: int = 2, sizes=()) -> None:
-    """Features in evaluation (at other `sizes` too) and in training, and the statistics that training moves."""
+    """Compares features in evaluation (at other `sizes` too) and training, and the batch statistics after it."""
     torch = peer("torch")
 
     def variables_of():
@@ -170,14 +170,14 @@ def check_batch_norm_model(name: str, ours, model, official: dict[str, str], cou
             state = {re.sub(pattern, replacement, key): value for key, value in state.items()}
         return to_variables(state)
 
-    images = pictures(224, 224, count)
+    images = random_images(224, 224, count)
     with torch.no_grad():
         settle(model, images)
     variables = variables_of()
     expected = jax.eval_shape(ours.init, jax.random.key(0), images)
     assert jax.tree.map(np.shape, variables) == jax.tree.map(lambda leaf: leaf.shape, dict(expected)), name
     with torch.no_grad():
-        seen = [images, *(pictures(height, width) for height, width in sizes)]
+        seen = [images, *(random_images(height, width) for height, width in sizes)]
         evaluated = [model.eval()(as_torch(x)) for x in seen]
         trained = model.train()(as_torch(images))
     for x, features in zip(seen, evaluated, strict=True):

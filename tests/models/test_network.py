@@ -1,4 +1,4 @@
-"""The network over crops: order of crops, of batch statistics, of drop path masks; the names of its parameters."""
+"""The network over crops: order of crops, batch statistics and drop-path factors; parameter names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The registry: every model's exact size, and how the configuration chooses among them."""
+"""The registry: parameter counts of every model, and how the configuration chooses one."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_every_model_is_counted():
 
 
 @pytest.mark.parametrize("name", BACKBONES)
-def test_drop_rates_fit_the_masks(name):
+def test_drop_rates_fit_the_drop_path_factors(name):
     model = build_backbone(model_config(name=name), 224)
     rates = model.drop_rates(0.3)
     assert rates.shape[0] == model.depth

@@ -1,4 +1,4 @@
-"""ResNet: stems, strides, batch statistics by resolution and over devices."""
+"""ResNet: stems, strides, and batch statistics over resolutions and devices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ViT: behaviour at the edges, beyond the reference tensors."""
+"""ViT: behavior at the edges, beyond the reference tensors."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def variables(images):
 
 
 def test_init_std_is_that_of_the_blocks_alone(variables, images):
-    """Official `trunc_normal_(std=.02)` unless said otherwise; embeddings stay at it."""
+    """`init_std` replaces the official 0.02 in the blocks' kernels; embeddings keep 0.02."""
     other = tiny(init_std=0.15).init(jax.random.key(0), images)
     for params, std in ((variables["params"], 0.02), (other["params"], 0.15)):
         kernels = [x for x in jax.tree.leaves(params["blocks_1"]) if x.ndim == 2]
@@ -104,7 +104,7 @@ def test_precision_reaches_every_product(variables, images):
     assert products == program.count("precision=(Precision.HIGHEST") + program.count("precision=Precision.HIGHEST") > 12
 
 
-def test_initialisation_is_the_official_one():
+def test_initialization_is_the_official_one():
     model = tiny(embed_dim=192, heads=3, depth=1, image_size=(64, 64))
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 64, 64, 3)))["params"]
     for weight in (params["cls_token"], params["pos_embed"], params["blocks_0"]["attn"]["qkv"]["kernel"]):

@@ -1,4 +1,4 @@
-"""XCiT: its interface, its drop path, its position code at any size. Its numbers: test_model_peers.py."""
+"""XCiT: interface, drop path, position encoding at any size. test_model_peers.py checks its numbers."""
 
 from __future__ import annotations
 
@@ -56,11 +56,11 @@ def test_each_branch_has_its_drop_path(variables, images):
         changed = abs(dropped - plain).max(axis=1) > 1e-4
         np.testing.assert_array_equal(changed, [False, False, True, False])
         without = jax.tree.map(lambda x: x, variables)
-        without["params"]["blocks_0"][f"gamma{branch + 1}"] *= 0  # the branches are numbered as their gammas
+        without["params"]["blocks_0"][f"gamma{branch + 1}"] *= 0  # gamma i belongs to branch i
         np.testing.assert_allclose(dropped[2], run(without, images)[2], atol=1e-5)
 
 
-def test_initialisation_is_the_official_one(variables):
+def test_initialization_is_the_official_one(variables):
     block = variables["params"]["blocks_0"]
     assert block["attn"]["temperature"].shape == (2, 1, 1)
     assert (block["attn"]["temperature"] == 1).all()

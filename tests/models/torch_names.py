@@ -1,4 +1,4 @@
-"""Torch state dicts of the reference files -> this package's variables, written apart from `dino_jax.weights`."""
+"""Torch state dicts of the reference files -> this package's variables, without using `dino_jax.weights`."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _join_indices(parts: list[str]) -> list[str]:
 
 
 def section(data: dict[str, np.ndarray], prefix: str, dtype=None) -> dict[str, np.ndarray]:
-    """The entries under `prefix`, without it, as `dtype` if given."""
+    """The entries whose keys start with `prefix`, which is removed; converted to `dtype` if given."""
     found = {key.removeprefix(prefix): value for key, value in data.items() if key.startswith(prefix)}
     return found if dtype is None else {key: value.astype(dtype) for key, value in found.items()}
 
@@ -50,7 +50,7 @@ def sequence(tokens: Tokens) -> jnp.ndarray:
 
 
 def vit_of(state: dict[str, np.ndarray], heads: int, dtype) -> ViT:
-    """The ViT whose torch state dict is `state`; its table is square."""
+    """The ViT of a torch state dict with a square position table."""
     kernel = state["patch_embed.proj.weight"]
     patch, side = kernel.shape[-1], round((state["pos_embed"].shape[1] - 1) ** 0.5)
     depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
@@ -58,7 +58,7 @@ def vit_of(state: dict[str, np.ndarray], heads: int, dtype) -> ViT:
 
 
 def head_of(state: dict[str, np.ndarray], dtype) -> Head:
-    """The head whose torch state dict is `state`; a gain other than 1 is a parameter here, whether trained or not."""
+    """The head of a torch state dict; a gain other than 1 becomes a parameter, trained or not."""
     norm_last_layer = bool(np.all(state["last_layer.weight_g"] == 1))
     linear = [value for name, value in state.items() if name.endswith("weight") and value.ndim == 2]
     sizes = (state["last_layer.weight_v"].shape[0], linear[0].shape[0], linear[-1].shape[0], len(linear))

@@ -1,4 +1,4 @@
-"""The accelerator's renderer against PIL: each operation, whole crops, and what sharding and compilation make of it."""
+"""The renderer on the accelerator against PIL: each operation, whole crops, sharding and compiled cost."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from dino_jax.render.renderer import make_renderer
 
 SIDE = 160  # of the canvas
 KINDS = ("smooth", "textured", "noise")
-MONO = {"model.in_chans": 1, "data.mean": (0.0,), "data.std": (1.0,)}  # compiles fast: no colour operations
+MONO = {"model.in_chans": 1, "data.mean": (0.0,), "data.std": (1.0,)}  # no color operations, so it compiles fast
 
 
-def picture(rng: np.random.Generator, height: int, width: int, kind: str, channels: int = 3) -> np.ndarray:
-    """A random picture, uint8 [height, width, channels]; white noise is the hardest case of every operation."""
+def random_image(rng: np.random.Generator, height: int, width: int, kind: str, channels: int = 3) -> np.ndarray:
+    """A random image, uint8 [height, width, channels]; white noise is the hardest case of every operation."""
     if kind == "noise":
         return rng.integers(0, 256, (height, width, channels), np.uint8)
     coarse = rng.integers(0, 256, (channels, height // 12 + 2, width // 12 + 2), np.uint8)
@@ -53,7 +53,7 @@ def random_box(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
 
 
 def small_config(**overrides):
-    """Device rendering of 2 crops of 48 x 40 and 3 of 24 x 32 from a canvas of 80; values 0..1 out."""
+    """Device rendering of 2 crops of 48 x 40 and 3 of 24 x 32 from a canvas of 80; output in 0..1."""
     config = default()
     config.data.render, config.data.canvas = "device", 80
     config.data.mean, config.data.std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
@@ -63,10 +63,10 @@ def small_config(**overrides):
 
 
 def random_batch(config, rng: np.random.Generator, count: int, channels: int = 3):
-    """Pictures, and the batch that the pipeline would make of them."""
+    """Images, and the batch that the pipeline makes of them."""
     side = config.data.canvas
     sizes = rng.integers(20, side + 1, (count, 2))
-    images = [picture(rng, *size, KINDS[i % 3], channels) for i, size in enumerate(sizes)]
+    images = [random_image(rng, *size, KINDS[i % 3], channels) for i, size in enumerate(sizes)]
     params = [pil.draw_crops(rng, *size, config.crops, channels == 3) for size in sizes]
     batch = {
         "canvas": np.stack([canvas_of(image, 0, side) for image in images]),
@@ -80,14 +80,14 @@ def random_batch(config, rng: np.random.Generator, count: int, channels: int = 3
 def ops() -> types.SimpleNamespace:
     """The operations, compiled once."""
 
-    def colour(function):
+    def color(function):
         return jax.jit(lambda image, *args: function(list(image), *args))
 
     return types.SimpleNamespace(
         resample=jax.jit(render_ops.resample, static_argnums=3),
-        jitter=colour(render_ops.jitter),
-        blur=colour(render_ops.blur),
-        gray=colour(render_ops.gray),
+        jitter=color(render_ops.jitter),
+        blur=color(render_ops.blur),
+        gray=color(render_ops.gray),
         solarize=render_ops.solarize,
     )
 
@@ -98,7 +98,7 @@ def test_resample_is_pils(ops, size):
     errors = []
     for i in range(24):
         height, width = rng.integers(1, SIDE + 1, 2) if i % 4 else (SIDE, SIDE)
-        image, mirror = picture(rng, height, width, KINDS[i % 3]), bool(rng.integers(2))
+        image, mirror = random_image(rng, height, width, KINDS[i % 3]), bool(rng.integers(2))
         box = random_box(rng, height, width)
         reference = pil.crop_resize(Image.fromarray(image), box, size)
         reference = pil.flip(reference) if mirror else reference
@@ -117,7 +117,7 @@ def test_resample_is_pils(ops, size):
     ],
 )
 def test_resample_of_degenerate_boxes(ops, height, width, box):
-    image = picture(np.random.default_rng(0), height, width, "noise")
+    image = random_image(np.random.default_rng(0), height, width, "noise")
     reference = pil.crop_resize(Image.fromarray(image), box, (32, 32))
     result = ops.resample(planar(canvas_of(image, 255)), np.array(box, np.int32), False, (32, 32))
     assert difference(result, reference) < 0.5
@@ -126,8 +126,8 @@ def test_resample_of_degenerate_boxes(ops, height, width, box):
 def test_resample_reads_nothing_outside_the_box(ops):
     rng = np.random.default_rng(1)
     box = np.array([40, 50, 61, 33], np.int32)
-    inside = picture(rng, 61, 33, "noise")
-    surroundings = [np.zeros((SIDE, SIDE, 3), np.uint8), picture(rng, SIDE, SIDE, "noise")]
+    inside = random_image(rng, 61, 33, "noise")
+    surroundings = [np.zeros((SIDE, SIDE, 3), np.uint8), random_image(rng, SIDE, SIDE, "noise")]
     results = []
     for canvas in surroundings:
         canvas[40:101, 50:83] = inside
@@ -136,13 +136,16 @@ def test_resample_reads_nothing_outside_the_box(ops):
 
 
 def test_resample_to_its_own_size_changes_nothing(ops):
-    image = picture(np.random.default_rng(2), SIDE, SIDE, "noise")
+    image = random_image(np.random.default_rng(2), SIDE, SIDE, "noise")
     result = ops.resample(planar(image), np.array([17, 60, 32, 32], np.int32), False, (32, 32))
     np.testing.assert_allclose(result, planar(image[17:49, 60:92]), atol=1e-4)
 
 
 def test_flip_is_exact(ops):
-    canvas, box = planar(picture(np.random.default_rng(3), SIDE, SIDE, "noise")), np.array([3, 5, 90, 121], np.int32)
+    canvas, box = (
+        planar(random_image(np.random.default_rng(3), SIDE, SIDE, "noise")),
+        np.array([3, 5, 90, 121], np.int32),
+    )
     straight, mirrored = (ops.resample(canvas, box, flip, (97, 64)) for flip in (False, True))
     np.testing.assert_allclose(mirrored, straight[..., ::-1], atol=1e-4)
 
@@ -151,7 +154,7 @@ def test_resample_in_bfloat16_is_close_enough(ops):
     rng = np.random.default_rng(4)
     errors = []
     for i in range(12):
-        image, box = picture(rng, 150, 120, KINDS[i % 3]), random_box(rng, 150, 120)
+        image, box = random_image(rng, 150, 120, KINDS[i % 3]), random_box(rng, 150, 120)
         result = ops.resample(planar(canvas_of(image)).astype(jnp.bfloat16), box, False, (97, 64))
         assert result.dtype == jnp.float32
         errors.append(difference(result, pil.crop_resize(Image.fromarray(image), box, (97, 64))))
@@ -163,7 +166,7 @@ def test_resample_in_bfloat16_is_close_enough(ops):
 def test_one_operation_of_the_jitter(ops, operation, kind):
     rng = np.random.default_rng(operation)
     for _ in range(6):
-        image = picture(rng, 64, 48, kind)
+        image = random_image(rng, 64, 48, kind)
         factors = np.array(pil.NEUTRAL, np.float32)
         factors[operation] = rng.uniform(-0.5, 0.5) if operation == render_ops.HUE else rng.uniform(0, 2)
         reference = pil.JITTER[operation](Image.fromarray(image), float(factors[operation]))
@@ -177,7 +180,7 @@ def test_jitter_in_every_order(ops):
     orders = [order for order in orders.astype(np.int32) if len(set(order)) == 4]
     assert len(orders) == 24
     for i, order in enumerate(orders):
-        image = picture(rng, 64, 48, KINDS[i % 3])
+        image = random_image(rng, 64, 48, KINDS[i % 3])
         factors = np.array([*rng.uniform(0.6, 1.4, 2), rng.uniform(0.8, 1.2), rng.uniform(-0.1, 0.1)], np.float32)
         reference = Image.fromarray(image)
         for operation in order:
@@ -186,7 +189,7 @@ def test_jitter_in_every_order(ops):
 
 
 def test_neutral_jitter_changes_nothing(ops):
-    image = planar(picture(np.random.default_rng(6), 64, 48, "noise"))
+    image = planar(random_image(np.random.default_rng(6), 64, 48, "noise"))
     jittered = ops.jitter(image, np.array([2, 3, 0, 1]), np.array(pil.NEUTRAL, np.float32))
     np.testing.assert_array_equal(np.stack(jittered), image)
 
@@ -196,15 +199,15 @@ def test_blur_is_pils(ops, kind):
     rng = np.random.default_rng(7)
     errors = []
     for radius in np.linspace(0.1, 2.0, 20, dtype=np.float32):
-        image = picture(rng, 64, 48, kind)
+        image = random_image(rng, 64, 48, kind)
         errors.append(difference(ops.blur(planar(image), radius), pil.blur(Image.fromarray(image), float(radius))))
     assert max(errors) < 0.95 and np.mean(errors) < 0.6
 
 
 def test_blur_of_white_noise(ops):
-    """Where PIL rounds six times: mean over the recipe's radii."""
+    """The mean over the recipe's radii: PIL rounds six times here."""
     rng = np.random.default_rng(8)
-    image = picture(rng, 64, 48, "noise")
+    image = random_image(rng, 64, 48, "noise")
     radii = rng.uniform(0.1, 2.0, 24).astype(np.float32)
     errors = [difference(ops.blur(planar(image), r), pil.blur(Image.fromarray(image), float(r))) for r in radii]
     assert np.mean(errors) < 0.6 and max(errors) < 1.1
@@ -212,20 +215,20 @@ def test_blur_of_white_noise(ops):
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (7, 3)])
 def test_blur_repeats_the_edge(ops, height, width):
-    """Pictures smaller than the kernel are all edge."""
-    image = picture(np.random.default_rng(9), height, width, "noise")
+    """Images smaller than the kernel."""
+    image = random_image(np.random.default_rng(9), height, width, "noise")
     for radius in (0.7, 1.3, 2.0):
         assert difference(ops.blur(planar(image), jnp.float32(radius)), pil.blur(Image.fromarray(image), radius)) < 1
 
 
 def test_blur_of_radius_zero_changes_nothing(ops):
-    image = planar(picture(np.random.default_rng(10), 64, 48, "noise"))
+    image = planar(random_image(np.random.default_rng(10), 64, 48, "noise"))
     np.testing.assert_array_equal(np.stack(ops.blur(image, jnp.float32(0))), image)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gray_and_solarize(ops, kind):
-    image = picture(np.random.default_rng(11), 64, 48, kind)
+    image = random_image(np.random.default_rng(11), 64, 48, kind)
     assert difference(ops.gray(planar(image)), pil.gray(Image.fromarray(image))) < 0.3
     for threshold in (0, 1, 128, 255):
         assert difference(ops.solarize(planar(image), threshold), pil.solarize(Image.fromarray(image), threshold)) == 0
@@ -254,7 +257,7 @@ def test_rendering_is_deterministic_and_in_chunks(monkeypatch):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), whole, chunked)
 
 
-def test_host_mode_normalises_alone():
+def test_host_mode_only_normalizes():
     config = small_config(**{"data.render": "host", "data.mean": (0.5, 0.25, 0.1), "data.std": (0.2, 0.5, 1.0)})
     rng = np.random.default_rng(14)
     batch = {
@@ -276,7 +279,7 @@ def test_no_local_crops_and_compute_dtype(mode):
 
 
 @pytest.mark.parametrize("channels", [1, 4])
-def test_other_channels_are_resampled_mirrored_and_normalised(channels):
+def test_other_channels_are_resampled_mirrored_and_normalized(channels):
     mean, std = (0.1, 0.2, 0.3, 0.4)[:channels], (0.5, 0.6, 0.7, 0.8)[:channels]
     config = small_config(**{"data.mean": mean, "data.std": std, "model.in_chans": channels})
     images, params, batch = random_batch(config, np.random.default_rng(16), 3, channels)
@@ -303,7 +306,7 @@ def test_each_device_renders_its_own_images():
 
 
 def renderer_flops(images: int) -> float:
-    """Of the default recipe (2 x 224 and 8 x 96 from a canvas of 512), by the compiler's count."""
+    """FLOPs of the default recipe (2 x 224 and 8 x 96 from a canvas of 512), as the compiler counts them."""
     config = default()
     config.data.render = "device"
     drawn = pil.draw_crops(np.random.default_rng(0), 375, 500, config.crops)
@@ -315,7 +318,7 @@ def renderer_flops(images: int) -> float:
 
 
 def test_rendering_costs_few_flops():
-    """Beside the matrix products of a ViT-S/16 step: student forward and backward, teacher forward."""
+    """Compared with the matrix products of a ViT-S/16 step: student forward and backward, teacher forward."""
 
     def forward(side: int) -> float:
         tokens, width = (side // 16) ** 2 + 1, 384

@@ -1,0 +1,52 @@
+"""The reference files: their names, and where a test finds them."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+
+import pytest
+
+OWN = pathlib.Path(__file__).parent / "reference"  # the repository's copy
+FILES = (
+    "attention_threshold.npz",
+    "copy_detection.npz",
+    "family/koleo.npz",
+    "head.npz",
+    "knn.npz",
+    "label_propagation.npz",
+    "linear_features.npz",
+    "loss.npz",
+    "official_checkpoint.pth",
+    "pos_embed.npz",
+    "retrieval.npz",
+    "schedules.npz",
+    "trajectory_adamw.npz",
+    "trajectory_lars.npz",
+    "trajectory_sgd.npz",
+    "vit.npz",
+)
+
+
+def own(name: str) -> pathlib.Path:
+    """The path of a file in the repository's copy; an absent one fails the test."""
+    path = OWN / name
+    if not path.is_file():
+        pytest.fail(f"{path} is absent: restore it with `git checkout -- tests/reference`", pytrace=False)
+    return path
+
+
+def chosen(name: str) -> pathlib.Path:
+    """The path of a file in `$DINO_REFERENCE`, a folder of other tensors of the same form; without it `own(name)`.
+
+    A file that is absent from `$DINO_REFERENCE` skips the test.
+    """
+    folder = os.environ.get("DINO_REFERENCE")
+    if not folder:
+        return own(name)
+    if not pathlib.Path(folder).is_dir():
+        pytest.fail(f"DINO_REFERENCE={folder} is not a folder", pytrace=False)
+    path = pathlib.Path(folder) / name
+    if not path.is_file():
+        pytest.skip(f"{path} is absent")
+    return path

@@ -129,7 +129,7 @@ def test_neighbors_are_those_of_the_same_device():
     for half in (slice(None, 8), slice(8, None)):
         recipe = train_step.make_recipe(config, 4)
         variables = train_step.init_state(recipe, jax.random.key(config.seed)).student
-        crops = [crop[half] for crop in random_crops(config)]
+        crops = [jnp.asarray(crop[half]) for crop in random_crops(config)]
         outputs, _ = recipe.network.apply(variables, crops, train=True, mutable=["batch_stats"])
         halves.append(float(koleo(outputs.cls[:, 0]) + koleo(outputs.cls[:, 1])))
     np.testing.assert_allclose(metrics["loss_koleo"], np.mean(halves), rtol=1e-4)

@@ -2,8 +2,8 @@
 
     python benchmarks/decoders.py [--repeats=5]
 
-PIL, simplejpeg and, where it is installed, OpenCV. Prints one JSON object: the best repeat of each,
-and how many of its pixel values differ from PIL's.
+Compares PIL, simplejpeg and, if installed, OpenCV. Prints one JSON object: the best time of each decoder, and the share
+of its pixel values that differ from PIL's.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def available() -> dict[str, Decoder]:
-    """Decoders to uint8 [H, W, 3], by name."""
+    """The installed decoders by name; each returns uint8 [H, W, 3]."""
     decoders: dict[str, Decoder] = {
         "pil": lambda data: np.asarray(Image.open(io.BytesIO(data)).convert("RGB")),
         "simplejpeg": simplejpeg.decode_jpeg,

@@ -1,11 +1,11 @@
-"""Speed and memory of k-NN and label propagation beside the plain torch formulations, one run, one machine.
+"""Speed and memory of k-NN and label propagation, compared with plain formulations on the same machine.
 
     python benchmarks/eval_speed.py knn [--train=50000] [--test=10000] [--width=384]
     python benchmarks/eval_speed.py propagation [--patch=8]
 
-Prints one JSON object. `knn` times `eval.knn.nearest` with k = 200 and a similarity matrix in chunks with `topk`, as
-the official script has it, alternately. `propagation` takes one 480 x 832 frame with 8 context frames: seconds, and the
-peak memory that XLA plans for it beside that of the whole masked affinity.
+Prints one JSON object. `knn` alternates between `eval.protocols.knn.nearest` with k = 200 and the official script's
+chunked similarity matrix with `topk` in torch. `propagation` takes one 480 x 832 frame with 8 context frames: seconds,
+and the peak memory that XLA plans for it and for the whole masked affinity.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def label_propagation(args: argparse.Namespace) -> dict[str, float]:
 
 
 def whole_affinity(sources, target, labels):
-    """The official formulation: every patch against every patch, then a mask; [n, h, w, D], [h, w, D] -> [h, w, L]."""
+    """The official formulation: all patch pairs, then a locality mask; [n, h, w, D], [h, w, D] -> [h, w, L]."""
     count, height, width, _ = sources.shape
     rows, columns = (jnp.abs(jnp.subtract.outer(jnp.arange(s), jnp.arange(s))) <= 12 for s in (height, width))
     near = (rows[:, None, :, None] & columns[None, :, None, :]).reshape(height * width, -1)

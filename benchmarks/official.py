@@ -1,14 +1,13 @@
-"""The train step beside the official PyTorch code's on the same machine: images a second, memory, a process for each.
+"""Speed and memory of the train step, compared with the official PyTorch code on the same machine.
 
     git clone https://github.com/facebookresearch/dino
-    python benchmarks/official.py --official=dino [--config=configs/vit_s16.py] [--batches=64,128] [--steps=20]
+    python benchmarks/official.py --official=dino [--config=vit_s16] [--batches=64,128] [--steps=20]
         [--types=float16,bfloat16] [--config.KEY=VALUE ...]
 
-The official side is its own `train_one_epoch`, unchanged, over batches that lie on the GPU already: forward passes of
-both networks under autocast, loss and center, backward pass, clipping, AdamW, teacher. Ours is the jitted step that
-`dino-jax train` runs, in bfloat16, over the same sizes of crops. Neither includes input. Needs torch, torchvision and
-JAX, all with CUDA or all without: on a CPU, with `--types=float32,float32`, the official calls of `.cuda()` do nothing.
-Prints a line for each run and, last, one JSON object; `ratio` is ours over theirs.
+The official side runs its own `train_one_epoch`, unchanged, on batches that are already on the GPU. Ours is the jitted
+step of `dino-jax train`, in bfloat16, on crops of the same sizes. Neither includes input. Each runs in its own process.
+Needs torch, torchvision and JAX, all with CUDA or all without. On a CPU, use `--types=float32,float32`; the official
+calls of `.cuda()` then do nothing. Prints a line for each run, then one JSON object; `ratio` is ours over theirs.
 """
 
 from __future__ import annotations
@@ -23,17 +22,17 @@ import time
 from typing import Any
 
 WARM_UP = 5  # steps
-SIDES = {"official": "float16", "ours": "bfloat16"}  # and the compute type by default
+SIDES = {"official": "float16", "ours": "bfloat16"}  # and their default compute types
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--official", required=True, type=pathlib.Path, help="a clone of facebookresearch/dino")
-    parser.add_argument("--config", default="configs/vit_s16.py")
-    parser.add_argument("--batches", default="64", help="images a step, several with commas")
+    parser.add_argument("--config", default="vit_s16")
+    parser.add_argument("--batches", default="64", help="images per step; separate several by commas")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--types", default=",".join(SIDES.values()), help="of the official code, of ours")
-    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)  # of a process that measures
+    parser.add_argument("--types", default=",".join(SIDES.values()), help="compute types: official,ours")
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)  # for the measuring process
     args, overrides = parser.parse_known_args()
     types = dict(zip(SIDES, args.types.split(","), strict=True))
     if args.side:
@@ -52,7 +51,7 @@ def main() -> None:
 
 
 def in_process(side: str, batch: str) -> dict[str, Any]:
-    """The same command line for one side and batch; its memory is gone afterwards."""
+    """Runs one side and batch in a separate process, which frees its memory at the end."""
     environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     command = [sys.executable, *sys.argv, f"--side={side}", f"--batches={batch}"]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
@@ -62,7 +61,7 @@ def in_process(side: str, batch: str) -> dict[str, Any]:
 
 
 def measure_ours(args: argparse.Namespace, batch: int, dtype: str, overrides: list[str]) -> dict[str, Any]:
-    """`dino-jax bench step`."""
+    """Runs `dino-jax bench step`."""
     from dino_jax import config_io
     from dino_jax.tools.bench import bench_step
 
@@ -72,7 +71,7 @@ def measure_ours(args: argparse.Namespace, batch: int, dtype: str, overrides: li
 
 
 def measure_official(args: argparse.Namespace, batch: int, dtype: str, overrides: list[str]) -> dict[str, Any]:
-    """The official loop over resident batches, as its `train_dino` sets it up for one GPU."""
+    """Runs the official loop on resident batches, set up like its `train_dino` on one GPU."""
     if dtype not in ("float16", "float32"):
         sys.exit("--types: the official code knows float16 and float32")
     sys.path.insert(0, str(args.official))
@@ -87,7 +86,7 @@ def measure_official(args: argparse.Namespace, batch: int, dtype: str, overrides
 
     config = config_io.load(args.config, overrides)
     device, backend = (torch.device("cuda", 0), "nccl") if torch.cuda.is_available() else (None, "gloo")
-    if device is None:  # the official code asks for a GPU without looking
+    if device is None:  # the official code always asks for a GPU
         torch.Tensor.cuda = lambda tensor, *_, **__: tensor
         torch.cuda.synchronize = lambda *_: None
         utils.SmoothedValue.synchronize_between_processes = lambda _: None
@@ -125,7 +124,7 @@ def measure_official(args: argparse.Namespace, batch: int, dtype: str, overrides
         return time.perf_counter() - begin
 
     sys.stdout = sys.stderr  # the loop prints
-    epoch(0, WARM_UP)  # the last layer is frozen in it
+    epoch(0, WARM_UP)  # with the last layer frozen
     epoch(1, WARM_UP)
     seconds = epoch(1, args.steps)
     sys.stdout = sys.__stdout__

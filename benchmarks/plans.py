@@ -1,8 +1,8 @@
 """Plans for five models on four TPU slices: `python benchmarks/plans.py > docs/scaling.md`.
 
-Each is one call of `dino-jax plan`, minutes of two CPU cores, and needs libtpu (the extra `tpu`) but no TPU. What is
-done is kept in benchmarks/plans.jsonl, so that the command goes on where it was interrupted; remove lines of that file
-to make them anew. `--done` makes nothing and prints the page of what is there.
+Each plan is one call of `dino-jax plan`: minutes on two CPU cores, with libtpu (the extra `tpu`) but no TPU. Finished
+plans are kept in benchmarks/plans.jsonl, so that an interrupted command resumes; remove a line to make that plan again.
+`--done` only prints the page of the finished plans.
 """
 
 from __future__ import annotations
@@ -28,17 +28,19 @@ MODELS: dict[str, tuple[str, tuple[str, ...], dict[str, tuple[str, ...]]]] = {
 INTRODUCTION = """\
 # Plans
 
-What `dino-jax plan` says of runs that this project did not make: each train step compiled by libtpu for a slice of
-TPUs, on a machine without any. Made by one command, `python benchmarks/plans.py > docs/scaling.md`.
+The output of `dino-jax plan` for runs that this project has not done. libtpu compiled each train step for a TPU slice,
+on a machine without TPUs. To make this page again: `python benchmarks/plans.py > docs/scaling.md`.
 
-ImageNet-1k, 2 x 224 + 10 x 96 pixels, 65,536 prototypes, bfloat16, AdamW, a global batch of 1,024. Data parallel;
-`run.*` says what else was set so that the step fits. Sizes, FLOPs and bytes are those of one chip in one step.
-*Roofline* is the largest of three times at the chip's published peaks: of compute, of the memory traffic that the
-compiler counts, of the links. **No step was timed**: the count of traffic includes what stays in the chip's fast
-memory, and no chip reaches its peaks. Most steps were compiled before GELU kept one array instead of three for the
-backward pass; those of ViT-S/16 on v5e:4x4 and v6e:4x4 (peaks 1.6 and 0.1 GiB smaller by it), of ViT-L/16 and B/8 on
-v6e:4x4 after. *Days* and images/s are at the roofline; *input* is what each host's input must reach then (as many
-hosts as libtpu gives the slice: 4 chips each).
+**No step was timed.** The traffic includes what stays in the chip's fast memory, and no chip reaches its peaks.
+
+- Settings: ImageNet-1k, 2 x 224 + 10 x 96 pixels, 65,536 prototypes, bfloat16, AdamW, a global batch of 1,024, data
+  parallel. `run.*` is what else was set to make the step fit.
+- Sizes, FLOPs and bytes are for one chip and one step.
+- *Roofline* is the largest of three times at the chip's published peaks: compute, memory traffic by the compiler's
+  count, and links. *Images/s* and *days* assume the roofline. *Input* is the rate that each host (4 chips) must then
+  read.
+- Most steps were compiled before GELU kept one array instead of three for the backward pass. Compiled after it:
+  ViT-S/16 on v5e:4x4 and v6e:4x4 (peaks 1.6 and 0.1 GiB smaller), ViT-L/16 and ViT-B/8 on v6e:4x4.
 
 | model | slice | images a chip | `run.*` | peak of HBM, GiB | temporaries, GiB | FLOPs, T (analytic) | accessed, GB \
 | collectives | reduced, MB (gradients) | roofline, ms | bound by | images/s | days | input, images/s a host |
@@ -47,7 +49,7 @@ hosts as libtpu gives the slice: 4 chips each).
 
 
 def main() -> None:
-    """Makes what is missing, one after the other, then prints the page."""
+    """Makes the missing plans one by one, then prints the page."""
     done = {}
     if RESULTS.exists():
         done = {
@@ -72,7 +74,7 @@ def main() -> None:
 
 
 def make(config: str, topology: str, settings: tuple[str, ...]) -> dict | None:
-    """The JSON of one plan; None where it failed, with the reason on stderr."""
+    """The JSON of one plan; None if it failed (the reason is on stderr)."""
     command = [sys.executable, "-m", "dino_jax", "plan", f"--config=configs/{config}.py", f"--topology={topology}"]
     command += [f"--config.{setting}" for setting in settings]
     print(shlex.join(command[1:]), file=sys.stderr, flush=True)

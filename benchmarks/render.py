@@ -1,10 +1,10 @@
-"""Crops a second of the accelerator's renderer, and of PIL on one core, with the same parameters.
+"""Speed of the accelerator's crop renderer, and of PIL on one core, with the same parameters.
 
     python benchmarks/render.py [--batch=64] [--steps=20] [--flops] [--config.KEY=VALUE ...]
 
-Prints one JSON object: images/s and temporary memory of the renderer, images/s of PIL. On a CPU the
-renderer is no faster than PIL; it is meant for the matrix units of an accelerator. With --flops, instead: its FLOPs for
-an image beside those of the train step (default: ViT-S/16), each by the compiler's count of the compiled program.
+Prints one JSON object: images/s and temporary memory of the renderer, images/s of PIL. The renderer is made for the
+matrix units of an accelerator; on a CPU it is no faster than PIL. With --flops, prints instead the FLOPs per image of
+the renderer and of the train step (default: ViT-S/16), by the compiler's count.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=64, help="images")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--flops", action="store_true", help="count, instead of measuring")
+    parser.add_argument("--flops", action="store_true", help="count FLOPs instead of measuring")
     args, overrides = parser.parse_known_args()
     config = config_io.override(default(), ["--config.data.render=device", *overrides])
     if args.flops:
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def flops(config: ConfigDict, images: int = 2) -> dict[str, float]:
-    """GFLOPs for an image, of the renderer and of the train step; two images, so that no loop hides any."""
+    """GFLOPs per image of the renderer and of the train step. Two images, so that no loop hides work."""
     side, channels, crops = config.data.canvas, config.model.in_chans, config.crops
     drawn = draw_crops(np.random.default_rng(0), side, side, crops)
     batch = {

@@ -1,12 +1,11 @@
-"""Does a run learn as well with crops rendered on the device as with PIL's? Same seeds and budget, k-NN of each.
+"""Trains with crops rendered by PIL and on the device, with the same seeds and budget, and compares k-NN.
 
-    python benchmarks/renderers.py [--config=configs/quickstart.py] [--seeds=3] [--workdir=runs/renderers]
+    python benchmarks/renderers.py [--config=quickstart] [--seeds=3] [--workdir=runs/renderers]
         [--config.KEY=VALUE ...]
 
-Trains once for each seed and renderer and prints a line for each run, then one JSON object: k-NN top-1 (20 neighbors,
-`scenes`: 2,400 and 1,200 images) of each run, mean and standard deviation for each renderer, and the mean over the
-seeds of the difference with its standard error. Runs that are finished in --workdir are not trained again, and
-interrupted ones go on.
+Prints a line for each run, then one JSON object: k-NN top-1 of each run (20 neighbors, `scenes`: 2,400 and 1,200
+images), mean and standard deviation for each renderer, and the mean difference over the seeds with its standard error.
+Finished runs in --workdir are not trained again; interrupted ones resume.
 """
 
 from __future__ import annotations
@@ -33,10 +32,10 @@ RENDERERS = ("host", "device")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", default="configs/quickstart.py")
-    parser.add_argument("--seeds", type=int, default=3, help="how many")
+    parser.add_argument("--config", default="quickstart")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
     parser.add_argument("--workdir", default="runs/renderers", type=pathlib.Path)
-    parser.add_argument("--bank", type=int, default=BANK, help="images among which neighbors are looked for")
+    parser.add_argument("--bank", type=int, default=BANK, help="images to search for neighbors")
     parser.add_argument("--queries", type=int, default=QUERIES)
     args, overrides = parser.parse_known_args()
     config = config_io.load(args.config, overrides)
@@ -63,7 +62,7 @@ def one_run(config: ConfigDict, source: Source, sets: list, seed: int, render: s
 
 
 def summary(found: dict[str, list[float]]) -> dict[str, object]:
-    """Means, deviations, and how far apart the renderers are."""
+    """Mean and deviation of each renderer, and their difference."""
     result: dict[str, object] = {f"knn_{render}": values for render, values in found.items()}
     for render, values in found.items():
         result[f"mean_{render}"] = round(float(np.mean(values)), 2)

@@ -1,9 +1,9 @@
-"""What it costs to agree with every step whether to stop: an all-reduce of one number, or JAX's preemption service.
+"""Cost of agreeing at each step whether to stop: an all-reduce of one number, or JAX's preemption service.
 
     python benchmarks/stopping.py                     two processes on this machine
-    launch/supervise.py --local 2 -- python benchmarks/stopping.py --child      the same; --hosts for others
+    launch/supervise.py --local 2 -- python benchmarks/stopping.py --child      the same; --hosts A,B for other machines
 
-The step is a small one (a gradient through three 512 x 512 matrices, 256 rows), so that what is added shows.
+The step is small (a gradient through three 512 x 512 matrices, 256 rows), so that the added time shows.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Device mode's host part beside a torchvision multi-crop loader: images per second of CPU time, same JPEGs, one run.
+"""Speed of the input pipeline and of a torchvision multi-crop loader on the same JPEGs, per second of CPU time.
 
     python benchmarks/torchvision_loader.py [--source=SPEC] [--seconds=10] [--config.KEY=VALUE ...]
 
-Needs torch and torchvision. The loader is a `DataLoader` in this process whose transform is the recipe of
-`config.crops` in torchvision's operations on PIL images, as PyTorch codes of DINO have it. Prints one JSON object.
+Needs torch and torchvision. The loader is a `DataLoader` in this process. Its transform is the recipe of
+`config.crops` in torchvision operations on PIL images, as in PyTorch implementations of DINO. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from dino_jax.tools.bench import JpegSource, bench_input
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--source", help="of encoded images, as for data.train; default: generated 500 x 375 JPEGs")
-    parser.add_argument("--seconds", type=float, default=10.0, help="for each measurement")
+    parser.add_argument("--source", help="encoded images, as for data.train; default: generated 500 x 375 JPEGs")
+    parser.add_argument("--seconds", type=float, default=10.0, help="CPU time for each measurement")
     args, overrides = parser.parse_known_args()
     config = config_io.override(default(), ["--config.batch_size=64", *overrides])
     results = bench_input(config, args.source, args.seconds, steps=0)
@@ -41,7 +41,7 @@ def main() -> None:
 
 
 class Crops:
-    """A map-style dataset: all crops of each image of a source, as normalized tensors."""
+    """A map-style data set: all crops of each image of a source, as normalized tensors."""
 
     def __init__(self, source: Source, config: ConfigDict):
         self.source = source
@@ -58,7 +58,7 @@ class Crops:
 
 
 def crop_transform(config: ConfigDict, kind: int) -> Callable[[Image.Image], Any]:
-    """The recipe of the first global crop (0), the second (1) or a local one (2)."""
+    """The transform of the first global crop (0), the second (1) or a local one (2)."""
     from torchvision import transforms
 
     crops = config.crops

@@ -1,11 +1,11 @@
-"""ViT-T/4 on CIFAR-10 at 32 x 32: a class-folder tree or arrays, k-NN on the test split as it trains.
+"""ViT-T/4 on CIFAR-10 at 32 x 32, from class folders or arrays, with k-NN on the test split during training.
 
     dino-jax train --config=cifar10 --workdir=runs/cifar10 \\
         --config.data.train=DIR/cifar10_train.npz --config.eval.knn_train=DIR/cifar10_train.npz \\
         --config.eval.knn_test=DIR/cifar10_test.npz
 
-Images of 32 pixels hold little for a crop of 5% of their area, and blur of two pixels erases them: hence larger local
-crops and less blur. Small batch: slower teacher and fewer prototypes. Cost and result: docs/benchmarks.md.
+A crop of 5% of a 32-pixel image shows almost nothing, and a blur of two pixels erases it: hence larger local crops and
+less blur. The batch is small: hence a slower teacher and fewer prototypes. Cost and result: docs/benchmarks.md.
 """
 
 from dino_jax.config import default

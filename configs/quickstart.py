@@ -1,11 +1,14 @@
-"""A small ViT on the embedded `scenes`, in minutes on a laptop's CPU: what `launch/quickstart.sh` trains.
+"""A small ViT on the generated `scenes`, trained in minutes on a laptop's CPU by `launch/quickstart.sh`.
 
-Colors say nothing about the classes of `scenes`, so they are jittered away. A batch of 32 and some hundred steps are
-far from the paper's regime: batch norm in the head with fixed prototypes and a sharp teacher keep so young a run from
-the uniform collapse. At a width of 64, linear layers of the official deviation 0.02 shrink what they are given to a
-sixth, so that such a network hardly sees its input and learns little: `model.init_std` is what mattered most for k-NN.
-For the attention to cover objects, patches hold a whole period of most textures, and strong weight decay keeps queries
-and keys small: without it each head looks at one or two patches. Cost and result: docs/benchmarks.md.
+Why it differs from the paper's runs (cost and result: docs/benchmarks.md):
+
+- Colors say nothing about the classes of `scenes`, so strong jitter removes them.
+- So short a run with a batch of 32 collapses to uniform outputs unless the head has batch norm, the prototypes stay
+  fixed and the teacher is sharp.
+- At a width of 64, linear layers with the official deviation of 0.02 shrink their input to a sixth, and the network
+  learns little. `model.init_std` mattered most for k-NN.
+- For the attention to cover objects, a patch holds a whole period of most textures, and strong weight decay keeps
+  queries and keys small. Without it each head looks at one or two patches.
 """
 
 from dino_jax.config import default

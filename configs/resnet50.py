@@ -1,9 +1,9 @@
-"""ResNet-50 by SGD, the example of the official README: 100 epochs, 8 GPUs at 64 images each.
+"""ResNet-50 with SGD, the example of the official README: 100 epochs, 8 GPUs at 64 images each.
 
     dino-jax train --config=resnet50 --config.data.train=/data/imagenet/train --workdir=gs://bucket/rn50
 
-From the README: the optimizer, its learning rate 0.03, the weight decay and the crops' scales. All else is the official
-code's default; batch norm's statistics are those of the whole batch, as there. Not run by this project.
+From the README: the optimizer, its learning rate 0.03, the weight decay and the crops' scales. The rest is the official
+code's default. Batch norm uses statistics of the whole batch, as there. Not run by this project.
 """
 
 from dino_jax.config import default

@@ -1,7 +1,7 @@
-"""ResNet-50 by LARS, the released weights: 800 epochs, 2 x 224 + 6 x 96.
+"""ResNet-50 with LARS, the released weights: 800 epochs, 2 x 224 + 6 x 96.
 
-Published: k-NN 67.5, linear 75.3. Settings: third-party quotations of the released `args.txt`. UNCONFIRMED: what is
-marked below. Not run by this project.
+Published: k-NN 67.5, linear 75.3. Settings: third-party quotations of the released `args.txt`. UNCONFIRMED: the
+values marked below. Not run by this project.
 """
 
 from dino_jax.config import default

@@ -1,7 +1,7 @@
 """ViT-B/16, the released weights: 400 epochs, 2 x 224 + 10 x 96.
 
-Published: k-NN 76.1, linear 78.2. Settings: third-party quotations of the released `args.txt`; the two ends of the
-teacher's temperature are UNCONFIRMED. Not run by this project.
+Published: k-NN 76.1, linear 78.2. Settings: third-party quotations of the released `args.txt`; the first and last
+teacher temperature are UNCONFIRMED. Not run by this project.
 """
 
 from dino_jax.config import default

@@ -1,7 +1,7 @@
 """ViT-S/16, the released weights: 800 epochs, 2 x 224 + 10 x 96.
 
-Published: k-NN 74.5, linear 77.0. Settings: third-party quotations of the released `args.txt`, with which issue 122 of
-the official repository agrees. Not run by this project.
+Published: k-NN 74.5, linear 77.0. Settings: third-party quotations of the released `args.txt`; issue 122 of the
+official repository agrees. Not run by this project.
 """
 
 from dino_jax.config import default

@@ -1,8 +1,8 @@
-"""XCiT-S12/16. The other released ones: `--config.model.patch_size=8`, `--config.model.name=xcit_medium_24`.
+"""XCiT-S12/16. For the other released sizes: `--config.model.patch_size=8`, `--config.model.name=xcit_medium_24`.
 
 Published k-NN / linear: S12/16 76.0 / 77.8, S12/8 77.1 / 79.2, M24/16 76.4 / 78.8, M24/8 77.9 / 80.3. UNCONFIRMED:
-every setting. No source gives those of the released XCiTs; these are the boosted S/16 run's, of the same width. Not run
-by this project.
+every setting. No source gives those of the released XCiTs; these are from the boosted S/16 run, which has the same
+width. Not run by this project.
 """
 
 from dino_jax.config import default

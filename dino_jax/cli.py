@@ -1,7 +1,7 @@
 """The command line: `dino-jax VERB ...`.
 
-A verb is one file, `dino_jax/FOLDER/NAME_verb.py`, next to what it runs. The file holds a `VERB` and imports what it
-runs inside functions, so that `--help` is quick. This module finds the verbs, and knows none by name.
+A verb is one file, `dino_jax/FOLDER/NAME_verb.py`, next to what it runs, with a `VERB`. It imports what it runs inside
+functions, so that `--help` is quick. This module finds the verbs by file name.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ CONFIG = "a file with get_config(), or the name of one in configs/, such as vit_
 
 
 class Verb(NamedTuple):
-    """A verb of the command line: how it is called, and what it does.
+    """A verb of the command line: its arguments and what it runs.
 
-    Verbs with an argument `--config` take overrides, `--config.KEY=VALUE`; for the others these are an error.
+    A verb with `--config` also takes overrides, `--config.KEY=VALUE`.
     """
 
     name: str
     help: str  # one line, without a period
     arguments: Callable[[argparse.ArgumentParser], object]  # adds them to the parser
     run: Callable[[argparse.Namespace, list[str]], object]  # takes the arguments and the overrides
-    more: Callable[[argparse.Namespace], str] | None = None  # text below `--help`, by the arguments before it
+    more: Callable[[argparse.Namespace], str] | None = None  # more help, for the arguments before `--help`
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -105,11 +105,11 @@ class _Print(argparse.Action):
         parser.exit()
 
 
-# Arguments of several verbs.
+# Arguments that several verbs share.
 
 
 def config_argument(parser: argparse.ArgumentParser, *, help: str = CONFIG, **options: Any) -> None:
-    """`--config` of a training run, and `--help-config`, which lists all its keys; `options`: of `add_argument`."""
+    """Adds `--config` of a training run and `--help-config`, which lists its keys; `options` go to `add_argument`."""
     parser.add_argument("--config", metavar="FILE|NAME", help=help, **options)
     parser.add_argument("--help-config", action=_Print, text=_all_keys, help="list every key of a configuration")
     parser.epilog = "--config.KEY=VALUE sets any key of the configuration; --help-config lists them."
@@ -122,18 +122,18 @@ def _all_keys(_: argparse.Namespace) -> str:
 
 
 def checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
-    """`--checkpoint`: what `weights.load.open_weights` takes."""
+    """Adds `--checkpoint`, which `weights.load.open_weights` takes, and `--heads`."""
     parser.add_argument(
         "--checkpoint",
         required=True,
         metavar="CKPT",
         help="a run's workdir, a step's folder, a weight file, or a released name such as dino_vits16",
     )
-    parser.add_argument("--heads", type=int, metavar="H", help="attention heads, if a weight file does not tell")
+    parser.add_argument("--heads", type=int, metavar="H", help="attention heads, if the weight file does not say")
 
 
 def process_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `parallel.distributed` describes; launch/multihost.sh, SLURM and TPU pods need none of it."""
-    parser.add_argument("--coordinator", metavar="HOST:PORT", help="of several processes: where process 0 listens")
+    """Adds the flags of `parallel.distributed`; launch/multihost.sh, SLURM and TPU pods need none of them."""
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="with several processes: where process 0 listens")
     parser.add_argument("--processes", type=int, metavar="N", help="number of processes")
     parser.add_argument("--process", type=int, metavar="I", help="number of this process, 0 to N - 1")

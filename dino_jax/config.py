@@ -1,6 +1,6 @@
-"""Every configuration key of a training run, declared once: default, meaning, bounds.
+"""Every configuration key of a training run: default, meaning, bounds.
 
-`default()` is the paper's ViT-S/16 run of 100 epochs. A file in `configs/` is a short delta on it:
+`default()` is the paper's ViT-S/16 run of 100 epochs. A file in `configs/` changes a few of its values:
 
     from dino_jax.config import default
 
@@ -9,8 +9,8 @@
         config.epochs = 300
         return config
 
-`run.*` never changes the mathematics (mesh, workers, logging, checkpoints, profiling), so it may differ when a run
-resumes; any other difference is an error.
+`run.*` (mesh, workers, logging, checkpoints, profiling) never changes the mathematics, so it may change when a run
+resumes. Any other change is an error.
 
 Sources: the paper (arXiv 2104.14294) and the command-line defaults of the official `main_dino.py`.
 """
@@ -31,11 +31,11 @@ class Key(NamedTuple):
 
     default: Any  # a value, or a type: unset (None) until given a value of that type
     meaning: str
-    within: str = ""  # an interval such as "[0, 1)" for the value, or for every value of a tuple
+    within: str = ""  # an interval such as "[0, 1)" for the value, or each value of a tuple
     choices: tuple[str, ...] = ()
 
     def error(self, value: Any) -> str | None:
-        """What is wrong with a value ("must be at least 1"), or None. A value of None (unset) is always right."""
+        """What is wrong with a value ("must be at least 1"), or None. A value of None (unset) is always valid."""
         if value is None:
             return None
         values = value if isinstance(value, tuple) else (value,)
@@ -56,7 +56,7 @@ class Key(NamedTuple):
 Keys = Mapping[str, "Key | Keys"]  # groups nest
 
 KEYS: Keys = {
-    "seed": Key(0, "every random draw is a function of this and a position", "[0, 4294967295]"),
+    "seed": Key(0, "random seed; every draw is a function of it and the position in the data", "[0, 4294967295]"),
     "epochs": Key(100, "passes over the data; one is N // batch_size steps", "[1, inf)"),
     "batch_size": Key(1024, "images per step, over all devices", "[1, inf)"),
     "init_from": Key(str, "start from these weights: a run, a checkpoint, a weight file or a released name"),
@@ -64,13 +64,13 @@ KEYS: Keys = {
         "name": Key("vit_small", "backbone: a key of dino_jax.models.BACKBONES"),
         "patch_size": Key(16, "pixels; must divide both crop sizes (ViT, XCiT)", "[1, inf)"),
         "in_chans": Key(3, "channels of the input images", "[1, inf)"),
-        "embed_dim": Key(int, "width D; unset: the named model's own (ViT, XCiT)", "[1, inf)"),
-        "depth": Key(int, "number of blocks; unset: the named model's own (ViT, XCiT)", "[1, inf)"),
-        "heads": Key(int, "attention heads, a divisor of D; unset: the named model's own (ViT, XCiT)", "[1, inf)"),
+        "embed_dim": Key(int, "width D; unset: the named model's (ViT, XCiT)", "[1, inf)"),
+        "depth": Key(int, "number of blocks; unset: the named model's (ViT, XCiT)", "[1, inf)"),
+        "heads": Key(int, "attention heads, a divisor of D; unset: the named model's (ViT, XCiT)", "[1, inf)"),
         "init_std": Key(
-            float, "of the blocks' linear layers; unset: 0.02, too small for a narrow ViT (ViT)", "(0, inf)"
+            float, "initial deviation of the blocks' linear layers; unset: 0.02, too small for a narrow ViT", "(0, inf)"
         ),
-        "registers": Key(0, "learned tokens beside CLS and the patches, without positions (ViT)", "[0, inf)"),
+        "registers": Key(0, "learned tokens next to CLS and the patches, without positions (ViT)", "[0, inf)"),
         "small_stem": Key(
             False, "start with a 3 x 3 convolution and no pooling, for images of about 32 pixels (ResNet)"
         ),
@@ -79,7 +79,7 @@ KEYS: Keys = {
         ),
         "dtype": Key(
             "float32",
-            "compute type; parameters, norms, softmax and loss are at least float32",
+            "compute type; parameters, norms, softmax and loss stay at float32 or wider",
             choices=("float32", "bfloat16", "float64"),
         ),
         "precision": Key(
@@ -94,19 +94,19 @@ KEYS: Keys = {
         "bottleneck_dim": Key(256, "width of the MLP's output, which is L2-normalized", "[1, inf)"),
         "layers": Key(3, "linear layers of the MLP before the prototypes", "[1, inf)"),
         "use_bn": Key(False, "batch norm after each hidden linear layer"),
-        "norm_last_layer": Key(True, "fix the gain of the weight-normed last layer at 1; False: it is trained"),
+        "norm_last_layer": Key(True, "keep the gain of the weight-normed last layer at 1; False: train it"),
     },
     "crops": {
         "global_size": Key(
             (224, 224), "height, width in pixels; one integer on the command line sets both", "[1, inf)"
         ),
         "local_size": Key((96, 96), "height, width in pixels", "[1, inf)"),
-        "local_count": Key(8, "local crops per image, beside the 2 global ones", "[0, inf)"),
+        "local_count": Key(8, "local crops per image, besides the 2 global ones", "[0, inf)"),
         "global_scale": Key((0.4, 1.0), "share of the image's area, low and high", "(0, 1]"),
         "local_scale": Key((0.05, 0.4), "share of the image's area, low and high", "(0, 1]"),
         "ratio": Key((3 / 4, 4 / 3), "aspect ratio (width / height), log-uniform, low and high", "(0, inf)"),
         "flip_prob": Key(0.5, "probability of a horizontal flip", "[0, 1]"),
-        "jitter_prob": Key(0.8, "probability of color jitter, whose four operations come in random order", "[0, 1]"),
+        "jitter_prob": Key(0.8, "probability of color jitter (four operations in random order)", "[0, 1]"),
         "brightness": Key(0.4, "jitter factor uniform in 1 +- this", "[0, inf)"),
         "contrast": Key(0.4, "jitter factor uniform in 1 +- this", "[0, inf)"),
         "saturation": Key(0.2, "jitter factor uniform in 1 +- this", "[0, inf)"),
@@ -115,17 +115,15 @@ KEYS: Keys = {
         "blur_prob": Key((1.0, 0.1, 0.5), "probability for first global, second global, local crops", "[0, 1]"),
         "blur_radius": Key((0.1, 2.0), "radius of PIL's GaussianBlur in pixels, low and high", "[0, inf)"),
         "solarize_prob": Key((0.0, 0.2, 0.0), "probability for first global, second global, local crops", "[0, 1]"),
-        "solarize_threshold": Key(128, "values from this on (of 255) are inverted", "[0, 256]"),
+        "solarize_threshold": Key(128, "values at or above this (of 255) are inverted", "[0, 256]"),
     },
     "data": {
         "train": Key("scenes:train?size=20000", "a source, e.g. /data/imagenet/train, tfds:imagenet2012:train"),
-        "mean": Key((0.485, 0.456, 0.406), "per channel, of pixel values in 0..1 (ImageNet)"),
-        "std": Key((0.229, 0.224, 0.225), "per channel, of pixel values in 0..1 (ImageNet)", "(0, inf)"),
-        "render": Key(
-            "host", "where crops are rendered: by PIL on the host, or on the device", choices=("host", "device")
-        ),
+        "mean": Key((0.485, 0.456, 0.406), "mean of each channel, for pixel values in 0..1 (ImageNet)"),
+        "std": Key((0.229, 0.224, 0.225), "deviation of each channel, for pixel values in 0..1 (ImageNet)", "(0, inf)"),
+        "render": Key("host", "render crops with PIL on the host, or on the device", choices=("host", "device")),
         "canvas": Key(
-            512, "device rendering: images whose longer side exceeds this are shrunk to it first", "[1, inf)"
+            512, "device rendering: images are shrunk until the longer side is at most this many pixels", "[1, inf)"
         ),
         "max_bad_share": Key(0.01, "a larger share of unreadable images is an error", "[0, 1]"),
     },
@@ -134,14 +132,14 @@ KEYS: Keys = {
         "lr": Key(5e-4, "learning rate for 256 images; scaled by batch_size / 256", "[0, inf)"),
         "min_lr": Key(1e-6, "learning rate at the end of the cosine; not scaled", "[0, inf)"),
         "warmup_epochs": Key(10, "epochs of linear warm-up from 0", "[0, inf)"),
-        "weight_decay": Key(0.04, "at the start of its cosine", "[0, inf)"),
-        "weight_decay_end": Key(0.4, "at the end of its cosine", "[0, inf)"),
-        "clip_grad": Key(3.0, "largest norm of each tensor's gradient; 0: off", "[0, inf)"),
-        "freeze_last_layer": Key(1, "epochs in which the prototypes are not updated", "[0, inf)"),
-        "momentum": Key(0.9, "of SGD and LARS", "[0, 1)"),
-        "b1": Key(0.9, "of AdamW, first moment", "[0, 1)"),
-        "b2": Key(0.999, "of AdamW, second moment", "[0, 1)"),
-        "eps": Key(1e-8, "of AdamW", "[0, inf)"),
+        "weight_decay": Key(0.04, "weight decay at the start of its cosine", "[0, inf)"),
+        "weight_decay_end": Key(0.4, "weight decay at the end of its cosine", "[0, inf)"),
+        "clip_grad": Key(3.0, "maximum norm of each tensor's gradient; 0: off", "[0, inf)"),
+        "freeze_last_layer": Key(1, "first epochs, in which the prototypes are not updated", "[0, inf)"),
+        "momentum": Key(0.9, "momentum of SGD and LARS", "[0, 1)"),
+        "b1": Key(0.9, "AdamW: decay of the first moment", "[0, 1)"),
+        "b2": Key(0.999, "AdamW: decay of the second moment", "[0, 1)"),
+        "eps": Key(1e-8, "AdamW: added to the denominator", "[0, inf)"),
     },
     "teacher": {
         "momentum": Key(
@@ -149,61 +147,63 @@ KEYS: Keys = {
         ),
         "momentum_end": Key(1.0, "EMA momentum at the end of its cosine", "[0, 1]"),
         "temp": Key(0.04, "softmax temperature after its warm-up", "(0, inf)"),
-        "warmup_temp": Key(0.04, "softmax temperature of the first epoch, from which it moves linearly", "(0, inf)"),
+        "warmup_temp": Key(0.04, "softmax temperature at the start of its linear warm-up", "(0, inf)"),
         "warmup_temp_epochs": Key(0, "epochs of the temperature's warm-up", "[0, inf)"),
     },
     "objective": {  # each group with a weight is a module of dino_jax.objectives
         "dino": {
-            "weight": Key(1.0, "of the DINO loss in the sum that is minimized; 0: off", "[0, inf)"),
+            "weight": Key(1.0, "weight of the DINO loss in the total loss; 0: off", "[0, inf)"),
             "student_temp": Key(0.1, "softmax temperature of the student", "(0, inf)"),
             "center_momentum": Key(0.9, "EMA momentum of the center", "[0, 1]"),
         },
         "koleo": {
-            "weight": Key(0.0, "of the KoLeo loss, which spreads the CLS features (DINOv2: 0.1); 0: off", "[0, inf)"),
+            "weight": Key(
+                0.0, "weight of the KoLeo loss, which spreads CLS features (DINOv2: 0.1); 0: off", "[0, inf)"
+            ),
         },
     },
     "eval": {
         "knn_every": Key(0, "epochs between k-NN evaluations of the teacher; 0: never", "[0, inf)"),
-        "knn_train": Key(str, "labelled source of the neighbors"),
-        "knn_test": Key(str, "labelled source of the queries"),
+        "knn_train": Key(str, "labeled source of the neighbors"),
+        "knn_test": Key(str, "labeled source of the queries"),
         "knn_k": Key(20, "number of neighbors", "[1, inf)"),
-        "knn_temperature": Key(0.07, "of the neighbors' votes", "(0, inf)"),
-        "voc_every": Key(0, "epochs between attention Jaccards of the teacher; 0: never", "[0, inf)"),
-        "voc_data": Key(str, "images with masks: a VOC folder, scenes:..., or a folder with images/ and masks/"),
-        "voc_size": Key(480, "side in pixels of the square that they are resized to", "[1, inf)"),
+        "knn_temperature": Key(0.07, "temperature of the neighbors' votes", "(0, inf)"),
+        "voc_every": Key(0, "epochs between evaluations of the teacher's attention Jaccard; 0: never", "[0, inf)"),
+        "voc_data": Key(str, "images with object masks: a VOC folder, scenes:..., or a folder with images/ and masks/"),
+        "voc_size": Key(480, "voc_data: side of the square that images are resized to, in pixels", "[1, inf)"),
         "resize": Key(256, "k-NN: shorter side before the center crop, bicubic; 0: no resize", "[0, inf)"),
         "crop": Key(224, "k-NN: side of the center crop", "[1, inf)"),
         "batch_size": Key(256, "k-NN: images per batch", "[1, inf)"),
     },
     "run": {
         "mesh": {
-            "data": Key(-1, "devices over which the batch is split; -1: all that remain"),
-            "fsdp": Key(1, "devices over which batch, parameters and optimizer state are split; -1: all that remain"),
-            "model": Key(1, "devices over which the prototypes are split; -1: all that remain"),
+            "data": Key(-1, "devices over which the batch is split; -1: all remaining"),
+            "fsdp": Key(1, "devices over which batch, parameters and optimizer state are split; -1: all remaining"),
+            "model": Key(1, "devices over which the prototypes are split; -1: all remaining"),
         },
         "accum_steps": Key(1, "microbatches per step", "[1, inf)"),
         "remat": Key("none", "blocks: recompute each block in the backward pass", choices=("none", "blocks")),
         "attention": Key(
             "auto",
-            "fused: by cuDNN (NVIDIA, bfloat16); auto: fused where possible (ViT)",
+            "fused: cuDNN's (NVIDIA, bfloat16); auto: fused if possible (ViT)",
             choices=("auto", "plain", "fused"),
         ),
         "workers": Key(0, "Grain worker processes; 0: threads of this process", "[0, inf)"),
         "threads": Key(2, "reading threads in each process", "[1, inf)"),
-        "prefetch": Key(2, "batches on the device ahead of the step", "[0, inf)"),
+        "prefetch": Key(2, "batches ready on the device ahead of the step", "[0, inf)"),
         "log_every": Key(10, "steps between log entries", "[1, inf)"),
         "checkpoint_every": Key(1.0, "epochs between checkpoints; fractions are allowed", "(0, inf)"),
         "keep": Key(2, "latest checkpoints kept", "[1, inf)"),
-        "keep_every": Key(20, "every this many epochs a checkpoint is kept for good; 0: none", "[0, inf)"),
+        "keep_every": Key(20, "epochs between checkpoints that are kept for good; 0: none", "[0, inf)"),
         "async_checkpoint": Key(True, "write checkpoints in the background"),
         "stall_timeout": Key(600.0, "seconds one of several processes may wait for input; 0: forever", "[0, inf)"),
-        "profile_steps": Key((0, 0), "first and last step of an xprof trace; equal: none", "[0, inf)"),
+        "profile_steps": Key((0, 0), "first and last step of an xprof trace; equal: no trace", "[0, inf)"),
         "tensorboard": Key(True, "write TensorBoard files"),
         "wandb": Key("", "Weights & Biases project; empty: off"),
         "progress": Key(True, "show a progress bar with an ETA on stderr"),
         "max_bad_steps": Key(3, "non-finite losses in a row before going back to the last good checkpoint", "[1, inf)"),
-        "max_rewinds": Key(2, "such returns before the run stops with a reason", "[0, inf)"),
-        "stop_after": Key(0, "stop cleanly after this many steps of this session; 0: at the end", "[0, inf)"),
+        "max_rewinds": Key(2, "returns to a checkpoint before the run stops with a reason", "[0, inf)"),
+        "stop_after": Key(0, "stop cleanly after this many steps of this session; 0: off", "[0, inf)"),
     },
 }
 
@@ -234,7 +234,7 @@ def flat_keys(keys: Keys = KEYS, prefix: str = "") -> Iterator[tuple[str, Key]]:
 
 
 def _alike(values: tuple[Any, ...], examples: tuple[Any, ...]) -> bool:
-    """Whether all values are of the examples' type; a whole number will do for a fraction."""
+    """Whether all values have the examples' type; an int passes for a float."""
     kinds: tuple[type, ...] = tuple({type(example) for example in examples})
     return all(isinstance(value, (*kinds, int) if float in kinds else kinds) for value in values)
 

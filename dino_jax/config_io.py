@@ -1,4 +1,4 @@
-"""Configurations in and out: files and names, command-line overrides, JSON, comparison, checks, a list of the keys."""
+"""Reads, writes, compares and checks configurations; applies overrides; lists the keys."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dino_jax.config import KEYS, Key, Keys, default, flat_keys, in_words
 from dino_jax.errors import UserError, did_you_mean
 from dino_jax.migrations import FORMAT_VERSION, migrate
 
-PER_CHANNEL = ("data.mean", "data.std")  # as many values as there are channels
+PER_CHANNEL = ("data.mean", "data.std")  # one value for each channel
 _PACKAGE = pathlib.Path(__file__).parent
 
 
@@ -28,13 +28,13 @@ def load(name: str | os.PathLike[str], overrides: Iterable[str] = ()) -> ConfigD
     """The configuration of a training run: `name` is what `find` takes, `overrides` are `--config.KEY=VALUE`.
 
     Raises:
-      UserError: the file is missing, fails, or has no `get_config`; an unknown key, or a value that no run could use.
+      UserError: the file is missing, fails, or has no `get_config`; a key is unknown or a value is invalid.
     """
     return check(override(read(name), overrides), f"--config={name}")
 
 
 def read(name: str | os.PathLike[str]) -> ConfigDict:
-    """What the `get_config()` of a file returns; `name` and `UserError` as in `load`."""
+    """The result of a file's `get_config()`; `name` and `UserError` as in `load`."""
     path = find(name)
     try:
         config = runpy.run_path(str(path))["get_config"]()
@@ -46,10 +46,10 @@ def read(name: str | os.PathLike[str]) -> ConfigDict:
 
 
 def find(name: str | os.PathLike[str]) -> pathlib.Path:
-    """The file at a path; otherwise the one of this name in `configs/`, with or without `.py` (`finetune/cifar10`).
+    """The file at a path, or else the one of this name in `configs/`, with or without `.py` (`finetune/cifar10`).
 
     Raises:
-      UserError: there is neither.
+      UserError: there is no such file or name.
     """
     path = os.path.expanduser(name)
     if os.path.isfile(path):
@@ -62,7 +62,7 @@ def find(name: str | os.PathLike[str]) -> pathlib.Path:
 
 
 def named() -> dict[str, pathlib.Path]:
-    """The files of `configs/` by name, in alphabetical order. A wheel holds the folder inside the package."""
+    """The files of `configs/` by name, in alphabetical order. In a wheel the folder is inside the package."""
     folder = _PACKAGE / "configs"
     folder = folder if folder.is_dir() else _PACKAGE.parent / "configs"
     return {file.relative_to(folder).with_suffix("").as_posix(): file for file in sorted(folder.rglob("*.py"))}
@@ -80,11 +80,11 @@ def override(config: ConfigDict, overrides: Iterable[str]) -> ConfigDict:
             raise UserError(f"{argument}: overrides have the form --config.KEY=VALUE")
         if key not in known:
             raise UserError(f"{argument}: there is no key {key!r}{did_you_mean(key, known)}")
-        given[key] = _as_pair(value, known[key])  # the last one counts
+        given[key] = _as_pair(value, known[key])  # the last one wins
     argv = ["dino-jax", *(f"--config.{key}={value}" for key, value in given.items())]
     values = flags.FlagValues()
     config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
-    for argument, (key, value) in zip(argv[1:], given.items(), strict=True):  # one by one, to name the wrong one
+    for argument, (key, value) in zip(argv[1:], given.items(), strict=True):  # one by one, to name the bad one
         try:
             values([argv[0], argument])
         except (flags.Error, TypeError, ValueError) as error:
@@ -105,7 +105,7 @@ def _as_pair(text: str, current: Any) -> str:
 
 
 def flatten(config: ConfigDict) -> dict[str, Any]:
-    """`{"optim.lr": 5e-4, ...}`."""
+    """The values by dotted key: `{"optim.lr": 5e-4, ...}`."""
     flat = {}
     for key, value in config.items():
         if isinstance(value, ConfigDict):
@@ -116,15 +116,15 @@ def flatten(config: ConfigDict) -> dict[str, Any]:
 
 
 def to_json(config: ConfigDict) -> str:
-    """The configuration as readable JSON, with the version of its keys; `from_json` inverts it."""
+    """The configuration as readable JSON with its format version; `from_json` inverts it."""
     return json.dumps({"format_version": FORMAT_VERSION, **config.to_dict()}, indent=2)
 
 
 def from_json(text: str, where: str = "the saved configuration") -> ConfigDict:
-    """A configuration from `to_json`'s text, of this version or an older one. Keys absent there keep their defaults.
+    """A configuration from `to_json`'s text, of this version or an older one. Absent keys get their defaults.
 
     Raises:
-      UserError: not JSON, a newer version's, or a key that is unknown.
+      UserError: not JSON, from a newer version, or with an unknown key.
     """
     try:
         content = json.loads(text)
@@ -153,17 +153,17 @@ def _place(config: ConfigDict, key: str) -> tuple[Any, str]:
 
 
 def differences(saved: ConfigDict, wanted: ConfigDict) -> list[str]:
-    """`key: saved -> wanted` for every key that differs, `run.*` apart."""
+    """`key: saved -> wanted` for every key that differs, except `run.*`."""
     a, b = flatten(saved), flatten(wanted)
     return [f"{key}: {a[key]!r} -> {b[key]!r}" for key in b if a[key] != b[key] and not key.startswith("run.")]
 
 
 def check(config: ConfigDict, where: str = "the configuration") -> ConfigDict:
-    """Returns the configuration; raises `UserError` for keys that are not `default()`'s and values no run could use."""
+    """Returns the configuration; raises `UserError` for keys that `default()` lacks and for invalid values."""
     flat, known = flatten(config), flatten(default())
     if foreign := sorted(flat.keys() ^ known.keys()):
         fix = "start from dino_jax.config.default()"
-        raise UserError(f"{where}: not that of a training run: it differs in the key {foreign[0]!r}; {fix}")
+        raise UserError(f"{where}: not a training configuration: it differs in the key {foreign[0]!r}; {fix}")
     for key, value in known.items():
         if isinstance(value, tuple) and key not in PER_CHANNEL and len(flat[key]) != len(value):
             raise UserError(f"{key}={flat[key]}: {len(value)} values are needed, such as {value}")
@@ -184,7 +184,7 @@ def check(config: ConfigDict, where: str = "the configuration") -> ConfigDict:
 
 
 def check_values(flat: Mapping[str, Any], keys: Keys, prefix: str = "") -> None:
-    """Raises `UserError` for a value (by dotted key) outside of what `keys` declare; `prefix` goes before the key."""
+    """Raises `UserError` for a value (by dotted key) that `keys` do not allow; `prefix` goes before the key."""
     for name, key in flat_keys(keys):
         if (error := key.error(flat[name])) is not None:
             near = did_you_mean(flat[name], key.choices) if key.choices else ""

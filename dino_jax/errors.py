@@ -1,4 +1,4 @@
-"""The exception for mistakes that a user can fix, and the suggestion of a near name."""
+"""The exception for mistakes that a user can fix, and "did you mean"."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class UserError(ValueError):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The end of a message about an unknown word: `; did you mean 'optim.lr'?`, or "" where no known word is near.
+    """The end of a message about an unknown word: `; did you mean 'optim.lr'?`, or "" if no known word is near.
 
     Names with the same last part come first; a dotted word is also compared by its last part.
     """

@@ -13,7 +13,7 @@ LOOK = "{desc} [{bar:20}] {n_fmt}/{total_fmt}  ETA {remaining}, {rate_noinv_fmt}
 
 
 class Progress:
-    """One line on a terminal, redrawn; in a log a plain line every `interval` and one at the end.
+    """A progress bar: one redrawn line on a terminal; in a log, a plain line every `interval` and at the end.
 
         train [=========>          ] 1200/2500  ETA 12:30,  1.73 steps/s, epoch 4.8, loss 5.312
 
@@ -23,7 +23,7 @@ class Progress:
         description: the first word of the line.
         unit: what a step is, in the rate; "B": bytes, shown as kB, MB or GB.
         active: False: silent, as on every process except 0.
-        interval: seconds between lines where the stream is not a terminal.
+        interval: seconds between lines if the stream is not a terminal.
         stream: standard error unless given.
     """
 
@@ -49,7 +49,7 @@ class Progress:
             "leave": self._live,
             "disable": not active,
             "mininterval": 0.1 if self._live else interval,
-            "miniters": 0,  # only the time decides
+            "miniters": 0,  # only time decides
             "delay": 0 if self._live else 1e-9,  # in a log, no line before the first interval is over
             "bar_format": LOOK,
             "ascii": " >=",
@@ -64,8 +64,8 @@ class Progress:
         self.close()
 
     def update(self, step: int, **fields: float | str) -> None:
-        """`step` steps are done; `fields` are shown after the rate. Cheap: most calls draw nothing."""
-        if step < self._bar.n:  # a rewind: the rate starts afresh
+        """Sets the steps done; `fields` are shown after the rate. Cheap: most calls draw nothing."""
+        if step < self._bar.n:  # a rewind: the rate starts again
             self._bar.leave = False
             self._bar.close()
             self._bar = self._open(step)
@@ -76,7 +76,7 @@ class Progress:
             self._bar.refresh()
 
     def note(self, line: str) -> None:
-        """Prints a line of its own above the bar."""
+        """Prints a separate line above the bar."""
         if self._bar.disable:
             return
         if self._live:
@@ -93,7 +93,7 @@ class Progress:
 
 
 class _Lines(tqdm):
-    """tqdm for a log: every state is a line, and none comes twice."""
+    """tqdm for a log: every state is a line, printed once."""
 
     monitor_interval = 0  # no thread
     _shown: float | None = None
@@ -111,7 +111,7 @@ class _Lines(tqdm):
 
 
 def track(items: Iterable[T], description: str, *, unit: str = "images", active: bool = True) -> Iterator[T]:
-    """Yields the items, with a bar that counts those that were dealt with."""
+    """Yields the items, with a bar that counts those that are done."""
     total = len(items) if isinstance(items, Sized) else None
     with Progress(total, 0, description, unit=unit, active=active) as bar:
         for done, item in enumerate(items, 1):

@@ -66,7 +66,7 @@ must() { run "$@" || die "$(why)"; }
 # unless PATTERN COMMAND...: run it; a failure that says PATTERN does not count.
 unless() { run "${@:2}" || grep -qiE "$1" "$output"; }
 
-# query COMMAND...: sets `answer` to what it prints; in a dry run to $assumed. Status 1, and an empty answer, where the
+# query COMMAND...: sets `answer` to what it prints; in a dry run to $assumed. Status 1, and an empty answer, if the
 # thing asked for does not exist; 2 for any other failure.
 query() {
   answer="${assumed:-}"
@@ -92,7 +92,7 @@ why() {
   case "$(cat "$output" 2>/dev/null)" in
     *QUOTA* | *[Qq]uota* | *RESOURCE_EXHAUSTED*)
       echo "no quota for $what in $place: ask for it (console: IAM & Admin, Quotas), or give another ZONE or TYPE," \
-        "or SPOT=1, which has a quota of its own: $(last_error)" ;;
+        "or SPOT=1, which has a separate quota: $(last_error)" ;;
     *"has not been used in project"* | *SERVICE_DISABLED* | *"is not enabled"*)
       echo "an API is off in project $project: gcloud services enable tpu.googleapis.com compute.googleapis.com" \
         "container.googleapis.com --project=$project" ;;

@@ -2,9 +2,9 @@
 
     python3 launch/pin.py python3.11 python3.12 python3.13
 
-Each interpreter resolves the newest versions and installs none of them; it takes minutes, most of them on the network.
-Pins that differ get a marker; those of the last interpreter serve later ones too. No index address is written. Only
-the standard library is used, since it runs before there is an environment.
+Each interpreter resolves the newest versions and installs none of them; it takes minutes, mostly on the network. Pins
+that differ get a marker; the last interpreter's also hold for later ones. No index address is written. Uses only the
+standard library, since it runs before there is an environment.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import sys
 import tempfile
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-BUILD = ("hatchling", "editables")  # what an editable installation needs besides pyproject's own lists
+BUILD = ("hatchling", "editables")  # needed by an editable installation besides pyproject.toml's lists
 EXTRAS = "cuda,export,hf,test,tiff,tpu,wandb"
 # Installed with --no-deps: one wants an older Orbax, for parts that are not used, the other a second OpenCV.
 ALONE = ("jax2onnx", "vos-benchmark")
-# Of torch's wheels on the package index, not of its CPU build, which the tests use.
+# Dependencies of torch's CUDA wheels, not of its CPU build, which the tests use.
 CUDA_OF_TORCH = ("nvidia-", "cuda-", "triton")
 HEADER = """\
 # Exact versions for each Python, written by launch/pin.py; see CONTRIBUTING.md. Use: pip install -c constraints.txt ...

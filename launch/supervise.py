@@ -28,7 +28,7 @@ import threading
 import time
 from typing import Any, NamedTuple
 
-GRACE = 30.0  # seconds from SIGTERM to SIGKILL where the launcher is gone
+GRACE = 30.0  # seconds from SIGTERM to SIGKILL when the launcher is gone
 SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=20", "-o", "ServerAliveInterval=10")
 CARRIED = re.compile(r"(DINO|GRAIN|HF|JAX|LIBTPU|NCCL|TPU|XLA)_|(GOOGLE_APPLICATION_CREDENTIALS|PYTHONPATH)$")
 ERROR = re.compile(r"dino-jax: error: (?:process (\d+) \(\S+\):? )?(.*)")
@@ -59,7 +59,7 @@ class Process:
 
     def start(self, events: queue.Queue[Event]) -> None:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        # In a session of its own: Ctrl-C at the terminal comes to the launcher alone.
+        # In a separate session, so that Ctrl-C at the terminal reaches only the launcher.
         self.keeper: Any = subprocess.Popen(self.command, start_new_session=True, **pipes)  # type: ignore[call-overload]
         reader = threading.Thread(target=self._read, args=(events,), daemon=True)
         reader.start()
@@ -98,7 +98,7 @@ class Launch:
     def __init__(self, processes: list[Process], patience: float):
         self.processes, self.patience = processes, patience
         self.events: queue.Queue[Event] = queue.Queue()
-        self.dead: list[Process] = []  # with a status that is not 0, in the order of their deaths
+        self.dead: list[Process] = []  # with a nonzero status, in order of death
         self.accused: Process | None = None  # whom process 0 or the runtime blames
         self._name_follows = False
 

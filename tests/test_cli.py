@@ -88,7 +88,7 @@ def test_export_and_import_give_the_weights_back(run, tmp_path):
         (["features", "--checkpoint=x", "--images=y", "--out=z", "--config.k=1"], "takes no configuration"),
         (["train", "--config=absent.py", "--workdir=x"], "absent.py: there is no such file"),
         (["train", "--config=vit_s61", "--workdir=x"], "--config=vit_s61: there is no such file or name; did you mean"),
-        (["plan", "--config=finetune/cars", "--topology=cpu"], "--config=finetune/cars: not that of a training run"),
+        (["plan", "--config=finetune/cars", "--topology=cpu"], "--config=finetune/cars: not a training configuration"),
         (["bench", "loss", "--config=resnet"], "(names: cifar10, finetune/cars, "),
         (["eval", "knn", "--checkpoint=x", "--data=y", "--config=nan"], "--config=nan: there is no such file or name"),
     ],

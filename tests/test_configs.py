@@ -165,7 +165,7 @@ def test_json_round_trip_and_comparison():
         ("import nothing_of_this_name", r"ModuleNotFoundError"),
         ("def get_config(:", r"SyntaxError"),
         ("def get_config(): return open('gone')", r"FileNotFoundError: .*gone"),
-        ("from ml_collections import ConfigDict as get_config", r"not that of a training run.*'batch_size'"),
+        ("from ml_collections import ConfigDict as get_config", r"not a training configuration.*'batch_size'"),
     ],
 )
 def test_broken_files_are_named(tmp_path, text, message):

@@ -1,5 +1,7 @@
-"""Stanford Cars. The authors published no setting for it: this is theirs for CIFAR-10 (issue 81), with a learning rate
-that suits AdamW on so small a set. Sweep it.
+"""Stanford Cars, 1000 epochs.
+
+The authors published no settings. These are theirs for CIFAR-10 (issue 81 of the official repository), except the
+learning rate, which suits AdamW on so small a set. Sweep it.
 
 dino-jax eval finetune --config=finetune/cars --checkpoint=dino_vits16 --data=DIR
 """

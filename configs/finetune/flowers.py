@@ -1,5 +1,7 @@
-"""Flowers-102. The authors published no setting for it: this is theirs for CIFAR-10 (issue 81), with a learning rate
-that suits AdamW on so small a set. Sweep it.
+"""Flowers-102, 1000 epochs.
+
+The authors published no settings. These are theirs for CIFAR-10 (issue 81 of the official repository), except the
+learning rate, which suits AdamW on so small a set. Sweep it.
 
 dino-jax eval finetune --config=finetune/flowers --checkpoint=dino_vits16 --data=DIR
 """

@@ -1,8 +1,8 @@
-"""The format of `dino-jax pack`: ArrayRecord shards beside a manifest, and the source that reads them.
+"""The format of `dino-jax pack`: ArrayRecord shards with a manifest, and the source that reads them.
 
 A record is msgpack: [image, label, name], the image as encoded bytes (arrays as .npy). `manifest.json` holds at least
 `format` ("dino-jax"), `version` (1), `count` (images), `shards` (list of {"file", "count"}, in order) and
-`class_names` (list or null); the other keys inform. Shards are written with group_size 1, so that every record
+`class_names` (list or null); other keys are informative. Shards are written with group_size 1, so that every record
 is read alone, and uncompressed, since images are compressed already.
 """
 

@@ -36,7 +36,7 @@ class ArraySource:
 
 
 class FileArraySource(ArraySource):
-    """The same from a file. Copies sent to worker processes read the file themselves; uncompressed files are mapped."""
+    """`ArraySource` from a file. Worker processes read the file themselves; uncompressed files are mapped."""
 
     def __init__(self, path: str):
         self.path = path
@@ -81,7 +81,7 @@ def _load_npy(path: str) -> np.ndarray:
 
 
 def _map_member(path: str, member: str) -> np.ndarray | None:
-    """Maps an array of a local, uncompressed .npz into memory without reading it; None where that is not possible."""
+    """Maps an array of a local, uncompressed .npz into memory without reading it; None if that is impossible."""
     if is_remote(path):
         return None
     with zipfile.ZipFile(path) as archive, open(path, "rb") as file:

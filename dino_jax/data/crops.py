@@ -1,10 +1,9 @@
-"""Multi-crop augmentation: a sampler of parameters, and PIL's rendering of them.
+"""Multi-crop augmentation: a sampler of parameters, and their rendering by PIL.
 
-The sampler is apart, since a second renderer, on the accelerator, shares it. The recipe is the paper's
+The renderer on the accelerator (`render`) shares the sampler. The recipe is the paper's
 (arXiv 2104.14294, section 3.1 and appendix), each operation as torchvision applies it to PIL images: random resized
-crop (bicubic), flip, color jitter in random order, gray, Gaussian blur, solarize. K = 2 + n crops, globals first.
-Color operations, blur and solarize need three channels (red, green, blue); other images are only cropped and
-flipped.
+crop (bicubic), flip, color jitter in random order, gray, Gaussian blur, solarize. C = 2 + n crops, globals first;
+c channels. Color operations, blur and solarize need RGB; other images are only cropped and flipped.
 """
 
 from __future__ import annotations
@@ -16,16 +15,16 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 NEUTRAL = (1.0, 1.0, 1.0, 0.0)  # factors of brightness, contrast, saturation, hue that change nothing
-TRIES = 10  # boxes drawn before the center of the image is taken
+TRIES = 10  # boxes drawn before falling back to the center of the image
 
 
 class CropParams(NamedTuple):
-    """What to do to one image to get its crops; every array has the leading axis K (and a batch one before it).
+    """The augmentation parameters of one image's crops; every array has the leading axis C, after any batch axis.
 
-    box int32 [K, 4]: top, left, height, width in pixels. flip bool [K]: mirror left to right. order int32 [K, 4]: the
-    operations of the color jitter as applied (0 brightness, 1 contrast, 2 saturation, 3 hue). factors float32 [K, 4]:
-    their strengths, by operation number; 1, 1, 1, 0 change nothing; the hue's is in turns. jitter bool [K]: whether the
-    color jitter applies. gray bool [K]. blur float32 [K]: radius in pixels, 0 for none. solarize bool [K].
+    box int32 [C, 4]: top, left, height, width in pixels. flip bool [C]: mirror left to right. order int32 [C, 4]: the
+    operations of the color jitter as applied (0 brightness, 1 contrast, 2 saturation, 3 hue). factors float32 [C, 4]:
+    their strengths, by operation number; 1, 1, 1, 0 change nothing; the hue's is in turns. jitter bool [C]: whether the
+    color jitter applies. gray bool [C]. blur float32 [C]: radius in pixels, 0 for none. solarize bool [C].
     """
 
     box: np.ndarray
@@ -41,8 +40,8 @@ class CropParams(NamedTuple):
 def draw_crops(rng: np.random.Generator, height: int, width: int, crops: Any, color: bool = True) -> CropParams:
     """Draws the parameters of every crop of one image of `height` x `width` pixels.
 
-    `crops` is `config.crops` or anything with its attributes. How many numbers are taken from `rng` depends on the
-    count of crops alone. With `color` off (images that are not RGB) only box and flip are drawn.
+    `crops` is `config.crops` or anything with its attributes. The number of draws from `rng` depends only on the number
+    of crops. With `color` off (images that are not RGB) only box and flip are drawn.
     """
     return CropParams(*(values[0] for values in draw_many([rng], np.array([[height, width]]), crops, color)))
 
@@ -50,13 +49,13 @@ def draw_crops(rng: np.random.Generator, height: int, width: int, crops: Any, co
 def draw_many(rngs: Sequence[np.random.Generator], sizes: np.ndarray, crops: Any, color: bool = True) -> CropParams:
     """`draw_crops` of several images, each from its own generator; every array has a leading axis for them.
 
-    `sizes`: height and width of each image [b, 2]. All at once, since NumPy costs by the call.
+    `sizes`: height and width of each image [b, 2]. Vectorized, since each NumPy call is expensive.
     """
     count = 2 + crops.local_count
-    draws = np.stack([rng.random((count, 4 * TRIES + 14)) for rng in rngs])  # [b, K, .] uniform in [0, 1)
+    draws = np.stack([rng.random((count, 4 * TRIES + 14)) for rng in rngs])  # [b, C, .] uniform in [0, 1)
     kinds = np.minimum(np.arange(count), 2)  # first global, second global, local
-    scale = np.array([crops.global_scale, crops.global_scale, crops.local_scale])[kinds]  # [K, 2]
-    height, width = np.repeat(sizes, count, axis=0).T  # [b * K]
+    scale = np.array([crops.global_scale, crops.global_scale, crops.local_scale])[kinds]  # [C, 2]
+    height, width = np.repeat(sizes, count, axis=0).T  # [b * C]
     tries = draws[..., 14:].reshape(-1, TRIES, 4)
     box = draw_boxes(tries, height, width, np.tile(scale, (len(rngs), 1)), crops.ratio).reshape(-1, count, 4)
     flip = draws[..., 0] < crops.flip_prob
@@ -82,18 +81,18 @@ def draw_boxes(
     scale: np.ndarray,
     ratio: tuple[float, float],
 ) -> np.ndarray:
-    """The box rule of torchvision's `RandomResizedCrop.get_params`, for K crops at once.
+    """The box rule of torchvision's `RandomResizedCrop.get_params`, for C crops at once.
 
     Args:
-      draws: uniform numbers in [0, 1) [K, tries, 4]: area, aspect ratio, vertical and horizontal place.
-      height, width: of the image, or of each crop's image [K].
-      scale: lowest and highest share of the area [K, 2].
+      draws: uniform numbers in [0, 1) [C, tries, 4]: area, aspect ratio, vertical and horizontal place.
+      height, width: of the image, or of each crop's image [C].
+      scale: lowest and highest share of the area [C, 2].
       ratio: lowest and highest width / height, drawn log-uniformly.
     Returns:
-      int32 [K, 4]: top, left, height, width of the first try that fits, or the center at the nearest allowed ratio.
+      int32 [C, 4]: top, left, height, width of the first try that fits, or the center at the nearest allowed ratio.
     """
     height, width = (np.broadcast_to(side, len(draws)) for side in (height, width))
-    area = (height * width)[:, None] * (scale[:, :1] + (scale[:, 1:] - scale[:, :1]) * draws[..., 0])  # [K, tries]
+    area = (height * width)[:, None] * (scale[:, :1] + (scale[:, 1:] - scale[:, :1]) * draws[..., 0])  # [C, tries]
     low, high = np.log(ratio)
     aspect = np.exp(low + (high - low) * draws[..., 1])
     wide = np.rint(np.sqrt(area * aspect)).astype(np.int64)
@@ -120,10 +119,10 @@ def center_box(height: int, width: int, ratio: tuple[float, float]) -> tuple[int
 
 
 def render_crops(image: np.ndarray, params: CropParams, crops: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Renders the crops of one image, uint8 [H, W, C], with PIL.
+    """Renders the crops of one image, uint8 [H, W, c], with PIL.
 
     Returns:
-      global crops uint8 [2, *global_size, C] and local crops uint8 [n, *local_size, C].
+      global crops uint8 [2, *global_size, c] and local crops uint8 [n, *local_size, c].
     """
     large = np.empty((2, *crops.global_size, image.shape[-1]), np.uint8)
     small = np.empty((crops.local_count, *crops.local_size, image.shape[-1]), np.uint8)
@@ -156,7 +155,7 @@ def render_color(image: Image.Image, params: CropParams, crops: Any) -> Image.Im
 
 
 def to_pil(image: np.ndarray) -> list[Image.Image]:
-    """uint8 [H, W, C] -> one RGB image for three channels, else one gray image for each channel."""
+    """uint8 [H, W, c] -> one RGB image for three channels, else one gray image for each channel."""
     if image.shape[-1] == 3:
         return [Image.fromarray(image)]
     return [Image.fromarray(np.ascontiguousarray(plane)) for plane in np.moveaxis(image, -1, 0)]
@@ -165,7 +164,7 @@ def to_pil(image: np.ndarray) -> list[Image.Image]:
 def crop_resize(image: Image.Image, box: Sequence[int] | np.ndarray, size: tuple[int, int]) -> Image.Image:
     """Cuts out the box (top, left, height, width), then resizes it to `size` (height, width), bicubic and antialiased.
 
-    The cut comes first, as in torchvision: pixels beyond the box have no influence.
+    The cut comes first, as in torchvision: pixels outside the box have no influence.
     """
     top, left, height, width = (int(value) for value in box)
     cut = image.crop((left, top, left + width, top + height))

@@ -31,7 +31,7 @@ TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
 class BadImage(Exception):
-    """An image that cannot be used; the message is the reason in a few words, `name` the image's, where known."""
+    """An image that cannot be used. The message is a short reason; `name` is the image's, if known."""
 
     name: str = ""
 
@@ -98,7 +98,7 @@ def _from_bytes(data: bytes, channels: int, limit: int | None) -> np.ndarray:
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    """What turns the image upright, by its EXIF orientation; None where nothing does or EXIF cannot be read."""
+    """What turns the image upright, by its EXIF orientation; None if nothing does or EXIF cannot be read."""
     try:
         return UPRIGHT.get(image.getexif().get(ORIENTATION, 1))
     except Exception:  # EXIF data can be damaged in any way

@@ -11,7 +11,7 @@ import numpy as np
 class Example(NamedTuple):
     """An image as a source stores it.
 
-    image: encoded bytes, or uint8 [H, W, C]. label: class index, -1 where unknown. name: unique and readable.
+    image: encoded bytes, or uint8 [H, W, C]. label: class index, -1 if unknown. name: unique and readable.
     """
 
     image: bytes | np.ndarray

@@ -119,7 +119,7 @@ class HfSource:
 
 
 def split_name(kind: str, spec: str) -> tuple[str, str]:
-    """'NAME:SPLIT' -> (NAME, SPLIT); colons within NAME (a version) and within the split's brackets are theirs."""
+    """'NAME:SPLIT' -> (NAME, SPLIT); colons within NAME (a version) or the split's brackets do not count."""
     match = re.fullmatch(r"(.+?):([^:/\[\]]+(?:\[[^\]]*\])?(?:\+[^:/\[\]]+(?:\[[^\]]*\])?)*)", spec)
     if match is None:
         raise UserError(f"{kind}:{spec}: no split; write {kind}:NAME:SPLIT, as in {kind}:{spec.rstrip(':')}:train")

@@ -45,10 +45,10 @@ class Files:
 
 
 class FolderSource(Files):
-    """A tree of class folders, or a flat folder of unlabelled images.
+    """A tree of class folders, or a flat folder of unlabeled images.
 
-    Where sub-folders hold images (at any depth), each sub-folder is a class, numbered in sorted order as in
-    torchvision's ImageFolder, empty ones included; images beside the class folders are left out, with a notice. Names
+    If sub-folders hold images (at any depth), each sub-folder is a class, numbered in sorted order as in
+    torchvision's ImageFolder, empty ones included; images next to the class folders are skipped with a warning. Names
     that start with a dot are skipped, links are followed, and a broken link is an image that cannot be read.
     """
 
@@ -76,7 +76,7 @@ class FolderSource(Files):
     @staticmethod
     def _notice(path: str, flat: list[str], empty: list[str]) -> None:
         if flat:
-            _log.warning("%s: %d images beside the class folders are left out", path, len(flat))
+            _log.warning("%s: %d images next to the class folders are skipped", path, len(flat))
         if empty:
             _log.warning("%s: no images in %d class folders, such as %s", path, len(empty), empty[0])
 
@@ -100,7 +100,7 @@ class ListSource(Files):
     @staticmethod
     def _require(path: str, root: str, names: Sequence[str]) -> None:
         if is_remote(root):
-            return  # a request for every file: found out when it is read
+            return  # one request per file would be too slow; reading reports it
         missing = [name for name in names if not is_remote(name) and not os.path.lexists(join(root, name))]
         if missing:
             raise UserError(
@@ -146,7 +146,7 @@ def _walk(path: str, prefix: str, above: tuple[str, ...]) -> Iterator[str]:
 def _entries(path: str) -> tuple[list[str], list[str]]:
     """Names of the sub-folders and of the images in a folder, without hidden ones."""
     folders, names = [], []
-    if is_remote(path):  # is_dir is a request: left out for names of images
+    if is_remote(path):  # is_dir is a request: skipped for names of images
         found = ((entry.name, entry.is_dir) for entry in epath.Path(path).iterdir())
     else:
         found = ((entry.name, entry.is_dir) for entry in os.scandir(path))

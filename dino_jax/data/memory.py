@@ -1,7 +1,7 @@
 """Reused memory for the pixels of batches.
 
-Allocating fresh pages costs more than writing pixels to them, above all with many threads. So the memory of a batch is
-used again once no array holds it. Threads of one process write their chunks straight into the batch; chunks from other
+Allocating fresh pages costs more than writing pixels to them, above all with many threads. So a batch's memory is
+reused once no array holds it. Threads of one process write their chunks straight into the batch; chunks from other
 processes are copied there once.
 """
 
@@ -72,7 +72,7 @@ class BatchMemory:
         return {name: self._array((rows, *shape)) for name, shape in self.layout.items()}
 
     def _array(self, shape: tuple[int, ...]) -> np.ndarray:
-        """An array whose memory is used again once neither it nor a view of it exists."""
+        """An array whose memory is reused once neither it nor a view of it exists."""
         free = self._free.setdefault(math.prod(shape), [])
         try:
             memory = free.pop()

@@ -1,7 +1,7 @@
 """`dino-jax pack`: any source to ArrayRecord shards, in parallel. After a kill the same command resumes.
 
-A shard is written under a temporary name, read back, and renamed. Its summary lies beside it until the manifest is
-written. `packing.json` records the source and the settings, so that others do not mix with them. Packing into a
+A shard is written under a temporary name, read back, and renamed. Its summary lies next to it until the manifest
+is written. `packing.json` records the source and settings, so that others cannot mix in. Packing into a
 finished folder checks it and makes damaged shards again.
 """
 
@@ -41,8 +41,8 @@ def pack(
     """Packs the data set `spec` (as for `open_source`) into the folder `out`, and returns its manifest.
 
     Images keep their bytes, unless their shorter side exceeds `shorter_side` pixels: those are shrunk to it and
-    stored as JPEG (quality 95) if they were JPEG, else without loss. Each is decoded once; those that cannot be are
-    left out and listed in the manifest. `workers`: processes; None: one for each core.
+    stored as JPEG (quality 95) if they were JPEG, else without loss. Each is decoded once; unreadable ones are skipped
+    and listed in the manifest. `workers`: processes; None: one for each core.
 
     Raises `UserError` for a source that cannot be read, a folder that cannot be written or holds something else, a full
     disk, and more than `max_bad_share` bad images.
@@ -155,7 +155,7 @@ def _repair(shards: Shards, workers: int, bar: Progress) -> dict[str, Any]:
 
 
 def _check_bad(spec: str, shards: Shards, done: dict[int, Summary], share: float) -> int:
-    """The number of bad images. Raises `UserError` where they are more than a share of all, or all."""
+    """The number of bad images. Raises `UserError` if they exceed a share of all, or are all."""
     total = len(shards.source)
     bad = [entry for summary in done.values() for entry in summary["bad"]]
     if len(bad) > share * total or len(bad) == total:

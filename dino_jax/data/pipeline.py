@@ -1,21 +1,21 @@
-"""The input pipeline, by grain: a source to batches, the same ones with any number of workers.
+"""The input pipeline, with grain: turns a source into batches, the same ones with any number of workers.
 
 The data position is the number of examples that the whole run has consumed. An epoch is `N // batch_size` steps; its
-order is a permutation drawn from (seed, epoch), of which the last `N % batch_size` examples are left out. Every random
+order is a permutation drawn from (seed, epoch); its last `N % batch_size` examples are skipped. Every random
 draw for an example comes from a counter-based generator keyed by (seed, salt, epoch, example index), so a pipeline
 rebuilt at a position resumes exactly, on any number of processes, workers or threads.
 
-A batch is a dict. b: the rows of this process; n: `crops.local_count`; C: channels; K = 2 + n crops; S: `data.canvas`.
+A batch is a dict. b: rows of this process; n: `crops.local_count`; C = 2 + n crops; c: channels; S: `data.canvas`.
 
 `data.render = "host"`: crops rendered by PIL
-    globals   uint8 [b, 2, H, W, C]
-    locals    uint8 [b, n, h, w, C]
+    globals   uint8 [b, 2, H, W, c]
+    locals    uint8 [b, n, h, w, c]
 `data.render = "device"`: crops to be rendered on the accelerator
-    canvas    uint8 [b, S, S, C]   the image in the top left corner, zeros elsewhere
+    canvas    uint8 [b, S, S, c]   the image in the top left corner, zeros elsewhere
     size      int32 [b, 2]         its height and width on the canvas
-    params    `crops.CropParams` with a leading axis b: box int32 [b, K, 4] (top, left, height, width in canvas
-              pixels), flip bool [b, K], order int32 [b, K, 4], factors float32 [b, K, 4], jitter bool [b, K],
-              gray bool [b, K], blur float32 [b, K], solarize bool [b, K]
+    params    `crops.CropParams` with a leading axis b: box int32 [b, C, 4] (top, left, height, width in canvas
+              pixels), flip bool [b, C], order int32 [b, C, 4], factors float32 [b, C, 4], jitter bool [b, C],
+              gray bool [b, C], blur float32 [b, C], solarize bool [b, C]
 in both
     label     int32 [b]            -1: unknown
     index     int64 [b]            the example that was read
@@ -24,7 +24,7 @@ in both
 
 An image whose longer side exceeds the canvas is first shrunk to it (JPEG: partly by the decoder), and its boxes are
 drawn on the shrunk image, in whole pixels of the canvas.
-Evaluation batches (`make_eval_dataset`) hold image uint8 [b, H, W, C], label, index, valid bool [b] (False: padding of
+Evaluation batches (`make_eval_dataset`) hold image uint8 [b, H, W, c], label, index, valid bool [b] (False: padding of
 the last batch, or an unreadable image) and bad.
 """
 
@@ -61,7 +61,7 @@ _log = logging.getLogger(__name__)
 
 
 def steps_per_epoch(examples: int, batch_size: int) -> int:
-    """N // batch_size; `UserError` where the data set does not fill one batch."""
+    """N // batch_size; `UserError` if the data set does not fill one batch."""
     if batch_size > examples:
         raise UserError(f"batch_size = {batch_size} is more than the {examples} images of data.train; lower it")
     return examples // batch_size
@@ -73,12 +73,12 @@ def make_dataset(
     """The endless stream of training batches (see the module) from `position` on.
 
     Args:
-      config: the whole configuration; `seed batch_size crops data model.in_chans` decide what the batches hold, and
-        `run.workers` and `run.threads` only how fast.
+      config: the whole configuration; `seed batch_size crops data model.in_chans` decide what the batches hold,
+        `run.workers` and `run.threads` only how fast they come.
       position: examples consumed so far, a multiple of `batch_size`.
       salt: changes every draw but not the order of the examples, for the retry after a rewind.
       batch_slice: the rows of the global batch that this process needs, a slice or their numbers.
-    Raises `UserError` where the batch is larger than the data set, nothing in it can be read, or (while iterating) more
+    Raises `UserError` if the batch is larger than the data set, nothing in it can be read, or (while iterating) more
     than `data.max_bad_share` of it cannot. Close the iterator to end its workers.
     """
     layout = _layout(config)
@@ -109,8 +109,8 @@ def make_eval_dataset(
 ) -> Generator[Batch, None, None]:
     """Every image once, in order, in ceil(N / batch_size) batches; the last is padded (valid False, index -1).
 
-    The shorter side becomes `resize` pixels (bicubic, antialiased; 0: left as it is), then the center `crop` is taken,
-    as by torchvision's Resize and CenterCrop. `rows`: those of the batch that this process needs.
+    The shorter side becomes `resize` pixels (bicubic, antialiased; 0: unchanged), then the center `crop` is taken, like
+    torchvision's Resize and CenterCrop. `rows`: the rows of the batch that this process needs.
     """
     reader = Reader(source, channels, None, 0, 1.0, "the data set")
     reader.probe()
@@ -130,7 +130,7 @@ def _iterate(chunks: Chunks, workers: int, threads: int) -> Generator[Batch, Non
     dataset = grain.MapDataset.source(chunks).to_iter_dataset(options)
     if workers:
         _require_shared_memory(workers * (share + 2) * CHUNK * chunks.memory.row_bytes)
-        if not flags.FLAGS.is_parsed():  # grain reads flags of its own, which nothing else parses here
+        if not flags.FLAGS.is_parsed():  # grain reads absl flags, which nothing else parses here
             flags.FLAGS.mark_as_parsed()
         dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(workers, per_worker_buffer_size=share))
     merged = dataset.batch(parts, batch_fn=functools.partial(_merge, chunks.memory))
@@ -278,7 +278,7 @@ def _place(canvas: np.ndarray, image: np.ndarray) -> None:
 
 
 def epoch_order(count: int, seed: int, epoch: int, places: Iterable[int]) -> list[int]:
-    """The examples at some places of an epoch's order: a permutation of 0..count-1 without holding it."""
+    """The examples at some places of an epoch's order: a permutation of 0..count-1, not held in memory."""
     key = mixed_word(seed, epoch, 0)
     return [shuffled(int(place), count, key) for place in places]
 
@@ -289,9 +289,9 @@ def example_rng(seed: int, salt: int, epoch: int, index: int) -> np.random.Gener
 
 
 def resize_shorter(pixels: np.ndarray, shorter: int) -> np.ndarray:
-    """torchvision's Resize(shorter, bicubic) of uint8 [H, W, C]; 0 leaves it.
+    """torchvision's Resize(shorter, bicubic) of uint8 [H, W, c]; 0 leaves it.
 
-    Of images more than 16 times as long as wide only the center is kept, to bound the memory.
+    An image more than 16 times as long as wide is cut to its center, to bound the memory.
     """
     height, width = pixels.shape[:2]
     if not shorter or min(height, width) == shorter:
@@ -306,7 +306,7 @@ def resize_shorter(pixels: np.ndarray, shorter: int) -> np.ndarray:
 
 
 def center_crop(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """torchvision's CenterCrop of uint8 [H, W, C]: black is put around an image that is smaller than `size`."""
+    """torchvision's CenterCrop of uint8 [H, W, c]: a smaller image is padded with black."""
     lacks = [max(0, side - have) for side, have in zip(size, pixels.shape[:2], strict=True)]
     pixels = np.pad(pixels, [(lack // 2, (lack + 1) // 2) for lack in lacks] + [(0, 0)])
     top, left = (round((have - side) / 2) for side, have in zip(size, pixels.shape[:2], strict=True))

@@ -15,7 +15,7 @@ from dino_jax.data.sources import Source
 from dino_jax.errors import UserError
 
 PROBES = 100  # images tried before a data set is called unreadable
-SMALL = 1 << 16  # up to here permutations are stored: grain's index_shuffle can take 42 ms an index
+SMALL = 1 << 16  # permutations up to this size are stored: grain's index_shuffle can take 42 ms an index
 
 Bad = tuple[int, str, str]  # index, name, reason
 
@@ -32,7 +32,7 @@ class Reader:
     where: str  # the name of the data set in errors
     bad: dict[int, tuple[str, str]] = dataclasses.field(
         default_factory=dict
-    )  # index -> name, reason; those that this process met
+    )  # index -> name, reason; seen by this process
 
     def probe(self) -> None:
         """Raises `UserError` if none of up to `PROBES` images chosen at random can be read."""
@@ -82,7 +82,7 @@ class Reader:
             )
 
     def _others(self, index: int) -> Iterator[int]:
-        """All examples, in an order that depends on the index."""
+        """Yields all examples, in an order that depends on the index."""
         key, count = mixed_word(self.seed, index, 1), len(self.source)
         return (shuffled(place, count, key) for place in range(count))
 

@@ -1,4 +1,4 @@
-"""`scenes`: procedurally rendered, labelled images with exact object masks, and short clips.
+"""`scenes`: procedurally rendered, labeled images with exact object masks, and short clips.
 
 An image shows one object of twelve classes on a cluttered, textured background of the same average lightness. A class
 is a shape in any rotation with a texture in strong contrast. Colors, position, area, tilt, aspect, shear, frequency and
@@ -6,8 +6,8 @@ phase have the same distribution for every class, and the clutter has the same t
 (seed, split, index): nothing is on disk.
 
 The difficulty was set by two measures, neither from self-supervised training: nearest neighbors on raw pixels fail on
-most images, and a small ViT learns from about ten thousand labelled ones (docs/benchmarks.md has the figures). From
-dark objects of faint texture it learned nothing; objects lighter than everything else were known by their outline.
+most images, and a small ViT learns from about ten thousand labeled ones (docs/benchmarks.md has the figures). It
+learned nothing from dark objects with faint texture; objects lighter than everything else were easy by their outline.
 """
 
 from __future__ import annotations
@@ -200,7 +200,7 @@ def _light(dice: Dice) -> tuple[float, float]:
 
 
 def _actors(dice: Dice, objects: int) -> list[tuple[Piece, tuple[float, float], float]]:
-    """Pieces with a velocity (fractions of the image per frame) and a turn (radians per frame), apart at the start."""
+    """Pieces with a velocity (fractions of the image per frame) and a turn (radians per frame), spread out at first."""
     names, actors = tuple(CLASSES), []
     centers: list[tuple[float, float]] = []
     for k in range(objects):

@@ -35,7 +35,7 @@ _shards: Shards  # of a worker process
 
 @dataclasses.dataclass(frozen=True)
 class Shards:
-    """The shards of one data set: shard k holds the images k * size to (k + 1) * size, without the bad ones."""
+    """The shards of one data set: shard k holds the images k * size to (k + 1) * size, without unreadable ones."""
 
     source: Source
     out: str
@@ -59,7 +59,7 @@ class Shards:
         return self.path(shard).with_suffix(".json")
 
     def finished(self, shard: int) -> Summary | None:
-        """The summary of a shard that an earlier run finished; None where there is none or the shard is damaged."""
+        """The summary of a shard that an earlier run finished; None if there is none or the shard is damaged."""
         try:
             summary = json.loads(self.summary_path(shard).read_text())
         except (OSError, ValueError):
@@ -67,7 +67,7 @@ class Shards:
         return summary if intact(self.path(shard), summary) else None
 
     def make(self, shard: int) -> Summary:
-        """Writes a shard and its summary. Raises `UserError` where they cannot be written."""
+        """Writes a shard and its summary. Raises `UserError` if they cannot be written."""
         path, tally = self.path(shard), Tally()
         try:
             with new_file(path) as local:
@@ -213,7 +213,7 @@ def merged(summaries: Sequence[Summary]) -> Summary:
 
 
 def begin_worker(shards: Shards) -> None:
-    """Prepares a worker process for `make_in_worker`. It ends with its parent, even where that is killed."""
+    """Prepares a worker process for `make_in_worker`. It ends with its parent, even if that is killed."""
     global _shards
     _shards = shards
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends its workers

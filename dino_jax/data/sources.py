@@ -1,6 +1,6 @@
 """Where images come from: one grammar, `open_source(spec)`, used wherever a data set is named.
 
-    folder:PATH              class folders if sub-folders hold images, else flat and unlabelled
+    folder:PATH              class folders if sub-folders hold images, else flat and unlabeled
     list:FILE                one path a line, relative to the file's folder, then optionally a tab, comma or blank and a
                              whole-number label (or a tab and a class name); # starts a comment
     arrays:FILE.npz          `images` uint8 [N, H, W] or [N, H, W, C] and optionally `labels` [N]; or a bare .npy stack
@@ -41,12 +41,12 @@ class Source(Protocol):
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
-        """None: unlabelled, or labelled by numbers alone."""
+        """None: unlabeled, or labeled by number only."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Example:
-        """The example at 0 <= index < len. Raises `BadImage` where it cannot be read."""
+        """The example at 0 <= index < len. Raises `BadImage` if it cannot be read."""
 
 
 def open_source(spec: str) -> Source:
@@ -88,7 +88,7 @@ def fingerprint(source: Source, count: int = 16) -> str:
 
 
 def split_spec(spec: str) -> tuple[str, str, dict[str, str]]:
-    """'kind:rest?key=value' -> (kind, rest, {key: value}); the kind of a bare path is detected from what is there."""
+    """'kind:rest?key=value' -> (kind, rest, {key: value}); the kind of a bare path is detected."""
     match = re.match(r"([A-Za-z_]\w*):(?!//)(.*)", spec, re.DOTALL)
     if match is None or os.path.exists(spec):
         return detect(spec), spec, {}

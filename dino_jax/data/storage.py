@@ -1,4 +1,4 @@
-"""Files on local disks and in buckets: what differs between them, and what is said where one cannot be written."""
+"""Files on local disks and in buckets, and the error for one that cannot be written."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def is_remote(path: epath.PathLike) -> bool:
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
-    """`path` with `~` expanded, and absolute where it is local."""
+    """`path` with `~` expanded, made absolute if local."""
     path = epath.Path(path).expanduser()
     return path if is_remote(path) else path.absolute()
 
 
 def write_atomically(path: epath.PathLike, content: bytes | str) -> None:
-    """Writes a file (text as UTF-8), folders included. A reader, or a kill, finds the old file or the new one.
+    """Writes a file (text as UTF-8), folders included. Readers see the old file or the new one, even after a kill.
 
     Raises:
       OSError: it cannot be written; the old file stays.
@@ -44,9 +44,9 @@ def write_atomically(path: epath.PathLike, content: bytes | str) -> None:
 
 @contextlib.contextmanager
 def new_file(path: epath.PathLike) -> Iterator[pathlib.Path]:
-    """A local path for the content of `path`, put in its place at the end; after an exception nothing is left of it.
+    """A local file to write, moved to `path` at the end; after an exception nothing is left of it.
 
-    For writers that need a file. Where `path` is local, so is its part: the last step is one rename.
+    For writers that need a file. If `path` is local, the last step is one rename in its folder.
     """
     if is_remote(path):
         with tempfile.TemporaryDirectory() as folder:
@@ -65,7 +65,7 @@ def new_file(path: epath.PathLike) -> Iterator[pathlib.Path]:
 
 
 def cause(error: BaseException) -> str:
-    """The error in one line: the system's own words where a library wraps them in longer ones."""
+    """The error in one line: the system's words, if a library wraps them in longer ones."""
     text = " ".join(str(error).split())
     known = next((words for words in (*FULL, *SHUT) if words in text), None)
     return known or getattr(error, "strerror", None) or text[:300] or type(error).__name__
@@ -83,7 +83,7 @@ def unwritable(what: str, error: BaseException) -> UserError:
 
 @contextlib.contextmanager
 def writing(what: str) -> Iterator[None]:
-    """Raises OSErrors of the block as `unwritable`; where `what` names a bucket, all errors: clients have their own."""
+    """Raises the block's OSErrors as `unwritable`; for buckets all errors, since clients raise their own."""
     try:
         yield
     except UserError:

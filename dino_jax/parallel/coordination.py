@@ -1,7 +1,7 @@
 """Talks to the other processes of a run through the key-value store of JAX's coordination service.
 
-It is for the checks at the start, before collectives can be trusted, and for failing together. A process that fails
-writes the reason there, and all look there every second: none waits in a collective for a process that is dead.
+Used for the start-up checks, before collectives can be trusted, and for failing together. A process that fails writes
+the reason there, and all look every second, so none waits in a collective for a dead process.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dino_jax.errors import UserError
 
-FAILED = "dino/failed"  # the key under which the first process to fail says why: [process, status, reason]
+FAILED = "dino/failed"  # key written by the first process to fail: [process, status, reason]
 LOOK = 1.0  # seconds between looks at it
-SILENCE = 6.0  # seconds without a sign of life until a process counts as dead, once something went wrong
+SILENCE = 6.0  # seconds without a sign of life before a process counts as dead, after a failure
 
 
 class Verdict(UserError):
-    """What process 0 found wrong in the reports of all. Every process raises it, and process 0 prints it."""
+    """What process 0 found wrong in the reports of all processes. All raise it; process 0 prints it."""
 
 
 class ProcessGroup:
-    """The processes of a run, `count` in number, as this one sees them.
+    """The `count` processes of a run, seen from one of them.
 
     Args:
       rank: this process's number.
@@ -48,9 +48,7 @@ class ProcessGroup:
 
     def __init__(self, rank: int, count: int, client: Any, patience: float):
         self.rank, self.count, self.patience = rank, count, patience
-        self.waiting: tuple[str, float, float] | None = (
-            None  # of the main thread: for what, since when, how long at most
-        )
+        self.waiting: tuple[str, float, float] | None = None  # main thread: what for, since when, time limit
         self._client, self._rounds = client, 0
         self._leaving, self._over = threading.Lock(), threading.Event()
         self._set(f"dino/host/{rank}", socket.gethostname())
@@ -66,9 +64,9 @@ class ProcessGroup:
         jax.distributed.shutdown()
 
     def fail(self, error: BaseException) -> NoReturn:
-        """Exits; reports the error to the user and the other processes, unless another one failed before.
+        """Reports the error to the user and the other processes, unless another one failed before; exits.
 
-        Where a collective fails because another process died, that process is named.
+        If a collective fails because another process died, that process is named.
         """
         status, reason = 1, " ".join("".join(traceback.format_exception_only(error)).split())[:500]
         if isinstance(error, UserError):
@@ -89,7 +87,7 @@ class ProcessGroup:
         return f"process {rank} ({host})" if host else f"process {rank}"
 
     def check_same(self, facts: Mapping[str, str]) -> None:
-        """`Verdict` unless all processes give the same facts (what -> value); they run the same package too."""
+        """Raises `Verdict` unless all processes have the same facts (what -> value) and run the same code."""
 
         def judge(reports: list[str]) -> str:
             first, *others = map(json.loads, reports)
@@ -104,7 +102,7 @@ class ProcessGroup:
         self._round("what it is going to run", json.dumps(dict(facts) | code_facts()), judge)
 
     def check_devices(self) -> None:
-        """`Verdict` unless every device of every process answers, alone and then all together."""
+        """Raises `Verdict` unless every device of every process answers, alone and then all together."""
 
         def judge(reports: list[str]) -> str:
             return next((f"{self.name(rank)}: {report}" for rank, report in enumerate(reports) if report), "")
@@ -113,7 +111,7 @@ class ProcessGroup:
         self._round("the outcome of a sum over all devices", self._in_time(_all_answer), judge)
 
     def check_shared(self, folder: epath.Path) -> None:
-        """`Verdict` where a process does not see in `folder` what process 0 writes there."""
+        """Raises `Verdict` if a process does not see in `folder` what process 0 writes there."""
         key = f"dino/mark/{self._rounds}"
         if self.rank == 0:
             self._set(key, f"started-{os.getpid()}-{time.time_ns()}")
@@ -128,7 +126,7 @@ class ProcessGroup:
         self._round("whether it sees the workdir", "yes" if _appears(mark) else "", judge)
 
     def _round(self, what: str, report: str, judge: Callable[[list[str]], str]) -> None:
-        """All processes report, process 0 judges, and all raise the judgement unless it is ""."""
+        """Collects all reports; process 0 judges them, and all raise its verdict unless that is ""."""
         self._rounds += 1
         key = f"dino/round/{self._rounds}"
         self._set(f"{key}/{self.rank}", report)
@@ -148,7 +146,7 @@ class ProcessGroup:
         return f"{names} did not say within {self.patience:.0f} s {what} (DINO_START_TIMEOUT)" if late else ""
 
     def _look(self) -> None:
-        """The thread: gives signs of life, looks for failures, and checks how long the main thread waits."""
+        """The background thread: gives signs of life, looks for failures, and limits the main thread's waits."""
         beats = 0
         while not self._over.wait(LOOK):
             beats += 1
@@ -166,7 +164,7 @@ class ProcessGroup:
         return [rank for rank in self._all() if self._get(f"dino/alive/{rank}") == before[rank] and rank != self.rank]
 
     def _leave(self, status: int, reason: str, quiet: bool = False) -> NoReturn:
-        """Exits without the handlers that would wait for the others. The first, and process 0, print the reason."""
+        """Exits without the handlers that wait for others. The first to fail and process 0 print the reason."""
         self._leaving.acquire()  # never released: only one thread may come here
         if reason and not quiet:
             self._set(FAILED, json.dumps([self.rank, status, reason]), overwrite=False)
@@ -208,7 +206,7 @@ class ProcessGroup:
             raise UserError(f"{self.name(0)} does not answer any more") from None
 
     def _in_time(self, action: Callable[[], str]) -> str:
-        """What `action()` finds wrong, or that it did not end in time."""
+        """Runs `action()`; returns what it finds wrong, or that it timed out."""
         found: list[str] = []
         thread = threading.Thread(target=lambda: found.append(_complaint(action)), daemon=True)
         thread.start()
@@ -241,7 +239,7 @@ def _all_answer() -> str:
 
 
 def _appears(path: epath.Path) -> bool:
-    """Whether it is there within 20 seconds: NFS shows new files late."""
+    """Whether the path appears within 20 seconds: NFS shows new files late."""
     for _ in range(40):
         if path.exists():
             return True
@@ -250,7 +248,7 @@ def _appears(path: epath.Path) -> bool:
 
 
 def code_facts() -> dict[str, str]:
-    """Versions, and a hash of each file of the package, which tells edited copies apart."""
+    """Versions, and a hash of each file of the package to detect edited copies."""
     root = pathlib.Path(__file__).parents[1]
     facts = {"python": sys.version.split()[0], "jax": jax.__version__}
     for path in sorted(root.rglob("*.py")):

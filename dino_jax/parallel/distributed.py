@@ -63,10 +63,10 @@ class Place(NamedTuple):
 def find_place(
     coordinator: str | None, processes: int | None, process: int | None, environ: Mapping[str, str]
 ) -> Place | None:
-    """This process's place by flags, variables or SLURM; None: not given, as on a TPU, where JAX finds out itself.
+    """This process's place by flags, variables or SLURM; None if not given, as on a TPU, where JAX finds it.
 
     Raises:
-      UserError: half of what is needed is given, or numbers that make no sense.
+      UserError: only some of the three values are given, or they make no sense.
     """
     coordinator = coordinator or environ.get("JAX_COORDINATOR_ADDRESS")
     processes = _whole("JAX_NUM_PROCESSES", environ) if processes is None else processes
@@ -100,14 +100,14 @@ def _whole(name: str, environ: Mapping[str, str]) -> int | None:
 
 
 def _slurm(environ: Mapping[str, str]) -> Place | None:
-    """The place of a task of `srun`; None outside one, or where there is one task."""
+    """The place of a task of `srun`; None outside of SLURM or for a single task."""
     names = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID")
     if any(name not in environ for name in names):
         return None
     job, tasks, process, local = (int(environ[names[i]]) for i in (0, 2, 3, 4))
     here = environ.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0].split(",")[0]
     bound = environ.get("CUDA_VISIBLE_DEVICES", ",")
-    # One process on a machine has all its GPUs; several have one each, unless SLURM shows each just its own.
+    # One process on a machine has all its GPUs; several have one each, unless SLURM already shows each only its own.
     devices = None if here == "1" or "," not in bound else [local]
     return Place(f"{first_host(environ['SLURM_STEP_NODELIST'])}:{20000 + job % 20000}", tasks, process, devices)
 
@@ -129,7 +129,7 @@ def _on_tpu(environ: Mapping[str, str]) -> bool:
 def session(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> Iterator[None]:
     """Joins the other processes of the run, if there are any (see the module).
 
-    In a single process nothing changes. Of several, one that fails does not leave: it tells the others and exits.
+    A single process is unaffected. With several, one that fails tells the others, and all exit.
     """
     global _group
     _group = _join(find_place(coordinator, processes, process, os.environ))
@@ -150,7 +150,7 @@ def several() -> bool:
 
 
 def check_alone(verb: str) -> None:
-    """Raises `UserError` where the environment says that this is one of several processes."""
+    """Raises `UserError` if the environment says that this is one of several processes."""
     place = find_place(None, None, None, os.environ)
     count = jax.process_count() if place is None else place.processes
     if count > 1:
@@ -158,7 +158,7 @@ def check_alone(verb: str) -> None:
 
 
 def check_same(facts: Mapping[str, str]) -> None:
-    """Raises the same `UserError` on every process unless all give the same facts: it names who differs in what."""
+    """Raises the same `UserError` on every process unless all have the same facts; names who differs and how."""
     if _group is not None:
         _group.check_same(facts)
 
@@ -170,14 +170,14 @@ def check_devices() -> None:
 
 
 def check_shared(folder: epath.Path) -> None:
-    """Raises `UserError` where a process does not see in `folder` what process 0 writes there."""
+    """Raises `UserError` if a process does not see in `folder` what process 0 writes there."""
     if _group is not None:
         _group.check_shared(folder)
 
 
 @contextlib.contextmanager
 def bounded(what: str, seconds: float) -> Iterator[None]:
-    """Ends a run of several processes where the block takes longer, naming `what` it waits for; 0: no limit."""
+    """Ends a run of several processes if the block takes longer, naming `what` it waits for; 0: no limit."""
     if _group is None or not seconds:
         yield
         return
@@ -189,7 +189,7 @@ def bounded(what: str, seconds: float) -> Iterator[None]:
 
 
 def lead() -> bool:
-    """Whether this process writes and prints. Starts no backend."""
+    """Whether this process writes and prints. Does not start a JAX backend."""
     return _group is None or _group.rank == 0
 
 
@@ -207,9 +207,9 @@ def _too_late(place: Place | None, patience: float) -> NoReturn:
 class StopTogether:
     """Stops all processes after the same step when any of them gets a signal.
 
-    With each step all processes reduce one number: whether a signal came. The reduction is dispatched behind the step
-    and read with its metrics. So all read the same answer at the same place of the loop, and none waits for it. In a
-    single process a signal counts at once.
+    At each step all processes reduce one number: whether a signal came. The reduction is dispatched after the step and
+    read with its metrics. So all read the same answer at the same point of the loop, without extra waiting. In a single
+    process a signal counts at once.
     """
 
     def __init__(self, mesh: Mesh) -> None:
@@ -248,7 +248,7 @@ def _join(place: Place | None) -> ProcessGroup | None:
     jax.config.update("jax_enable_preemption_service", False)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     options: dict[str, Any] = {
-        "initialization_timeout": int(patience) + 60,  # by which the runtime would abort this process
+        "initialization_timeout": int(patience) + 60,  # after this the runtime would abort this process
         "heartbeat_timeout_seconds": int(heartbeat),
         "shutdown_timeout_seconds": 60,
     }

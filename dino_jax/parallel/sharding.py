@@ -26,7 +26,7 @@ class LogicalAxes:
     """Logical axis -> mesh axes. `None` replicates."""
 
     batch: tuple[str, ...] = ("data", "fsdp")
-    parameters: tuple[str, ...] = ("fsdp",)  # the longest axis that it divides, of every large parameter
+    parameters: tuple[str, ...] = ("fsdp",)  # on the longest divisible axis of every large parameter
     prototypes: tuple[str, ...] = ("model",)
 
     def spec(self, *names: str | None) -> PartitionSpec:
@@ -84,8 +84,8 @@ def state_shardings(
 ) -> Any:
     """A sharding for every array of a state (a pytree of shapes).
 
-    `rules` pairs a regular expression, searched in the array's path, with the logical names of its leading axes. Where
-    the mesh has an `fsdp` axis, the longest remaining axis that it divides is sharded over it.
+    `rules` pairs a regular expression, searched in the array's path, with the logical names of its leading axes. An
+    `fsdp` axis of the mesh shards the longest remaining axis that it divides.
     """
 
     def sharding(path, x):
@@ -105,14 +105,14 @@ def state_shardings(
 
 
 def _divides(size: int, name: str | None, mesh: Mesh | AbstractMesh) -> str | None:
-    """The logical name, where its mesh axes divide an axis of this size; else None (replicated)."""
+    """The logical name, if its mesh axes divide an axis of this size; else None (replicated)."""
     if name is None:
         return None
     return name if size % math.prod(mesh.shape[axis] for axis in getattr(AXES, name)) == 0 else None
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """A sharding constraint by logical names, over the mesh of the enclosing context; as it is where there is none.
+    """Constrains the sharding by logical names, over the mesh of the context; without a mesh does nothing.
 
     Under `shard_map` only the axes left to the partitioner count.
     """
@@ -124,18 +124,18 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 
 
 def _only(spec: PartitionSpec, mesh_axes: Sequence[str]) -> PartitionSpec:
-    """The part of a spec that is about these mesh axes."""
+    """The part of a spec on these mesh axes."""
     held = [(axes,) if isinstance(axes, str) else axes or () for axes in spec]
     return PartitionSpec(*(tuple(axis for axis in axes if axis in mesh_axes) or None for axes in held))
 
 
 def row_specs(shardings: Any) -> Any:
-    """The specs of `shardings` on the mesh axes that hold rows: what `shard_map` over these axes takes and gives."""
+    """The specs of `shardings` on the mesh axes that hold rows, for `shard_map` over these axes."""
     return jax.tree.map(lambda s: _only(s.spec, AXES.batch), shardings)
 
 
 def gather(tree: Any, specs: Any) -> Any:
-    """Under `shard_map` over the row axes: whole arrays from the shards that `row_specs` describes."""
+    """Whole arrays from the shards that `row_specs` describes, under `shard_map` over the row axes."""
 
     def whole(x, spec):
         for axis, names in enumerate(spec):
@@ -147,12 +147,12 @@ def gather(tree: Any, specs: Any) -> Any:
 
 
 def mean_over_rows(tree: Any) -> Any:
-    """Under `shard_map` over the row axes: the mean over the devices along them, on each of them."""
+    """The mean over the devices along the row axes, on each of them, under `shard_map` over these axes."""
     return jax.tree.map(lambda x: jax.lax.pmean(x, AXES.batch), tree)
 
 
 def scatter_mean(tree: Any, specs: Any) -> Any:
-    """As `mean_over_rows`, with each device keeping its shard: what `gather` inverts."""
+    """As `mean_over_rows`, but each device keeps only its shard; the inverse of `gather`."""
 
     def mean(x, spec):
         rest = tuple(axis for axis in AXES.batch if jax.lax.axis_size(axis) > 1)
@@ -167,7 +167,7 @@ def scatter_mean(tree: Any, specs: Any) -> Any:
 
 
 def local_rows(batch_size: int, mesh: Mesh) -> tuple[NamedSharding, np.ndarray]:
-    """How a batch's rows lie on this process's devices alone, and which rows of the global batch these are.
+    """How a batch's rows lie on this process's devices, and which rows of the global batch they are.
 
     A mesh follows the links between chips, so on a pod the rows of a process need not be adjacent in the batch.
     """

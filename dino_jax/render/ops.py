@@ -1,8 +1,8 @@
-"""Image operations of the crop renderer in JAX, each on one image; `renderer` maps them over crops and images.
+"""Image operations of the crop renderer, in JAX. Each takes one image; `renderer` maps them over crops and images.
 
-An image is a list of planes, float32 [H, W] with values in 0..255. They stay apart to the end: stacked next to the
-color operations, XLA:CPU computes the whole chain again for each plane (200 times slower), and an axis of length 3 is
-laid out badly on a TPU. Values are clamped to 0..255 after each operation, as PIL's 8 bits do, but never rounded.
+An image is a list of planes, float32 [H, W] with values in 0..255. They stay separate: if they are
+stacked near the color operations, XLA:CPU recomputes the whole chain for each plane (200 times slower), and a TPU lays
+out an axis of length 3 badly. Values are clamped to 0..255 after each operation, as PIL's 8 bits do, but never rounded.
 
 Mean absolute difference from the same operation of Pillow 13, in levels of 255, over the random images (smooth,
 textured, white noise) and parameters of `tests/render/test_renderer.py`. PIL's rounding to 8 bits alone makes 0.25 to
@@ -64,8 +64,8 @@ def resample(
 
     Two matrix products, columns first, clamped in between as in PIL (from Pillow 13 on, PIL takes rows first where they
     shrink more). Operands have the canvas's type, sums and result are float32; precision is the platform's default. In
-    bfloat16 the canvas is exact (integers below 256), while weights and the rows in between are rounded, the latter no
-    worse than PIL's 8 bits: 0.17 levels of 255 on average beside PIL's own 0.29, 0.34 together. TF32: 0.02 beside it.
+    bfloat16 the canvas is exact (integers below 256); weights and intermediate rows are rounded. That costs 0.17 levels
+    of 255 on average (PIL's 8 bits: 0.29; both together: 0.34). TF32 costs 0.02.
     """
     columns = resize_matrix(box[1], box[3], size[1], canvas.shape[2])
     columns = jnp.where(flip, columns[::-1], columns).astype(canvas.dtype)  # [w, T]
@@ -88,8 +88,8 @@ def gray(planes: RGB) -> RGB:
 def shift_hue(planes: RGB, turns: Float[Array, ""]) -> RGB:
     """Turns the hue as torchvision does through PIL's 8-bit HSV, whose bytes are cut off, not rounded.
 
-    A full turn is 255 levels of hue on conversion but 256 on wrapping, and the shift is cut towards zero: kept, since
-    every published run had them.
+    A full turn is 255 levels of hue on conversion but 256 on wrapping, and the shift is cut toward zero. Both
+    are kept, since every published run had them.
     """
     red, green, blue = planes
     value = jnp.maximum(jnp.maximum(red, green), blue)
@@ -107,9 +107,9 @@ def shift_hue(planes: RGB, turns: Float[Array, ""]) -> RGB:
 
 
 def blend(planes: RGB, operation: Int[Array, ""], factor: Float[Array, ""], mean: Float[Array, ""]) -> RGB:
-    """Brightness, contrast or saturation: a blend with black, the mean gray or the gray image; factor 1: unchanged.
+    """Brightness, contrast or saturation: blends with black, the mean gray or the gray image; factor 1: unchanged.
 
-    PIL's blend drops the fraction; half a level is taken off here, which is the same on average.
+    PIL's blend drops the fraction. Subtracting half a level here is the same on average.
     """
     color = jnp.where(operation == SATURATION, 1.0 - factor, 0.0)
     level = jnp.where(operation == CONTRAST, (1.0 - factor) * mean, 0.0) - jnp.where(factor == 1.0, 0.0, 0.5)
@@ -120,8 +120,8 @@ def blend(planes: RGB, operation: Int[Array, ""], factor: Float[Array, ""], mean
 def jitter(planes: RGB, order: Int[Array, "4"], factors: Float[Array, "4"]) -> RGB:
     """Brightness, contrast, saturation and hue in the given order; `factors` are numbered as the operations are.
 
-    Only the contrast looks beyond its pixel, at the mean luma. So one pass finds that mean and a second one does
-    the work, each a chain of pixelwise operations that compiles into one loop over memory.
+    Only the contrast looks beyond its pixel, at the mean luma. So a first pass finds that mean and a second one applies
+    the operations. Each is a pixelwise chain that compiles into one loop over memory.
     """
     _, seen = _jitter_pass(planes, order, factors, jnp.zeros(()))
     mean = jnp.floor(seen.mean() + 0.5)  # PIL rounds it

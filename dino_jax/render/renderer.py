@@ -1,9 +1,9 @@
-"""Crops on the accelerator: from the host's uint8 batch to normalized crops in compute dtype, before the train step.
+"""Renders crops on the accelerator: the host's uint8 batch to normalized crops in compute dtype.
 
-Two modes with one entry, chosen by `config.data.render`; `data/pipeline.py` describes the arrays of either batch:
+`config.data.render` chooses one of two modes; `data/pipeline.py` describes the arrays of either batch:
 
-- `host`: PIL rendered the crops; only their normalization happens here.
-- `device`: the host decoded the images and drew the parameters; all of the augmentation happens here.
+- `host`: PIL rendered the crops; they are only normalized here.
+- `device`: the host decoded the images and drew the parameters; all augmentation happens here.
 
 Legend: B batch, C crops (2 global ones first), c channels, S side of the canvas, h and w of a crop.
 """
@@ -32,8 +32,8 @@ def make_renderer(
 ) -> Callable[[Mapping[str, Any]], Crops]:
     """The jitted `render(batch) -> [globals [B, 2, H, W, c], locals [B, n, h, w, c]]`, in `config.model.dtype`.
 
-    `sharding` splits the batch axis, of the arrays and of the crops; each device renders its own images and nothing is
-    communicated. Other arrays of the batch, such as labels, are ignored. The same parameters give the same crops as
+    `sharding` splits the batch axis of arrays and crops. Each device renders its own images, without communication.
+    Other arrays of the batch, such as labels, are ignored. The same parameters give the same crops as
     `data.crops.render_crops`, up to PIL's rounding (see `render.ops`).
     """
     render = functools.partial({"host": _normalize_batch, "device": _render_batch}[config.data.render], config)

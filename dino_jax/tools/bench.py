@@ -1,4 +1,4 @@
-"""`dino-jax bench input|step|loss`: how fast the parts of a run are on this machine."""
+"""`dino-jax bench input|step|loss`: the speed of each part of a run on this machine."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from dino_jax.training.step import check_batch, jit_init_state, jit_train_step, 
 Results = dict[str, float | str]
 Work = Generator[int, None, None]  # yields the number of images since the last yield
 
-ROUNDS = 2  # alternations of the host parts, since a shared machine's speed drifts
-WARM_UP = 1.0  # CPU seconds before each measurement, until memory is used again
-HOST_BATCH = 64  # images in a batch where the host parts are measured, if there are as many
+ROUNDS = 2  # the host parts take turns, since a shared machine's speed drifts
+WARM_UP = 1.0  # CPU seconds before each measurement, until memory is reused
+HOST_BATCH = 64  # images in a batch for the host parts; fewer if the source has fewer
 
 
 def run(
@@ -45,15 +45,15 @@ def run(
     seconds: float = 5.0,
     steps: int | None = None,
 ) -> None:
-    """Prints the results of one benchmark as a table, then as one JSON object in the last line.
+    """Prints one benchmark's results as a table, then as one JSON object on the last line.
 
-    Without a configuration file: the defaults with a batch of 64; on a CPU, which would take minutes for one step, a
-    ViT-Ti of depth 2 with 4,096 prototypes and a batch of 8. `steps`: None: 10, on a CPU 3.
+    Without a configuration: the defaults with a batch of 64. On a CPU, where one step would take minutes: ViT-T of
+    depth 2, 4,096 prototypes, a batch of 8. `steps`: None means 10, or 3 on a CPU.
     """
     on_cpu = jax.default_backend() == "cpu"
     steps = steps if steps is not None else 3 if on_cpu else 10
     if seconds <= 0 or steps < 0 or (what != "input" and not steps):
-        raise UserError(f"--seconds={seconds:g} --steps={steps}: must be more than 0 (steps of input: at least 0)")
+        raise UserError(f"--seconds={seconds:g} --steps={steps}: must be greater than 0 (bench input: steps may be 0)")
     if source is not None and what != "input":
         raise UserError(f"--source={source}: bench {what} reads no images")
     if config_file is None:
@@ -80,9 +80,9 @@ def _small(config: ConfigDict, on_cpu: bool) -> ConfigDict:
 
 
 class JpegSource:
-    """Images like photographs for lack of a data set: noise with a 1/f spectrum, JPEG at quality 90 without labels.
+    """Generated stand-ins for photographs: noise with a 1/f spectrum as JPEG of quality 90, without labels.
 
-    500 x 375 pixels, the size of most ImageNet images, in about 110 kB, as those have.
+    500 x 375 pixels and about 110 kB, like most images of ImageNet.
     """
 
     class_names = None
@@ -107,19 +107,21 @@ class JpegSource:
 
 
 def bench_input(config: ConfigDict, source: str | None = None, seconds: float = 5.0, steps: int = 10) -> Results:
-    """Decoding, either renderer's host part, and training from the data beside training from resident crops.
+    """Speed of decoding, of the host part of both renderers, and of training from data and from resident crops.
 
     Args:
-      config: of the run; `data.render` is set to either mode in turn.
+      config: of the run; `data.render` is set to each mode in turn.
       source: what to read, as for `data.train`; None: generated JPEGs (`JpegSource`).
-      seconds: of CPU time, how long each host part is measured.
-      steps: train steps for each rate with training; 0: no training.
+      seconds: CPU time for each host part.
+      steps: train steps for each training rate; 0: no training.
 
-    Returns images a second. `*_per_core` are images per second of CPU time, all threads of this process together, so
-    that other load on the machine matters little; waiting for storage is not in them. `ratio` is the device mode's host
-    part over host rendering. `train_*`: on all devices together, with the config's `run.workers` and
-    `run.threads`, `resident` with the same crops again and again; `share_*`: the part of the resident rate that
-    training from the data reaches.
+    Returns images per second:
+      `*_per_core`: per second of CPU time of all threads of this process. Other load on the machine matters little;
+        waiting for storage does not count.
+      `ratio`: device mode's host part over host rendering.
+      `train_*`: on all devices together, with the config's `run.workers` and `run.threads`; `resident` repeats the
+        same crops.
+      `share_*`: training from data over training from resident crops.
     """
     data: Source = open_source(source) if source else JpegSource()
     batch_size = min(HOST_BATCH, len(data))
@@ -135,14 +137,17 @@ def bench_input(config: ConfigDict, source: str | None = None, seconds: float = 
 
 
 def bench_step(config: ConfigDict, steps: int = 10) -> Results:
-    """The train step on resident crops of noise: images/s over all devices, milliseconds, seconds of compilation, and,
-    where the devices tell, the peak of the first one's memory in GB."""
+    """Speed of the train step on resident crops of noise.
+
+    Returns images/s over all devices, milliseconds, seconds of compilation and, if known, the first device's peak
+    memory in GB.
+    """
     mesh = sharding.make_mesh(config.run.mesh)
     recipe = make_recipe(config, 1000)
     check_batch(recipe, mesh)
     state, train_step = jit_init_state(recipe, mesh), jit_train_step(recipe, mesh)
     groups = [(2, config.crops.global_size), (config.crops.local_count, config.crops.local_size)]
-    rng = np.random.default_rng(0)  # zeros would flatter a GPU, whose clock depends on what it computes
+    rng = np.random.default_rng(0)  # not zeros, on which a GPU clocks higher
     crops = [
         rng.standard_normal((config.batch_size, count, *size, config.model.in_chans), np.float32).astype(
             jnp.dtype(config.model.dtype)
@@ -166,9 +171,9 @@ def bench_step(config: ConfigDict, steps: int = 10) -> Results:
 
 
 def bench_loss(config: ConfigDict, steps: int = 10) -> Results:
-    """The objective with its gradient, alone, on random outputs on one device.
+    """Speed of the loss and its gradient alone, on random outputs on one device.
 
-    Milliseconds, GB/s of logits, and temporary memory in MB.
+    Returns milliseconds, GB/s of logits, and temporary memory in MB.
     """
     recipe = make_recipe(config, 1000)
 
@@ -206,7 +211,7 @@ def bench_loss(config: ConfigDict, steps: int = 10) -> Results:
 
 
 def print_results(results: Results) -> None:
-    """A table, and as the last line one JSON object."""
+    """Prints a table and, as the last line, one JSON object."""
     width = max(map(len, results))
     for name, value in results.items():
         print(f"{name:<{width}}  {value:>12.4g}" if isinstance(value, float) else f"{name:<{width}}  {value:>12}")
@@ -220,7 +225,7 @@ def _in_mode(config: ConfigDict, mode: str) -> ConfigDict:
 
 
 def _in_process(config: ConfigDict, batch_size: int) -> ConfigDict:
-    """With threads of this process, whose CPU time it knows."""
+    """Reads with threads of this process, so that their CPU time counts."""
     config.run.workers, config.batch_size = 0, batch_size
     return config
 
@@ -240,7 +245,7 @@ def _prepared(source: Source, config: ConfigDict) -> Work:
 
 
 def _rates_per_core(works: dict[str, Callable[[], Work]], seconds: float) -> dict[str, float]:
-    """Images per second of this process's CPU time, each kind of work measured for so many of those, in rounds."""
+    """Images per second of this process's CPU time for each kind of work, in alternating rounds."""
     totals = {name: [0, 0.0] for name in works}  # images, CPU seconds
     for _ in range(ROUNDS):
         for name, work in works.items():
@@ -255,7 +260,7 @@ def _rates_per_core(works: dict[str, Callable[[], Work]], seconds: float) -> dic
 
 
 def _work(data: Work, seconds: float) -> tuple[int, float]:
-    """Works for some seconds of CPU time, or four times as long by the clock; the images, and the CPU time used."""
+    """Works for `seconds` of CPU time, at most four times that by the clock; returns images and CPU seconds."""
     begin, cpu, count = time.perf_counter(), time.process_time(), 0
     while not count or (time.process_time() - cpu < seconds and time.perf_counter() - begin < 4 * seconds):
         count += next(data)
@@ -263,7 +268,7 @@ def _work(data: Work, seconds: float) -> tuple[int, float]:
 
 
 def _settle() -> None:
-    """Waits until this process is idle: threads of a closed pipeline finish the chunk that they are at."""
+    """Waits until this process is idle: threads of a closed pipeline finish their chunk first."""
     idle = False
     while not idle:
         before = time.process_time()
@@ -272,7 +277,7 @@ def _settle() -> None:
 
 
 def _train_rates(source: Source, config: ConfigDict, steps: int) -> Results:
-    """Images/s of training from resident crops and from the data in both modes."""
+    """Images/s of training from resident crops and from data in both modes."""
     mesh = sharding.make_mesh(config.run.mesh)
     recipe = make_recipe(config, steps_per_epoch(len(source), config.batch_size))
     state, train_step = jit_init_state(recipe, mesh), jit_train_step(recipe, mesh)
@@ -294,7 +299,7 @@ def _train_rates(source: Source, config: ConfigDict, steps: int) -> Results:
 
 
 def _timed(train_step: Callable[..., Any], state: Any, batches: Iterator[Ready], steps: int) -> tuple[Any, float]:
-    """The state after some steps, and the seconds they took from an idle device to an idle device."""
+    """Runs some steps, idle device to idle device; returns the state and the seconds."""
     jax.block_until_ready(state)
     begin = time.perf_counter()
     for _ in range(steps):

@@ -1,9 +1,9 @@
-"""What a machine, or the place that starts one, lacks before a run: found out in seconds, before money is spent.
+"""`dino-jax doctor`: checks a machine, or the place that launches one, before a run spends money.
 
     dino-jax doctor [--config=FILE|NAME --workdir=DIR --data=SPEC --devices=N --launch=tpu|gke|slurm|hosts]
 
-Each check is one line: ok, warn (it may be slow or surprising) or missing (a run would end), with the fix. Nothing is
-downloaded or installed; the network is touched only for remote paths that were given.
+Each check is one line: ok, warn (it may be slow or surprising) or missing (a run would fail), with the fix. It takes
+seconds. Nothing is downloaded or installed; the network is used only for remote paths that were given.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from dino_jax.errors import UserError
 from dino_jax.tools import machine
 from dino_jax.tools.machine import Check, within
 
-STORE_SECONDS, DATA_SECONDS, ACCOUNT_SECONDS = 45.0, 120.0, 60.0  # to give up on: a workdir, a data set, gcloud
-# Commands that a way of launching calls (launch/*.sh), and what they read from the environment.
+STORE_SECONDS, DATA_SECONDS, ACCOUNT_SECONDS = 45.0, 120.0, 60.0  # time limits: a workdir, a data set, gcloud
+# Commands that each way of launching calls (launch/*.sh); below, the environment variables that they read.
 COMMANDS = {
     "tpu": ("gcloud", "tar"),
     "gke": ("gcloud", "kubectl", "gke-gcloud-auth-plugin", "docker", "tar"),
     "slurm": ("sbatch", "srun"),
     "hosts": ("ssh",),
 }
-AWAY = ("tpu", "gke", "slurm")  # the run's machines are others than the one that starts it
+AWAY = ("tpu", "gke", "slurm")  # the run's machines are not the one that starts it
 SETTINGS = {
     "tpu": ("PROJECT", "ZONE", "TOPOLOGY", "WORKDIR"),
     "gke": ("PROJECT", "CLUSTER", "LOCATION", "TOPOLOGY", "WORKDIR", "REPOSITORY"),
@@ -60,10 +60,10 @@ def doctor(
     devices: int | None = None,
     launch: str | None = None,
 ) -> Iterator[Check]:
-    """Every check that the arguments allow, as it is done.
+    """Yields every check that the arguments allow, as it is done.
 
-    `devices`: how many the run will have, where that is not this machine. `launch`: how it will be started from here;
-    the machine itself then only needs what starts others.
+    `devices`: how many the run will have, if not on this machine. `launch`: how it will be started from here; this
+    machine then needs only the launch tools.
     """
     loaded, checks = _config(config, overrides)
     yield from checks
@@ -88,7 +88,7 @@ def doctor(
 
 
 def report(checks: Iterable[Check], write: Callable[[str], object] = print) -> list[str]:
-    """Writes a table, a line a check, and one JSON object at the end; returns the names of what is missing."""
+    """Writes one line for each check, then one JSON object; returns the names of failed checks."""
     done = []
     for check in checks:
         fix = f"\n{'':18}-> {check.fix}" if check.fix else ""
@@ -102,17 +102,17 @@ def report(checks: Iterable[Check], write: Callable[[str], object] = print) -> l
 def _config(path: str | None, overrides: Sequence[str]) -> tuple[ConfigDict | None, list[Check]]:
     if path is None:
         if overrides:
-            raise UserError(f"{overrides[0]}: keys need the configuration that they change: add --config=FILE")
+            raise UserError(f"{overrides[0]}: an override needs a configuration: add --config=FILE")
         return None, []
     try:
         config = config_io.load(path, overrides)
     except UserError as error:
-        return None, [Check("config", "missing", str(error), "fix the file or the key, then ask again")]
+        return None, [Check("config", "missing", str(error), "fix the file or the key, then run this again")]
     return config, [Check("config", "ok", f"{path}: {config.model.name}, batch {config.batch_size}")]
 
 
 def _batch(config: ConfigDict, devices: int) -> Check:
-    """Whether the mesh fits the devices and the batch divides over them."""
+    """Checks that the mesh fits the devices and that the batch divides over them."""
     sizes: Mapping[str, int] = config.run.mesh.to_dict()
     fixed = math.prod(n for n in sizes.values() if n != -1)
     open_ = [axis for axis, n in sizes.items() if n == -1]
@@ -129,7 +129,7 @@ def _batch(config: ConfigDict, devices: int) -> Check:
 
 
 def _workdir(workdir: str, config: ConfigDict | None, launch: str | None) -> Check:
-    """Whether it can be written, and does not belong to a run of another configuration."""
+    """Checks that the workdir is writable and holds no run of another configuration."""
     remote = is_remote(workdir)
     if launch in SETTINGS and not workdir.startswith("gs://"):
         fix = "give gs://bucket/folder: the machine's own disk goes with it"
@@ -143,7 +143,7 @@ def _workdir(workdir: str, config: ConfigDict | None, launch: str | None) -> Che
     def write() -> Check:
         folder = epath.Path(workdir) if remote else epath.Path(machine.existing(pathlib.Path(workdir).expanduser()))
         path = folder / f".doctor-{uuid.uuid4().hex}"
-        path.write_text("written to see whether it can be")
+        path.write_text("a test of write access by dino-jax doctor")
         path.unlink()
         saved = absolute(workdir) / "config.json"
         if config is None or not saved.exists():
@@ -151,16 +151,16 @@ def _workdir(workdir: str, config: ConfigDict | None, launch: str | None) -> Che
         if differences := config_io.differences(config_io.from_json(saved.read_text(), str(saved)), config):
             other = f"{workdir} belongs to a run of another configuration: {machine.few(differences)}"
             return Check("workdir", "missing", other, "give another --workdir, or the same values to resume")
-        return Check("workdir", "ok", f"{workdir}: writable; its run would go on")
+        return Check("workdir", "ok", f"{workdir}: writable; its run would resume")
 
     try:
         return within(STORE_SECONDS, write)
-    except Exception as error:  # storage clients have their own
+    except Exception as error:  # storage clients raise their own
         return Check("workdir", "missing", f"{workdir}: cannot be written: {machine.line(error)}", fix)
 
 
 def _sources(config: ConfigDict | None, data: str | None) -> Iterator[tuple[str, str]]:
-    """The data sets that the run would read: (name of the check, source)."""
+    """Yields the data sets that the run would read: (name of the check, source)."""
     if data is not None:
         yield "data", data
     elif config is not None:
@@ -171,12 +171,12 @@ def _sources(config: ConfigDict | None, data: str | None) -> Iterator[tuple[str,
 
 
 def _data(name: str, spec: str, config: ConfigDict | None, launch: str | None = None) -> Check:
-    """Whether a source opens, its first image decodes, there is a batch in it, and the run's machines will see it."""
+    """Checks that a source opens, decodes, fills a batch, and is visible to the run's machines."""
     if not spec:
         return Check(name, "missing", f"eval.knn_every is set, eval.{name} is not", f"--config.eval.{name}=SOURCE")
     if launch in SETTINGS and "gs://" not in spec and not spec.startswith(("scenes:", "hf:")):
         fix = "copy it to a bucket and give gs://..., or for tfds ?data_dir=gs://..."
-        return Check(name, "missing", f"{spec}: of this machine, and the run's machines are others", fix)
+        return Check(name, "missing", f"{spec} is on this machine; the run's machines cannot read it", fix)
 
     def read() -> Check:
         source = open_source(spec)
@@ -185,18 +185,16 @@ def _data(name: str, spec: str, config: ConfigDict | None, launch: str | None = 
         try:
             pixels = decode(source[0].image, config.model.in_chans if config is not None else 3)
         except BadImage as error:
-            return Check(name, "missing", f"{found}; the first: {error}", "look at the files; is it the right folder?")
+            return Check(name, "missing", f"{found}; the first: {error}", "check the files and the folder")
         if config is not None and name == "data" and size < config.batch_size:
             fix = f"--config.batch_size={2 ** int(math.log2(size))}, or more images"
-            return Check(name, "missing", f"{found}: not one batch of {config.batch_size}", fix)
+            return Check(name, "missing", f"{found}: less than one batch of {config.batch_size}", fix)
         return Check(name, "ok", f"{found}; the first: {' x '.join(map(str, pixels.shape))}")
 
     try:
         return within(DATA_SECONDS, read)
     except UserError as error:
-        return Check(
-            name, "missing", str(error), "see `dino-jax train --help` and the README for the forms of a source"
-        )
+        return Check(name, "missing", str(error), "see `dino-jax train --help` and the README for what a source can be")
     except TimeoutError as error:
         return Check(name, "warn", f"{spec}: {error}", "`dino-jax pack` makes shards that open at once")
     except Exception as error:
@@ -204,7 +202,7 @@ def _data(name: str, spec: str, config: ConfigDict | None, launch: str | None = 
 
 
 def _launch(launch: str) -> Iterator[Check]:
-    """Whether what the launch scripts call is here, and what they read is set."""
+    """Checks that the commands of the launch scripts are installed and their variables are set."""
     for command in COMMANDS[launch]:
         if shutil.which(command) is not None:
             yield Check(command, "ok", str(shutil.which(command)))
@@ -219,18 +217,16 @@ def _launch(launch: str) -> Iterator[Check]:
     if launch in SETTINGS:
         found = f"not set: {', '.join(names)}" if names else f"{', '.join(SETTINGS[launch])} are set"
         script = {"tpu": "launch/tpu_vm.sh", "gke": "launch/gke.sh"}[launch]
-        yield Check(
-            "settings", "warn" if names else "ok", found, f"{script} --help says what they are" if names else ""
-        )
+        yield Check("settings", "warn" if names else "ok", found, f"{script} --help explains them" if names else "")
 
 
 def _account() -> Check:
-    """Whether gcloud has an account to act for, by what it keeps on this machine."""
+    """Checks that gcloud is logged in, from its files on this machine."""
     command = ["gcloud", "auth", "list", "--filter=status:ACTIVE", "--format=value(account)"]
     try:
         account = subprocess.run(command, capture_output=True, text=True, timeout=ACCOUNT_SECONDS).stdout.strip()
     except (OSError, subprocess.TimeoutExpired) as error:
-        return Check("account", "warn", f"gcloud does not say: {machine.line(error)}", "try: gcloud auth list")
+        return Check("account", "warn", f"gcloud does not answer: {machine.line(error)}", "try: gcloud auth list")
     if account:
         return Check("account", "ok", account)
     return Check("account", "missing", "gcloud is not logged in", "gcloud auth login")

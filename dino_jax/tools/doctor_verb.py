@@ -9,11 +9,13 @@ from dino_jax.errors import UserError
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    config_argument(parser, help=f"{CONFIG}; checked with its data, batch and workdir")
-    parser.add_argument("--workdir", metavar="DIR", help="of the run; is it writable?")
-    parser.add_argument("--data", metavar="SOURCE", help="does it open, and can its first image be decoded?")
-    parser.add_argument("--devices", type=int, metavar="N", help="of the run, if it is for another machine")
-    parser.add_argument("--launch", choices=("tpu", "gke", "slurm", "hosts"), help="how the run is started from here")
+    config_argument(parser, help=f"{CONFIG}; its data, batch and workdir are checked")
+    parser.add_argument("--workdir", metavar="DIR", help="of the run; checked to be writable")
+    parser.add_argument("--data", metavar="SOURCE", help="a data set to open; its first image is decoded")
+    parser.add_argument("--devices", type=int, metavar="N", help="number of the run's devices, if on another machine")
+    parser.add_argument(
+        "--launch", choices=("tpu", "gke", "slurm", "hosts"), help="how this machine will start the run"
+    )
 
 
 def run(args: argparse.Namespace, overrides: list[str]) -> None:
@@ -24,4 +26,4 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
         raise UserError(f"missing: {', '.join(missing)}; the fix for each is above")
 
 
-VERB = Verb("doctor", "find what a machine lacks before a run, with the fix", arguments, run)
+VERB = Verb("doctor", "check a machine before a run and name each fix", arguments, run)

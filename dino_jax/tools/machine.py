@@ -1,7 +1,6 @@
-"""What this machine is and has: Python, packages, devices, memory, disk, file handles. Checks for `dino-jax doctor`.
+"""Checks of `dino-jax doctor` on this machine: Python, packages, devices, memory, disk, file handles.
 
-Nothing is downloaded or installed. The accelerator is asked in a process of its own, because one that hangs or aborts
-must not take the answer along.
+The accelerator is probed in a separate process, since one that hangs or aborts must not take the report with it.
 """
 
 from __future__ import annotations
@@ -31,14 +30,14 @@ from dino_jax.errors import UserError
 
 T = TypeVar("T")
 ROOT = pathlib.Path(__file__).parents[2]
-PYTHONS = ((3, 11), (3, 13))  # oldest and newest that constraints.txt covers
+PYTHONS = ((3, 11), (3, 13))  # oldest and newest in constraints.txt
 GIB = 2**30
 PROBE_SECONDS = 120.0  # for the devices to answer
 PROBE = "import sys; from dino_jax.tools.machine import probe; probe(sys.stdin.read())"
 
 
 class Check(NamedTuple):
-    """One line of the answer."""
+    """One line of the report."""
 
     name: str
     state: str  # ok, warn, missing
@@ -52,17 +51,17 @@ def python() -> Check:
     if sys.version_info < PYTHONS[0]:
         return Check("python", "missing", version, f"install Python {low} to {high}")
     if sys.version_info[:2] > PYTHONS[1]:
-        return Check("python", "warn", version, f"untried here; {low} to {high} are tested")
+        return Check("python", "warn", version, f"untested; use {low} to {high}")
     return Check("python", "ok", f"{version} at {sys.executable}")
 
 
 def packages() -> Iterator[Check]:
-    """The required packages, and how they compare with constraints.txt, where the checkout is at hand."""
+    """Checks the required packages, against constraints.txt too in a checkout."""
     try:
         needed = importlib.metadata.requires("dino-jax") or []
     except importlib.metadata.PackageNotFoundError:
-        fix = "pip install -e . -c constraints.txt, in the checkout"
-        yield Check("packages", "warn", "dino-jax runs from its folder, not installed: its packages are not known", fix)
+        fix = "pip install -e . -c constraints.txt in the checkout"
+        yield Check("packages", "warn", "dino-jax is not installed, so its packages cannot be checked", fix)
         return
     absent: list[str] = []
     other: list[str] = []
@@ -82,14 +81,14 @@ def packages() -> Iterator[Check]:
     if absent:
         yield Check("packages", "missing", ", ".join(absent), f"pip install -c constraints.txt {' '.join(absent)}")
     elif other:
-        fix = "pip install -c constraints.txt brings the tested versions"
+        fix = "pip install -c constraints.txt installs the tested versions"
         yield Check("packages", "warn", few(other), fix)
     else:
         yield Check("packages", "ok", f"{len(required)} packages{', all as in constraints.txt' if pins else ''}")
 
 
 def pinned(path: pathlib.Path, python: Sequence[int] = sys.version_info[:2]) -> dict[str, str]:
-    """The pins of a constraints file that apply to this Python: name -> version. Empty where there is no file."""
+    """The pins of a constraints file that apply to this Python: name -> version. Empty if there is no file."""
     pins: dict[str, str] = {}
     for line in path.read_text().splitlines() if path.exists() else ():
         if not line.partition("#")[0].strip():
@@ -101,7 +100,7 @@ def pinned(path: pathlib.Path, python: Sequence[int] = sys.version_info[:2]) -> 
 
 
 def hardware(root: pathlib.Path = pathlib.Path("/")) -> str | None:
-    """tpu or gpu, where the machine has one, from its device files alone."""
+    """`tpu`, `gpu` or None: the accelerator of this machine, by its device files."""
     google = any(path.read_text().strip() == "0x1ae0" for path in root.glob("sys/bus/pci/devices/*/vendor"))
     if any(root.glob("dev/accel[0-9]*")) or (google and any(root.glob("dev/vfio/[0-9]*"))):
         return "tpu"
@@ -111,12 +110,12 @@ def hardware(root: pathlib.Path = pathlib.Path("/")) -> str | None:
 
 
 def devices(config_json: str = "") -> Iterator[Check]:
-    """Whether JAX finds the hardware that is there, and whether each device multiplies two small matrices rightly."""
+    """Checks that JAX finds the accelerator, and that each device multiplies two small matrices correctly."""
     there = hardware()
     package, extra = {"tpu": ("libtpu", "tpu"), "gpu": ("jax_cuda12_plugin", "cuda")}.get(there or "", ("jax", ""))
     if there and importlib.util.find_spec(package) is None:
         fix = f'pip install "dino-jax[{extra}]" -c constraints.txt'
-        yield Check("devices", "missing", f"a {there.upper()} is here, and no {package}", fix)
+        yield Check("devices", "missing", f"a {there.upper()} is here, but {package} is not installed", fix)
         return
     answer, reason = _ask(config_json)
     if answer is None:
@@ -126,30 +125,30 @@ def devices(config_json: str = "") -> Iterator[Check]:
         }
         fix = busy.get(there or "", "see the message")
         if there == "tpu":
-            fix += "; on a slice of several hosts ask on all of them at once"
+            fix += "; on a slice of several hosts run this on all of them at once"
         yield Check("devices", "missing", f"no answer: {reason}", fix)
         return
     found = f"{answer['count']} {answer['kind']}, JAX {answer['jax']}; answered in {answer['seconds']:.1f} s"
     if answer["wrong"]:
-        yield Check("devices", "missing", f"{answer['wrong']} multiplies wrongly", "leave out or replace that device")
+        yield Check("devices", "missing", f"{answer['wrong']} multiplies wrongly", "exclude or replace that device")
     elif there and answer["platform"] == "cpu":
-        fix = f"unset JAX_PLATFORMS (it is {os.environ.get('JAX_PLATFORMS', '')!r}) or see why JAX passes over it"
-        yield Check("devices", "warn", f"{found}: the {there.upper()} that is here is not used", fix)
+        fix = f"unset JAX_PLATFORMS (it is {os.environ.get('JAX_PLATFORMS', '')!r}) or find out why JAX skips it"
+        yield Check("devices", "warn", f"{found}: the {there.upper()} of this machine is not used", fix)
     else:
         yield Check("devices", "ok", found)
     if answer.get("refused"):
-        yield Check("model", "missing", answer["refused"], "fix the key, then ask again")
+        yield Check("model", "missing", answer["refused"], "fix the key, then run this again")
 
 
 def _ask(config_json: str) -> tuple[dict[str, Any] | None, str]:
-    """What `probe` says in a process of its own, or None and the reason."""
+    """Runs `probe` in a separate process; returns what it found, or None and the reason."""
     try:
         command = [sys.executable, "-c", PROBE]
         done = subprocess.run(
             command, input=config_json, capture_output=True, text=True, timeout=PROBE_SECONDS, cwd=ROOT
         )
     except subprocess.TimeoutExpired:
-        return None, f"nothing came in {PROBE_SECONDS:.0f} s"
+        return None, f"timed out after {PROBE_SECONDS:.0f} s"
     for line in reversed(done.stdout.splitlines()):
         if line.startswith("{"):
             return json.loads(line), ""
@@ -158,7 +157,7 @@ def _ask(config_json: str) -> tuple[dict[str, Any] | None, str]:
 
 
 def probe(config_json: str) -> None:
-    """Prints what the devices answer as one JSON line; with a configuration, whether its model can be made."""
+    """Tries the devices and, with a configuration, builds its model; prints the findings as one JSON line."""
     import time
 
     import jax
@@ -192,26 +191,26 @@ def memory() -> Check:
         lines = pathlib.Path("/proc/meminfo").read_text()
         free = int(re.search(r"MemAvailable:\s+(\d+)", lines)[1]) * 1024  # type: ignore[index]
     except (OSError, TypeError):
-        return Check("memory", "ok", "not known on this system")
+        return Check("memory", "ok", "unknown on this system")
     found = f"{free / GIB:.1f} GiB free"
     if free < GIB:
-        return Check("memory", "missing", found, "end other programs, or take a larger machine: 1 GiB is the least")
+        return Check("memory", "missing", found, "end other programs or use a larger machine: 1 GiB is the minimum")
     if free < 4 * GIB:
-        return Check("memory", "warn", found, "fewer run.workers and run.prefetch, if the run is killed for memory")
+        return Check("memory", "warn", found, "lower run.workers and run.prefetch if the run is killed for memory")
     return Check("memory", "ok", found)
 
 
 def disk(workdir: str | None) -> Check:
-    """Space where checkpoints go, or for temporary files where they go to a bucket."""
+    """Checks the space for checkpoints, or for temporary files if checkpoints go to a bucket."""
     remote = workdir is not None and is_remote(workdir)
     place = existing(pathlib.Path(workdir or ".").expanduser()) if not remote else pathlib.Path(".")
     free = shutil.disk_usage(place).free
     found = f"{free / GIB:.1f} GiB free at {place.resolve()}"
     if free < GIB:
-        return Check("disk", "missing", found, "free some, or give another --workdir")
+        return Check("disk", "missing", found, "free some space or give another --workdir")
     if free < 5 * GIB and not remote:
         return Check(
-            "disk", "warn", found, "a checkpoint of a large model takes gigabytes: lower run.keep, or free some"
+            "disk", "warn", found, "a checkpoint of a large model takes gigabytes: lower run.keep or free some space"
         )
     return Check("disk", "ok", found)
 
@@ -222,7 +221,7 @@ def existing(path: pathlib.Path) -> pathlib.Path:
 
 
 def files() -> Check:
-    """File handles: readers, workers and storage clients take hundreds."""
+    """Checks the limit of file handles: readers, workers and storage clients take hundreds."""
     try:
         import resource
     except ImportError:
@@ -235,7 +234,7 @@ def files() -> Check:
 
 
 def within(seconds: float, action: Callable[[], T]) -> T:
-    """`action()`, its exceptions too, or TimeoutError after so long; the thread that hangs ends with the process."""
+    """Returns or raises as `action()`; TimeoutError after `seconds`. A hanging thread ends with the process."""
     outcome: list[Any] = []
 
     def run() -> None:

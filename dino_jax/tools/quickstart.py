@@ -38,8 +38,8 @@ from dino_jax.training import online
 from dino_jax.training.loop import train
 from dino_jax.training.step import jit_init_state, make_recipe
 
-BANK, QUERIES, MASKED = 2400, 1200, 240  # images: k-NN neighbors (from the training set), k-NN queries, with masks
-SIZE, ATTENTION_SIZE = 96, 192  # pixels: side of the images; the same for attention, whose grid is finer
+BANK, QUERIES, MASKED = 2400, 1200, 240  # images: k-NN bank (training set), k-NN queries, with object masks
+SIZE, ATTENTION_SIZE = 96, 192  # image side in pixels: for k-NN, for attention (a finer grid)
 SHOWN = 8  # images in attention.png
 
 
@@ -88,7 +88,7 @@ def quickstart(config: ConfigDict, workdir: pathlib.Path) -> dict[str, float]:
 
 
 def report(figures: dict[str, float], workdir: pathlib.Path) -> str:
-    """The table, as text."""
+    """The table of figures as text."""
     rows: list[tuple[str, float, float | None]] = [("raw pixels", figures["knn_pixels"], None)]
     rows += [(f"{k} network", figures[f"knn_{k}"], figures[f"jaccard_{k}"]) for k in ("untrained", "trained")]
     lines = [f"{'':20}{'k-NN top-1':>12}{'attention Jaccard':>20}"]
@@ -98,7 +98,7 @@ def report(figures: dict[str, float], workdir: pathlib.Path) -> str:
 
 
 def in_memory(source: Source, most: int | None = None) -> ArraySource:
-    """A source, or its first `most` images, read once and kept."""
+    """A source, or its first `most` images, held in memory."""
     images, labels, _ = zip(*(source[i] for i in range(len(source))[:most]), strict=True)
     return ArraySource(np.stack(images), labels)
 
@@ -120,25 +120,25 @@ def _knn(config: ConfigDict, bank: tuple, queries: tuple) -> float:
 
 
 def cls_attention(model: Model, scenes: Scenes) -> np.ndarray:
-    """Attention of CLS to the patches in the last block, float32 [B, H, h, w], of every image."""
+    """The last block's attention of CLS to the patches, for every image: float32 [B, H, h, w]."""
     batches = make_eval_dataset(scenes, resize=0, crop=scenes.height, batch_size=40)
     return np.concatenate([maps[batch["valid"]] for maps, batch in run(model, ClsAttention(), batches)])
 
 
 def head_masks(attention: np.ndarray, side: int) -> np.ndarray:
-    """Attention [.., H, h, w] -> boolean attention masks [.., H, side, side] that keep 60% of its mass."""
+    """Attention masks that keep 60% of the mass: [.., H, h, w] -> bool [.., H, side, side]."""
     flat = attention.reshape(*attention.shape[:-2], -1)
     return voc.enlarge(voc.attention_masks(flat, 0.6).reshape(attention.shape), side, side)
 
 
 def attention_jaccard(model: Model, scenes: Scenes) -> float:
-    """Mean over the images of the best head's Jaccard index with the object mask, in percent."""
+    """The best head's Jaccard index with the object mask, averaged over images, in percent."""
     masks = head_masks(cls_attention(model, scenes), scenes.height)  # [B, H, side, side]
     return 100 * float(np.mean([voc.jaccard(masks[i], scenes.mask(i)).max() for i in range(len(scenes))]))
 
 
 def attention_image(model: Model, scenes: Scenes) -> np.ndarray:
-    """Rows of: image, attention of each head, the best head's attention mask, the object mask. uint8 [h, w, 3]."""
+    """An image table, rows of: image, attention of each head, best head's mask, object mask. uint8 [h, w, 3]."""
     shown = Scenes(scenes.split, SHOWN, image_size=scenes.height)
     attention = cls_attention(model, shown)
     masks = head_masks(attention, shown.height)

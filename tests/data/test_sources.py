@@ -81,7 +81,7 @@ def test_a_flat_folder_is_unlabelled(tmp_path, caplog):
     assert labels(source) == [-1] * 3
     write(tmp_path / "sub" / "x.png")
     assert names(open_source(str(tmp_path))) == ["sub/x.png"]
-    assert "3 images beside the class folders are left out" in caplog.text
+    assert "3 images next to the class folders are skipped" in caplog.text
 
 
 def test_links_are_followed_and_broken_ones_are_bad_images(tree):

@@ -1,4 +1,4 @@
-"""The checks at the start among two processes, played by threads around one store."""
+"""The start-up checks of two processes, played by threads with one store."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dino_jax.parallel.coordination import ProcessGroup, Verdict, code_facts
 
 
 class Store:
-    """What `ProcessGroup` asks of the client of JAX's coordination service."""
+    """A stand-in for the client of JAX's coordination service."""
 
     def __init__(self) -> None:
         self.values: dict[str, str] = {}
@@ -39,7 +39,7 @@ class Store:
 def two(monkeypatch):
     monkeypatch.setattr(jax.distributed, "shutdown", lambda: None)
     monkeypatch.setattr(peers, "LOOK", 0.01)
-    logger = logging.getLogger("dino_jax")  # other processes than the first are quieter
+    logger = logging.getLogger("dino_jax")  # processes except the first log less
     level, store = logger.level, Store()
     pair = [ProcessGroup(rank, 2, store, patience=2.0) for rank in (0, 1)]
     yield pair
@@ -49,7 +49,7 @@ def two(monkeypatch):
 
 
 def both(pair: list[ProcessGroup], check: Callable[[ProcessGroup], None]) -> list[str]:
-    """What the check says to each; "": nothing."""
+    """The check's message to each process; "": none."""
     said = ["", ""]
 
     def run(peer: ProcessGroup) -> None:
@@ -116,6 +116,6 @@ def test_a_workdir_that_is_not_shared_is_named(two, monkeypatch, tmp_path):
     for folder in folders:
         folder.mkdir()
     assert both(two, lambda peer: peer.check_shared(tmp_path)) == ["", ""]
-    assert sorted(tmp_path.iterdir()) == folders  # the mark is taken away
+    assert sorted(tmp_path.iterdir()) == folders  # the marker file is removed
     first, second = both(two, lambda peer: peer.check_shared(folders[peer.rank]))
     assert first == second and "process 1" in first and "the workdir must be shared, or gs://" in first

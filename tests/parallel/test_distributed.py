@@ -1,4 +1,4 @@
-"""Which process is which, and what the launchers do with processes that end in every way; no JAX process is started."""
+"""Process numbers, and launchers with processes that end in every way. No JAX process is started."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_rows_find_their_devices_in_any_mesh():
 
 
 def launch(number: int, script: str, *options: str) -> subprocess.Popen:
-    """`script`, in which $JAX_PROCESS_ID differs, in so many processes."""
+    """Launches `script` in several processes, each with its own $JAX_PROCESS_ID."""
     command = [sys.executable, str(SUPERVISE), "--local", str(number), *options, "--", "bash", "-c", script]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -140,7 +140,7 @@ def test_output_comes_behind_the_number_and_success_is_0():
             1,
             "does not answer",
         ),
-        # process 0 knows whose fault it is
+        # process 0 knows which process failed
         (
             "[ $JAX_PROCESS_ID = 0 ] && { echo 'dino-jax: error: process 1 (h) differs from process 0 (h)'; exit 2; }; "
             "[ $JAX_PROCESS_ID = 1 ] && sleep 0.2; exit 2",

@@ -1,4 +1,4 @@
-"""Real processes on this machine (Gloo between CPU devices): the same run, whatever happens to them."""
+"""Real processes on this machine (Gloo between CPU devices) give the same run, whatever happens to them."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def alone(config_file, tmp_path_factory):
 
 
 def resume_here(config_file, workdir, devices, stop_after=0):
-    """Goes on in this process, on so many fake devices."""
+    """Resumes in this process, on a number of fake devices."""
     (workdir / "notes").mkdir(exist_ok=True)
     os.environ["NOTES"] = str(workdir / "notes")
     config = load(str(config_file))
@@ -126,7 +126,7 @@ class Run:
         return {int(words[2]): int(words[4]) for words in found}
 
     def after_a_step(self):
-        """Waits until a new checkpoint is there."""
+        """Waits for a new checkpoint."""
         folder = self.workdir / "checkpoints"
         before, deadline = steps(folder), time.monotonic() + 400
         while steps(folder) == before:
@@ -162,7 +162,7 @@ def assert_every_image_once(workdir):
 
 
 def test_four_processes_equal_one(alone, config_file, tmp_path):
-    """Two devices each, apart in the mesh as on a TPU pod: so are a process's rows in the batch."""
+    """Two devices each, not adjacent in the mesh, as on a TPU pod: nor are a process's rows in the batch."""
     two_devices = "--xla_force_host_platform_device_count=2"
     status, lines = Run(4, config_file, tmp_path, odd="mesh", XLA_FLAGS=two_devices).end()
     assert status == 0, "\n".join(lines)

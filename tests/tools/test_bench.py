@@ -1,4 +1,4 @@
-"""The benchmarks run, and say what they measured in their last line."""
+"""The benchmarks run and print their figures in the last line."""
 
 from __future__ import annotations
 

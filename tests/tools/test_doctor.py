@@ -1,4 +1,4 @@
-"""`dino-jax doctor`: what is missing is named with its fix, and nothing that is there is."""
+"""`dino-jax doctor` names what is missing with its fix, and nothing else."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ EIGHT = {"count": 8, "kind": "TPU v5e", "platform": "tpu", "jax": "1", "wrong": 
 
 @pytest.fixture
 def answer(monkeypatch):
-    """What the devices are said to answer; a test may change it."""
+    """The devices' simulated answer, which a test may change."""
     answer = dict(EIGHT)
     monkeypatch.setattr(machine, "_ask", lambda config: (answer, ""))
     monkeypatch.setattr(machine, "hardware", lambda: None)
@@ -65,7 +65,7 @@ def folder_of_images(folder: pathlib.Path, count: int) -> pathlib.Path:
     return folder
 
 
-# --- as a whole
+# --- the whole command
 
 
 def test_a_machine_that_lacks_nothing(answer, config, tmp_path, capsys):
@@ -108,7 +108,7 @@ def test_what_starts_others_needs_no_devices(answer, monkeypatch, config):
 
 
 def test_keys_without_a_configuration():
-    with pytest.raises(UserError, match=r"--config.epochs=3: keys need the configuration.*--config=FILE"):
+    with pytest.raises(UserError, match=r"--config.epochs=3: an override needs a configuration.*--config=FILE"):
         list(doctor.doctor(overrides=["--config.epochs=3"]))
 
 
@@ -185,7 +185,7 @@ def test_hardware_without_its_package(answer, monkeypatch, there, package):
     monkeypatch.setattr(machine.importlib.util, "find_spec", lambda name: None if name == package else object())
     (check,) = machine.devices()
     assert check.state == "missing"
-    assert check.found == f"a {there.upper()} is here, and no {package}"
+    assert check.found == f"a {there.upper()} is here, but {package} is not installed"
     assert "pip install" in check.fix
 
 
@@ -208,8 +208,8 @@ def test_devices_that_are_wrong_or_silent(answer, monkeypatch):
     monkeypatch.setattr(machine, "PROBE", "import time; time.sleep(60)")
     monkeypatch.setattr(machine, "PROBE_SECONDS", 0.2)
     (check,) = machine.devices()
-    assert check.found == "no answer: nothing came in 0 s"
-    assert "on a slice of several hosts ask on all of them at once" in check.fix
+    assert check.found == "no answer: timed out after 0 s"
+    assert "on a slice of several hosts run this on all of them at once" in check.fix
     monkeypatch.setattr(machine, "PROBE_SECONDS", 30.0)
     monkeypatch.setattr(machine, "PROBE", "raise RuntimeError('the TPU is already in use by process 7')")
     (check,) = machine.devices()
@@ -301,7 +301,7 @@ def test_workdir_of_another_run(config, tmp_path):
     check = doctor._workdir(str(tmp_path / "run"), mine, None)
     assert check.state == "missing"
     assert "optim.lr: 0.001 -> 0.0005" in check.found
-    assert "would go on" in doctor._workdir(str(tmp_path / "run"), other, None).found
+    assert "would resume" in doctor._workdir(str(tmp_path / "run"), other, None).found
     assert os.listdir(tmp_path / "run") == ["config.json"]
 
 
@@ -384,7 +384,7 @@ def test_data_that_other_machines_do_not_see(tmp_path):
     assert "copy it to a bucket" in check.fix
 
 
-# --- starting others
+# --- launching on other machines
 
 
 @pytest.mark.parametrize("launch", ["tpu", "gke", "slurm", "hosts"])
@@ -409,7 +409,7 @@ def test_commands_of_a_launch(monkeypatch, launch):
     [
         ("echo me@example.com", "ok", "me@example.com"),
         ("echo 'No credentialed accounts.' >&2", "missing", "gcloud is not logged in"),
-        (None, "warn", "gcloud does not say"),
+        (None, "warn", "gcloud does not answer"),
     ],
 )
 def test_the_account_of_gcloud(monkeypatch, tmp_path, script, state, found):

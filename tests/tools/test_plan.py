@@ -1,4 +1,4 @@
-"""Plans: what the compiler says of a run on hardware, and the FLOPs counted by hand beside it."""
+"""Plans: the compiler's figures for a run, and FLOPs counted by hand."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, re
 
 
 def wide_config():
-    """Wide enough for matrix products to be nearly all of the work."""
+    """A model so wide that nearly all work is matrix products."""
     config = tiny_config(embed_dim=256)
     config.head.update({"out_dim": 512, "hidden_dim": 256, "bottleneck_dim": 64})
     return config
@@ -126,7 +126,7 @@ ENTRY %main (a: f32[4]) -> f32[4] {
 
 
 def test_collectives_of_a_program():
-    """Asynchronous ones count once; a loop's as often as it runs; sizes are of the whole arrays."""
+    """Asynchronous ones count once; a loop's as often as it runs; sizes are those of whole arrays."""
     assert collectives(PROGRAM, trips=3) == {
         "all-reduce": {"count": 4, "bytes": 3 * 32 + 12 + 20},
         "all-gather": {"count": 1, "bytes": 64},
@@ -148,7 +148,7 @@ def test_chips_by_their_device_kind():
     [
         (["--topology=cpu:3"], "batch_size=16 is not divisible by 3 device(s)"),
         (["--topology=cpu:1000"], "give at most cpu:8"),
-        (["--topology=cpu:many"], "is no number of devices"),
+        (["--topology=cpu:many"], "is not a number of devices"),
         (["--topology=gpu"], "JAX finds no gpu here"),
         (["--topology=,"], "give one such as"),
         (["--topology=cpu:4", "--images=8"], "more than the 8 pictures"),

@@ -1,7 +1,7 @@
-"""`dino-jax plan`: compile the train step for hardware you do not have. Does it fit, how fast can it be at best?
+"""`dino-jax plan`: compiles the train step for hardware you do not have. Does it fit, and how fast can it be?
 
-Everything is of one *device* in JAX's sense: a chip, save where the runtime shows each core of a chip as a device
-(v4 without its cores joined, tpu7x); the chip's memory and speed are shared out between them.
+All figures are for one *device* in JAX's sense: a chip, except on tpu7x and on v4 without megacore, where each core is
+a device with its share of the chip's memory and speed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ IMAGENET = 1_281_167  # training images of ImageNet-1k, the paper's data set
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is known of one training run on one topology; sizes, FLOPs and bytes a device and step."""
+    """One training run on one topology; sizes, FLOPs and bytes are for one device and step."""
 
     topology: str
     device: str  # JAX's device_kind
@@ -42,24 +42,24 @@ class Plan:
     parameter_bytes: int  # student
     teacher_bytes: int
     optimizer_bytes: int
-    gradient_bytes: int  # of the whole student: what data parallelism has to reduce
-    argument_bytes: int | None  # state and crops; like all that the compiler says, None if it did not fit
-    temp_bytes: int | None  # activations, gradients and all that lives during a step
+    gradient_bytes: int  # of the whole student: what data parallelism reduces
+    argument_bytes: int | None  # state and crops; None if it does not fit, like all of the compiler's figures
+    temp_bytes: int | None  # activations, gradients and everything else that lives during a step
     peak_bytes: int  # arguments, outputs, temporaries and the program
     hbm_bytes: int
     fits: bool
     flops: float | None
     analytic_flops: float | None
-    bytes: float | None  # read from and written to memory, as the compiler counts
+    bytes: float | None  # read from and written to memory, by the compiler's count
     collectives: dict[str, dict[str, int]] | None  # kind -> count, bytes
     collective_bytes: int | None
-    compute_ms: float | None  # None for a chip of unknown speed
+    compute_ms: float | None  # None if the chip's speed is unknown
     memory_ms: float | None
     links_ms: float | None
     roofline_step_ms: float | None  # the largest of the three: no step can be faster
-    images_per_s: float | None  # of all devices, at the roofline, like the two below
+    images_per_s: float | None  # all devices together; at the roofline, like the two below
     days: float | None  # for all epochs
-    host_images_per_s: float | None  # what each host's input must reach
+    host_images_per_s: float | None  # rate that each host's input must reach
     images: int  # of the data set
     epochs: int
     compile_seconds: float
@@ -67,7 +67,7 @@ class Plan:
 
 
 def print_plans(config: ConfigDict, topologies: str, images: int | None = None) -> None:
-    """Prints a plan for each of the topologies, separated by commas; then all as one line of JSON (see `to_json`)."""
+    """Prints a plan for each topology (comma-separated), then all of them as one line of JSON (`to_json`)."""
     names = [name.strip() for name in topologies.split(",") if name.strip()]
     if not names:
         raise UserError(f"--topology={topologies}: give one such as {compiler.EXAMPLES}")
@@ -80,12 +80,12 @@ def print_plans(config: ConfigDict, topologies: str, images: int | None = None) 
 
 
 def plan(config: ConfigDict, topology: str, images: int | None = None) -> Plan:
-    """Compiles the train step of a configuration for a topology, and says what that tells.
+    """Compiles the train step of a configuration for a topology and reports its cost.
 
     Args:
       config: as for training; `run.mesh`, `run.accum_steps`, `run.remat` and `model.dtype` count.
-      topology: `v5e:4x4` and so on, as libtpu names them, without hardware; `cpu`, `cpu:8`, `gpu`: of this machine.
-      images: images in the data set; None: as many as `data.train` has, or ImageNet's if it is not there.
+      topology: `v5e:4x4` and so on, libtpu's names, without hardware; `cpu`, `cpu:8` or `gpu` of this machine.
+      images: in the data set; None: those of `data.train`, or ImageNet's if it cannot be opened.
 
     Raises:
       UserError: an unknown topology, no libtpu, a batch or mesh that does not fit.
@@ -141,7 +141,7 @@ def plan(config: ConfigDict, topology: str, images: int | None = None) -> Plan:
 
 
 def data_set_size(config: ConfigDict) -> int:
-    """Images of `data.train` where it can be opened here; otherwise ImageNet-1k's."""
+    """Number of images of `data.train`, or ImageNet-1k's if it cannot be opened."""
     if config.data.train.startswith("tfds:imagenet2012:train"):
         return IMAGENET
     try:
@@ -151,10 +151,10 @@ def data_set_size(config: ConfigDict) -> int:
 
 
 def _measured(config: ConfigDict, program: compiler.Program, state: Any) -> dict[str, Any]:
-    """What only a compiled program tells; all None where there is none.
+    """Figures of the compiled program; all None if it does not fit.
 
-    The compiler counts the body of the loop over microbatches once. What is outside it, the update, is at least one
-    reading and one writing of the state, and few FLOPs.
+    The compiler counts the body of the loop over microbatches once, so it is multiplied here. The update outside it
+    reads and writes the state at least once and takes few FLOPs.
     """
     names = ("argument_bytes", "temp_bytes", "flops", "bytes", "collectives", "collective_bytes")
     if not program.text:
@@ -167,21 +167,21 @@ def _measured(config: ConfigDict, program: compiler.Program, state: Any) -> dict
 
 
 def _chip_share(topology: str, devices: Sequence[Any]) -> tuple[Chip | None, float, int]:
-    """The chip, the part of it that a device is, and the bytes of memory of a device."""
+    """The chip, a device's share of it, and a device's bytes of memory."""
     chip = chip_of(devices[0].device_kind)
     if chip is None and topology.startswith("cpu"):
         return None, 1.0, host_memory() // len(devices)
     if chip is None:
         raise UserError(
-            f"--topology={topology}: no published figures of {devices[0].device_kind!r} in "
-            "dino_jax/tools/plan/chips.py: add them there"
+            f"--topology={topology}: no published figures for {devices[0].device_kind!r}: "
+            "add them to dino_jax/tools/plan/chips.py"
         )
     share = 1 / len({getattr(device, "core_on_chip", 0) for device in devices})
     return chip, share, int(chip.hbm_bytes * share)
 
 
 def _times(chip: Chip | None, share: float, devices: int, measured: dict[str, Any]) -> tuple[float, ...] | None:
-    """Milliseconds that compute, memory and links need at their peaks; None where chip or program is unknown.
+    """Milliseconds of compute, memory and links at their peak rates; None if chip or program is unknown.
 
     Links: a reduction moves each byte out and in (2 (n - 1) / n), over both directions of all links at once.
     """
@@ -203,7 +203,7 @@ def to_json(plans: Sequence[Plan]) -> str:
 
 
 def report(said: Plan) -> Iterator[str]:
-    """The lines for a person."""
+    """The report as lines of text."""
     mesh = " x ".join(f"{axis} {n}" for axis, n in said.mesh.items() if n > 1) or "one device"
     yield (
         f"{said.topology}: {said.devices} x {said.device} on {said.hosts} host(s), {mesh}; {said.model} in "
@@ -211,7 +211,7 @@ def report(said: Plan) -> Iterator[str]:
         f"run.accum_steps={said.accum_steps}, run.remat={said.remat}"
     )
     verdict = "fits" if said.fits else "DOES NOT FIT"
-    yield f"  memory a device   {_bytes(said.peak_bytes)} at the peak of {_bytes(said.hbm_bytes)}: {verdict}"
+    yield f"  memory a device   peak {_bytes(said.peak_bytes)} of {_bytes(said.hbm_bytes)}: {verdict}"
     yield (
         f"    student {_bytes(said.parameter_bytes)}, teacher {_bytes(said.teacher_bytes)}, optimizer "
         f"{_bytes(said.optimizer_bytes)}; activations and other temporaries {_bytes(said.temp_bytes)}"

@@ -1,4 +1,4 @@
-"""What to change when a plan does not fit, or does not make good use of the chips."""
+"""Advice for a plan that does not fit or wastes the chips."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from ml_collections import ConfigDict
 if TYPE_CHECKING:
     from dino_jax.tools.plan import Plan
 
-ROOM = 0.9  # of the memory, to aim at
+ROOM = 0.9  # share of the memory to aim at
 
 
 def advice(said: Plan, config: ConfigDict) -> Iterator[str]:
-    """Lines, each with the flag to set."""
+    """Yields lines of advice, each with the flag to set."""
     if not said.fits:
         yield from _make_it_fit(said, config)
     if said.dtype == "float32" and said.device.startswith(("TPU", "NVIDIA")):
@@ -26,14 +26,14 @@ def _make_it_fit(said: Plan, config: ConfigDict) -> Iterator[str]:
     rows = said.images_per_device / said.accum_steps
     yield f"to make it fit ({(said.peak_bytes - said.hbm_bytes) / 2**30:.1f} GiB too much), in this order:"
     if config.run.remat == "none":
-        yield "  --config.run.remat=blocks: keeps each block's input only; about a third more FLOPs"
+        yield "  --config.run.remat=blocks: keeps only each block's input; about a third more FLOPs"
     if state > 0.5 * room:
-        yield f"  --config.run.mesh.fsdp={said.devices}: shares out a state of {state / 2**30:.1f} GiB"
+        yield f"  --config.run.mesh.fsdp={said.devices}: shards a state of {state / 2**30:.1f} GiB"
     logits = 4 * rows * (2 + config.crops.local_count) * config.head.out_dim / said.mesh["model"]
     if logits > 0.1 * room:
         yield (
-            f"  --config.run.mesh.model={2 * said.mesh['model']}: a copy of the logits takes {logits / 2**30:.1f} GiB, "
-            "and this shares out the prototypes"
+            f"  --config.run.mesh.model={2 * said.mesh['model']}: a copy of the logits takes {logits / 2**30:.1f} GiB; "
+            "this shards the prototypes"
         )
     if (steps := _accumulation(said, room, state)) is not None:
         yield f"  --config.run.accum_steps={steps}: {said.images_per_device / steps:g} images at a time"
@@ -45,7 +45,7 @@ def _make_it_fit(said: Plan, config: ConfigDict) -> Iterator[str]:
 
 
 def _accumulation(said: Plan, room: float, state: int) -> int | None:
-    """The fewest microbatches, a divisor of the device's images, with which the activations should fit."""
+    """The fewest microbatches (a divisor of the device's images) for which the activations should fit."""
     grads = said.parameter_bytes  # their sum over microbatches
     free, activations = room - state - grads, said.peak_bytes - state
     if free <= 0:

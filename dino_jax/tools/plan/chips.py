@@ -1,4 +1,4 @@
-"""What vendors publish of a chip: the numbers that a roofline needs."""
+"""Published figures of chips: what a roofline needs."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One chip, as its vendor describes it."""
+    """The vendor's figures of one chip."""
 
     name: str
     hbm_bytes: float
-    flops: float  # per second at its peak, bfloat16, dense
-    bandwidth: float  # of its memory, bytes/s
+    flops: float  # peak per second, bfloat16, dense
+    bandwidth: float  # memory bandwidth, bytes/s
     links: float  # to other chips, bytes/s, both directions together
     source: str
 
 
 _TPU = "https://docs.cloud.google.com/tpu/docs"
 _NVIDIA = "https://www.nvidia.com/en-us/data-center"
-# Keys: the beginning of JAX's `device_kind`, longer names first where one begins another.
+# Keys are prefixes of JAX's `device_kind`; a longer prefix comes before a shorter one that it starts with.
 CHIPS = {
     "TPU v4": Chip("v4", 32 * GIB, 275e12, 1200e9, 600e9, f"{_TPU}/v4"),
     "TPU v5 lite": Chip("v5e", 16 * GIB, 197e12, 819e9, 400e9, f"{_TPU}/v5e"),
@@ -37,10 +37,10 @@ CHIPS = {
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """The chip of a JAX `device_kind`; None where the table lacks it (and for CPUs)."""
+    """The chip of a JAX `device_kind`; None if it is not in the table (or a CPU)."""
     return next((chip for kind, chip in CHIPS.items() if device_kind.startswith(kind)), None)
 
 
 def host_memory() -> int:
-    """Bytes of this machine's memory."""
+    """This machine's memory in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

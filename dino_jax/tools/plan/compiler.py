@@ -1,4 +1,4 @@
-"""The train step, compiled for devices that need not be there."""
+"""Compiles the train step, also for devices that this machine does not have."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dino_jax.errors import UserError
 from dino_jax.parallel import sharding
 from dino_jax.training.step import TrainState, abstract_state, check_batch, jit_train_step, make_recipe
 
-# What libtpu asks for on a machine without TPUs: no look-up of its metadata, no lock, no log.
+# Needed by libtpu on a machine without TPUs: no metadata lookup, no lock, no log.
 TPU_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -32,24 +32,24 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 class Program(NamedTuple):
-    """What the compiler says of one device's share of a step."""
+    """The compiler's figures for one device's share of a step."""
 
-    flops: float  # a loop's body counted once
+    flops: float  # a loop's body counts once
     bytes: float  # read and written, likewise
     arguments: int  # state and crops
     temporary: int
     peak: int
-    text: str  # the optimized HLO; empty where the program did not fit
+    text: str  # the optimized HLO; empty if the program does not fit
     seconds: float
 
 
 def is_present(topology: str) -> bool:
-    """Whether a topology means devices of this machine: `cpu`, `cpu:8`, `gpu`."""
+    """Whether a topology names devices of this machine: `cpu`, `cpu:8`, `gpu`."""
     return topology.partition(":")[0] in ("cpu", "gpu")
 
 
 def prepare(topologies: Sequence[str]) -> None:
-    """Settings that come before JAX's first use of a device: a plan for TPUs touches none of this machine's."""
+    """Configures JAX before its first use of a device. A plan for TPUs uses none of this machine's devices."""
     for name, value in TPU_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     kinds = {topology.partition(":")[0] for topology in topologies}
@@ -57,7 +57,7 @@ def prepare(topologies: Sequence[str]) -> None:
         jax.config.update("jax_platforms", "cpu")
     counts = [int(t[4:]) for t in topologies if t.startswith("cpu:") and t[4:].isdigit()]
     if counts and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        with contextlib.suppress(RuntimeError):  # devices are in use already: `devices_of` looks at how many
+        with contextlib.suppress(RuntimeError):  # devices are in use already; `devices_of` checks their number
             jax.config.update("jax_num_cpu_devices", max(counts))
 
 
@@ -65,13 +65,13 @@ def devices_of(topology: str) -> list[Any]:
     """The devices of a topology such as `v5e:4x4`, `cpu:8` or `gpu`.
 
     Raises:
-      UserError: libtpu is missing or does not know it; too few devices of this machine.
+      UserError: libtpu is missing or does not know the topology; this machine has too few devices.
     """
     if is_present(topology):
         return _present(topology)
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
-            f"--topology={topology}: compiling for TPUs needs libtpu, and nothing else of one: "
+            f"--topology={topology}: compiling for TPUs needs libtpu (but no TPU): "
             'pip install -e ".[tpu]" -c constraints.txt'
         )
     from jax.experimental import topologies
@@ -86,12 +86,12 @@ def devices_of(topology: str) -> list[Any]:
 def _present(topology: str) -> list[Any]:
     kind, _, count = topology.partition(":")
     if count and not (count.isdigit() and int(count)):
-        raise UserError(f"--topology={topology}: {count!r} is no number of devices: give one such as {EXAMPLES}")
+        raise UserError(f"--topology={topology}: {count!r} is not a number of devices: give one such as {EXAMPLES}")
     try:
         devices = jax.devices(kind)
     except RuntimeError:
         raise UserError(
-            f"--topology={topology}: JAX finds no {kind} here; TPUs need not be here ({EXAMPLES})"
+            f"--topology={topology}: JAX finds no {kind} here; a TPU topology needs no TPU ({EXAMPLES})"
         ) from None
     if count and int(count) > len(devices):
         raise UserError(f"--topology={topology}: this machine has {len(devices)}: give at most {kind}:{len(devices)}")
@@ -99,11 +99,11 @@ def _present(topology: str) -> list[Any]:
 
 
 def abstract_step(config: ConfigDict, devices: Sequence[Any], steps_per_epoch: int) -> tuple[Mesh, TrainState, Any]:
-    """The mesh of `run.mesh`, the shapes and places of the state, and the step traced on them (`jax.stages.Lowered`).
+    """The mesh, the state's shapes and shardings, and the lowered step (`jax.stages.Lowered`), as in training.
 
-    The same functions as in training. Raises `UserError` for a mesh or batch that does not fit the devices.
+    Raises `UserError` for a mesh or batch that does not fit the devices.
     """
-    if devices[0].platform != jax.default_backend():  # `auto` looks at the devices that are here
+    if devices[0].platform != jax.default_backend():  # `auto` would look at this machine's devices
         config = config.copy_and_resolve_references()
         config.run.attention = "plain"
     mesh = sharding.make_mesh(config.run.mesh, devices)
@@ -121,9 +121,9 @@ def abstract_step(config: ConfigDict, devices: Sequence[Any], steps_per_epoch: i
 
 
 def compile_step(lowered: Any, state_bytes: int = 0) -> Program:
-    """Compiles; a program that its device's memory cannot hold is a `Program` too, without text, FLOPs and bytes.
+    """Compiles a lowered step. One that does not fit the memory gives a `Program` without text, FLOPs and bytes.
 
-    `state_bytes`: of a device, for the refusals that tell of the temporaries only.
+    `state_bytes`: of a device, for compiler errors that name only the temporaries.
     """
     begin = time.perf_counter()
     try:
@@ -141,7 +141,7 @@ def compile_step(lowered: Any, state_bytes: int = 0) -> Program:
 
 
 def _refused(message: str, state_bytes: int) -> int | None:
-    """The bytes that a program would have needed, from libtpu's refusal; None where it says something else."""
+    """The bytes that a program would have needed, from libtpu's error; None for any other error."""
     for pattern, more in ((r"Used {} of {} hbm", 0), (r"HLO temporaries \({}\) exceeds", state_bytes)):
         if found := re.search(pattern.replace("{}", r"([\d.]+)([KMGT]?)"), message):
             return int(float(found[1]) * _UNITS[found[2]]) + more
@@ -149,7 +149,7 @@ def _refused(message: str, state_bytes: int) -> int | None:
 
 
 def shard_bytes(tree: Any) -> int:
-    """Bytes that one device holds of a pytree of `ShapeDtypeStruct` with shardings."""
+    """Bytes that one device holds of a pytree of sharded `ShapeDtypeStruct`s."""
     return sum(_shard_bytes(x) for x in jax.tree.leaves(tree))
 
 

@@ -1,4 +1,4 @@
-"""The FLOPs of a training step, counted from the sizes: what the compiler's count is compared with."""
+"""Analytic FLOPs of a training step, to compare with the compiler's count."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from dino_jax.objectives.objective import make_objectives
 
 
 def step_flops(config: ConfigDict, rows: float, model_ways: int = 1) -> float | None:
-    """Floating-point operations of one device in one step on `rows` images; None for a backbone without a count.
+    """FLOPs of one device in one step on `rows` images; None for a backbone without a count.
 
-    Matrix products only, a multiplication and an addition each: teacher forward on 2 global crops; student forward on
-    all, and backward at twice the forward (once for the patches, whose input needs no gradient); another forward of the
-    blocks with `run.remat=blocks`. The prototypes are shared by `model_ways` devices.
+    Matrix products only, with multiplications and additions counted separately:
+      teacher: forward on 2 global crops.
+      student: forward on all crops; backward at twice the forward (once for the patch embedding, whose input needs no
+        gradient); another forward of the blocks with `run.remat=blocks`.
+    The prototypes are split over `model_ways` devices.
     """
     network, crops = build_network(config), config.crops
     backbone, head = network.backbone, network.head

@@ -1,4 +1,4 @@
-"""Collectives in the text of a compiled program."""
+"""Counts the collectives in a compiled program's text."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ _ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
 
 
 def collectives(text: str, trips: int = 1) -> dict[str, dict[str, int]]:
-    """`{kind: {"count": n, "bytes": b}}` of one device's program.
+    """The collectives of one device's program: `{kind: {"count": n, "bytes": b}}`.
 
-    `bytes` is the size of the whole array that an operation concerns: the summed one of an all-reduce, the gathered one
-    of an all-gather, the one that is summed and then shared out of a reduce-scatter. Operations inside a loop's body
-    count `trips` times.
+    `bytes` is the size of the whole array: an all-reduce's sum, an all-gather's result, a reduce-scatter's operand.
+    Operations inside a loop's body count `trips` times.
     """
     found: dict[str, dict[str, int]] = {}
     bodies = set(re.findall(r"\bbody=%?([\w.\-]+)", text))
@@ -36,7 +35,7 @@ def collectives(text: str, trips: int = 1) -> dict[str, dict[str, int]]:
 
 
 def _operations(text: str) -> Iterator[tuple[str, re.Match]]:
-    """Each collective with the name of the computation that holds it."""
+    """Yields each collective with the name of its computation."""
     computation, start = "", 0
     for line in text.splitlines(keepends=True):
         if heading := _COMPUTATION.match(line.rstrip()):
@@ -47,7 +46,7 @@ def _operations(text: str) -> Iterator[tuple[str, re.Match]]:
 
 
 def _group_size(text: str, match: re.Match) -> int:
-    """Devices that take part in an operation with each other."""
+    """The number of devices in a group of an operation."""
     line = text[match.end() : text.find("\n", match.end())]
     if iota := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
         return int(iota[1])

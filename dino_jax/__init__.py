@@ -2,10 +2,10 @@
 
     import dino_jax
     model = dino_jax.load("dino_vits16")        # features of your own images: see `dino_jax.inference`
-    config = dino_jax.load_config("vit_s16")    # a file, or a name of `configs/`; `dino_jax.config` has every key
+    config = dino_jax.load_config("vit_s16")    # a file, or a name in `configs/`; `dino_jax.config` has every key
     dino_jax.train(config, "runs/1")            # a training run: see `dino_jax.training`
 
-Nothing heavy is imported before it is used.
+Heavy modules are imported on first use.
 """
 
 from __future__ import annotations

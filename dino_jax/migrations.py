@@ -1,13 +1,13 @@
-"""The version of what checkpoints and saved configurations hold, and the way up from older versions.
+"""Format versions of checkpoints and saved configurations, and migrations from older ones.
 
-Every checkpoint and every saved configuration records its `format_version`; one without is of version 1. What they hold
-is named entries: an array by item and path (`rest/center`), a configuration key by its dotted name
+Every checkpoint and every saved configuration records its `format_version`; without one, it is version 1. The
+contents are named entries: an array by item and path (`rest/center`), a configuration key by its dotted name
 (`config.loss.student_temp`). A migration is a pure function from the entries of one version to those of the next. It
-may rename and drop entries, and must leave an array in its item. The entries' values are not looked at, so the same
-function serves arrays, shapes and settings.
+may rename or drop entries, but must keep an array in its item. It never looks at values, so the same function works
+for arrays, shapes and settings.
 
-To change what a checkpoint holds: append a function to `MIGRATIONS`, and add a small checkpoint of the version before
-to `tests/data_old`.
+To change what a checkpoint holds: append a function to `MIGRATIONS`, and add a small checkpoint of the previous
+version to `tests/data_old`.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ FORMAT_VERSION = len(MIGRATIONS) + 1
 
 
 def migrate(entries: Mapping[str, Any], version: int, where: object) -> Entries:
-    """The entries of `version` as this code has them.
+    """Migrates the entries of `version` to the current one.
 
     Raises:
-      UserError: naming `where`, for a version that this code does not know.
+      UserError: this code does not know the version; the message names `where`.
     """
     if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
         raise UserError(

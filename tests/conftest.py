@@ -1,12 +1,12 @@
-"""Shared set-up: eight fake CPU devices, the reference tensors, double precision on request."""
+"""Shared setup: eight fake CPU devices, the reference tensors, double precision on request."""
 
 from __future__ import annotations
 
 import os
 import pathlib
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # cuda: for the few tests of what GPUs alone have
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # compiling is what takes time here: half of it with this
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # set it to cuda for the few GPU tests
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # halves the compile time, most of a run
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parent.parent / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -22,7 +22,7 @@ type_checks.install()
 
 @pytest.fixture
 def reference():
-    """`reference(name)`: the path of a reference file in the repository's copy, which must hold it."""
+    """`reference(name)`: the path of a file in the repository's copy; fails if it is missing."""
     return reference_files.own
 
 

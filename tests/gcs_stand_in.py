@@ -1,9 +1,9 @@
-"""A bucket in memory behind the part of the Cloud Storage JSON API that a run uses: gs:// tested without a network.
+"""An in-memory bucket with the part of the Cloud Storage JSON API that a run uses: tests gs:// without a network.
 
     with serve() as (store, environment):
         subprocess.run([...], env=os.environ | environment)     # gs://any-bucket/... lands in store.objects
 
-A process reads those variables when it first imports gcsfs or TensorStore, so what is tested runs as a child.
+A process reads those variables when it first imports gcsfs or TensorStore, so tests run them in a child process.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Store:
         self.lock = threading.RLock()
 
     def put(self, key: str, data: bytes, query: dict[str, str]) -> dict | None:
-        """The new object's description, or None where the generation is not the one asked for."""
+        """The new object's description, or None if the generation does not match."""
         if "ifGenerationMatch" in query and int(query["ifGenerationMatch"]) != self.objects.get(key, (0,))[0]:
             return None
         self.generation += 1
@@ -193,7 +193,7 @@ class Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, request, client_address) -> None:
-        """Clients that hang up are no news."""
+        """Ignores clients that hang up."""
 
 
 def split_parts(body: bytes, boundary: bytes) -> list[bytes]:
@@ -204,7 +204,7 @@ def split_parts(body: bytes, boundary: bytes) -> list[bytes]:
 
 @contextlib.contextmanager
 def serve() -> Iterator[tuple[Store, dict[str, str]]]:
-    """A running stand-in: its store, and the environment that leads gcsfs, Google's client and TensorStore to it."""
+    """A running stand-in: its store, and the environment that points gcsfs, Google's client and TensorStore to it."""
     handler = type("BoundHandler", (Handler,), {"store": Store()})
     server = Server(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
@@ -213,7 +213,7 @@ def serve() -> Iterator[tuple[Store, dict[str, str]]]:
     environment = {
         "STORAGE_EMULATOR_HOST": f"http://{address}",
         "TENSORSTORE_GCS_HTTP_URL": f"http://{address}",
-        "GCE_METADATA_ROOT": address,  # no credentials here: TensorStore goes on without
+        "GCE_METADATA_ROOT": address,  # no credentials here: TensorStore does without
         "GCE_METADATA_HOST": address,
         "NO_GCE_CHECK": "true",
         "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",

@@ -1,4 +1,4 @@
-"""The libraries this package is compared with (torch, torchvision, timm, transformers), where they are installed."""
+"""The libraries this package is compared with (torch, torchvision, timm, transformers), if installed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _registered: list[Any] = []  # a torch library's schemas live as long as its obj
 
 
 def peer(name: str) -> ModuleType:
-    """Imports a peer module such as `timm` or `torchvision.models`, or skips the test where it is not installed."""
+    """Imports a peer module such as `timm` or `torchvision.models`, or skips the test if it is not installed."""
     if importlib.util.find_spec(name.partition(".")[0]) is None:
         pytest.skip(f"{name} is not installed")
     _let_torchvision_import()

@@ -1,4 +1,4 @@
-"""The reference files: their names, and where a test finds them."""
+"""The reference files: their names and paths."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ FILES = (
 
 
 def own(name: str) -> pathlib.Path:
-    """The path of a file in the repository's copy; an absent one fails the test."""
+    """The path of a file in the repository's copy; fails the test if it is missing."""
     path = OWN / name
     if not path.is_file():
-        pytest.fail(f"{path} is absent: restore it with `git checkout -- tests/reference`", pytrace=False)
+        pytest.fail(f"{path} is missing: restore it with `git checkout -- tests/reference`", pytrace=False)
     return path
 
 
 def chosen(name: str) -> pathlib.Path:
-    """The path of a file in `$DINO_REFERENCE`, a folder of other tensors of the same form; without it `own(name)`.
+    """The path of a file in `$DINO_REFERENCE`, a folder of other tensors in the same format; if unset, `own(name)`.
 
-    A file that is absent from `$DINO_REFERENCE` skips the test.
+    Skips the test if the file is missing from `$DINO_REFERENCE`.
     """
     folder = os.environ.get("DINO_REFERENCE")
     if not folder:
@@ -48,5 +48,5 @@ def chosen(name: str) -> pathlib.Path:
         pytest.fail(f"DINO_REFERENCE={folder} is not a folder", pytrace=False)
     path = pathlib.Path(folder) / name
     if not path.is_file():
-        pytest.skip(f"{path} is absent")
+        pytest.skip(f"{path} is missing")
     return path

@@ -103,7 +103,7 @@ def test_bad_input_is_one_line_and_status_2(arguments, message, capsys, monkeypa
 
 
 def printed(arguments, capsys):
-    """What a command line prints that ends at once, with status 0."""
+    """The output of a command that exits with status 0."""
     with pytest.raises(SystemExit) as exit_:
         main(arguments)
     assert exit_.value.code == 0
@@ -128,7 +128,7 @@ def test_help_has_the_keys_where_asked(verb, capsys):
 
 
 def fresh(*arguments, **options):
-    """Python in a process of its own."""
+    """Runs Python in a separate process."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, **options)
 
@@ -159,7 +159,7 @@ def test_help_into_a_closed_pipe(tmp_path):
     ],
 )
 def test_attributes_of_the_package(name, use, tmp_path):
-    """Each alone, in a fresh interpreter; importing the package itself loads nothing heavy."""
+    """Each separately, in a fresh interpreter; importing the package itself loads nothing heavy."""
     code = "import sys, dino_jax; assert 'jax' not in sys.modules and 'numpy' not in sys.modules;"
     done = fresh("-c", f"{code} assert {name!r} in dir(dino_jax); assert {use}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

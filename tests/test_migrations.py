@@ -1,7 +1,7 @@
-"""Runs of older versions: they load, export, start other runs, and resume to the bits of the code that wrote them.
+"""Runs of older versions load, export, start other runs, and resume to the same bits as in their own version.
 
 `tests/data_old/format_<v>.tar.gz` is a workdir stopped at step 5 of 8, made by the code of that version; the JSON file
-beside it tells its center and the end of the same run by the same code.
+next to it has its center and the end of the same run by the same code.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def test_it_loads_exports_and_starts_another_run(old_run, config, tmp_path):
 
 
 def test_it_resumes_on_shards(old_run, config):
-    """The losses of the old run, over other devices: up to rounding."""
+    """The losses of the old run on other devices, up to rounding."""
     config.run.mesh.update({"data": 2, "fsdp": 2})
     config.run.stop_after = 0
     state = train(config, old_run)
@@ -110,7 +110,7 @@ def digests(items) -> dict[str, str]:
 
 
 @pytest.mark.extra
-@pytest.mark.skipif(jax.__version__ != FACTS["jax"], reason="another compiler rounds otherwise")
+@pytest.mark.skipif(jax.__version__ != FACTS["jax"], reason="another compiler rounds differently")
 def test_it_resumes_to_the_same_bits(old_run):
     environment = os.environ | {
         "XLA_FLAGS": FACTS["xla_flags"],

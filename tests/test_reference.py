@@ -1,6 +1,6 @@
 """The official implementation's numbers, file by file, in `tests/reference` or `$DINO_REFERENCE`.
 
-All sizes are read from the files, so other tensors of the same form can be checked too.
+All sizes are read from the files, so other tensors in the same format can be checked too.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ def test_vit_float32(load_reference):
 
 
 def exactness(data: dict[str, np.ndarray]) -> float:
-    """The tolerance in float64: wider where the file keeps the weights rounded to float32."""
+    """The tolerance in float64: wider if the file keeps the weights rounded to float32."""
     return 1e-8 if data["param/cls_token"].dtype == np.float64 else 1e-6
 
 

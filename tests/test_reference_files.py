@@ -1,4 +1,4 @@
-"""The repository's reference files are complete, each is used, and none can go absent unnoticed."""
+"""The repository's reference files are complete, each is used, and none can go missing unnoticed."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def test_an_absent_file_of_the_repositorys_copy_fails(monkeypatch, tmp_path):
         assert find("loss.npz").is_file()
     monkeypatch.setattr(reference_files, "OWN", tmp_path)
     for find in (reference_files.own, reference_files.chosen):
-        with pytest.raises(pytest.fail.Exception, match=r"loss\.npz is absent: restore it"):
+        with pytest.raises(pytest.fail.Exception, match=r"loss\.npz is missing: restore it"):
             find("loss.npz")
 
 
 def test_an_absent_file_among_other_tensors_is_skipped(monkeypatch, tmp_path):
     monkeypatch.setenv("DINO_REFERENCE", str(tmp_path))
-    with pytest.raises(pytest.skip.Exception, match=r"loss\.npz is absent"):
+    with pytest.raises(pytest.skip.Exception, match=r"loss\.npz is missing"):
         reference_files.chosen("loss.npz")
     (tmp_path / "loss.npz").touch()
     assert reference_files.chosen("loss.npz") == tmp_path / "loss.npz"

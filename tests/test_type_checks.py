@@ -1,4 +1,4 @@
-"""A call that does not fit the annotated shapes or types is refused in the tests."""
+"""Calls that do not fit the annotated shapes or types are refused in the tests."""
 
 from __future__ import annotations
 

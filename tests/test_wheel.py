@@ -42,13 +42,13 @@ print(json.dumps([cell.outputs for cell in cells]))
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where the wheel, the environment and the runs are: nowhere near the checkout."""
+    """A folder for the wheel, the environment and the runs, outside the checkout."""
     return tmp_path_factory.mktemp("wheel")
 
 
 @pytest.fixture(scope="module")
 def environment(folder):
-    """Variables of a user's shell: none of the tests' own for Python, XLA and pip's constraints."""
+    """A user's environment variables, without the tests' settings for Python, XLA and pip."""
     ours = ("PYTHON", "XLA_", "PIP_CONSTRAINT", "PIP_BUILD_CONSTRAINT", "VIRTUAL_ENV")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     jupyter = {f"JUPYTER_{kind}_DIR": str(folder / "jupyter") for kind in ("CONFIG", "DATA", "RUNTIME")}

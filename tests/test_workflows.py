@@ -1,4 +1,4 @@
-"""The workflow files parse, cover the supported Pythons, and hold no more rights than they use."""
+"""The workflow files parse, cover the supported Pythons, and have no more permissions than they need."""
 
 from __future__ import annotations
 

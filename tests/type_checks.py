@@ -1,7 +1,7 @@
 """Shapes and types of calls, checked while the tests run: jaxtyping's import hook with beartype.
 
-The modules of array functions are checked, their every annotation, in the test process itself. Not those that move
-whole training states or model records about: their fields hold arrays, shapes or shardings by turns.
+Every annotation in the modules of array functions is checked, in the test process itself. Modules that pass whole
+training states or model records are not: their fields hold arrays, shapes or shardings by turns.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MODULES = (
     "dino_jax.training.schedules",
     "dino_jax.training.teacher",
 )
-_CONF = BeartypeConf(is_pep484_tower=True)  # an int where a float is asked for is right
+_CONF = BeartypeConf(is_pep484_tower=True)  # accepts an int as a float
 
 
 def check(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -33,5 +33,5 @@ def check(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def install() -> None:
-    """Checks `MODULES` from now on; to be called before they are imported."""
+    """Checks `MODULES` from now on; call it before they are imported."""
     jaxtyping.install_import_hook(list(MODULES), f"{__name__}.check")

@@ -6,7 +6,7 @@
     cls = model.features(images)                            # [n, D]
     cls, patches = model.features(images, patches=True)     # and a list of [rows, columns, D]
 
-Images of different sizes share batches (`models.packing`): no image is resized, and a new size compiles nothing.
+Images of different sizes share batches (`models.packing`): no image is resized, and few sizes need a compilation.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ from dino_jax.weights.load import open_weights
 
 ImageLike = str | os.PathLike | bytes | np.ndarray
 
-BATCH_TOKENS = 16384  # patches in a batch on one device
+BATCH_TOKENS = 16384  # patches per device and batch
 log = logging.getLogger(__name__)
 
 
 def load(name_or_path: epath.PathLike, *, heads: int | None = None) -> Model:
-    """The model of a released name, a weight file, a workdir or a checkpoint's folder (its teacher).
+    """Loads a model (the teacher) from a released name, a weight file, a workdir or a checkpoint folder.
 
-    `heads`: attention heads, where a weight file does not tell. Raises `UserError` in one line.
+    `heads`: number of attention heads, if a weight file does not say. Raises `UserError`.
     """
     weights = open_weights(name_or_path, heads=heads)
     return Model(
@@ -54,9 +54,9 @@ def load(name_or_path: epath.PathLike, *, heads: int | None = None) -> Model:
 
 
 class Forward(NamedTuple):
-    """What decides a model's compiled programs, without its weights; hashable, so jitted functions can take it.
+    """A model without its weights: hashable, so jitted functions can take it as a static argument.
 
-    `mean` and `std` are of pixels in 0..1.
+    `mean` and `std` are for pixels in 0..1.
     """
 
     backbone: Backbone
@@ -64,27 +64,27 @@ class Forward(NamedTuple):
     std: tuple[float, ...]
 
     def __call__(self, variables: Any, pixels: Array, view: Callable[[Any, Array], Any]) -> Any:
-        """`view(backbone, images)` of pixels 0..255 [B, h, w, c], uint8 or float."""
+        """Applies `view(backbone, images)` to pixels 0..255 [B, h, w, c], uint8 or float."""
         return self.backbone.apply(variables, self.normalise(pixels), method=view)
 
     def normalise(self, pixels: Array) -> Array:
-        """Pixels of 0..255 [..., c] to float32 of mean 0 and deviation 1 over the training images."""
+        """Normalizes pixels 0..255 [..., c] to float32 by the training images' mean and deviation."""
         mean, std = jnp.array(self.mean, jnp.float32), jnp.array(self.std, jnp.float32)
         return (pixels.astype(jnp.float32) / 255 - mean) / std
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
-    """A backbone with its weights: the one thing that inference and evaluation work on.
+    """A backbone with its weights, for inference and evaluation.
 
-    Cheap to make: nothing is put on a device before it is used. `dataclasses.replace(model, variables=...)` is the same
-    network with other weights.
+    Cheap to create: nothing goes to a device until it is used. `dataclasses.replace(model, variables=...)` gives the
+    same network other weights.
 
     Attributes:
-      config: the whole configuration; `config.data.mean` and `std` are those of `preprocess`.
+      config: the whole configuration; `preprocess` uses `config.data.mean` and `std`.
       variables: `{"params": ..., "batch_stats": ...}` of the backbone, NumPy or JAX arrays.
-      backbone: the Linen module; None: the one that `config` describes.
-      devices: that `features` works on; None: all of this process.
+      backbone: the Linen module; None: built from `config`.
+      devices: used by `features`; None: all of this process.
     """
 
     config: ConfigDict
@@ -99,17 +99,17 @@ class Model:
 
     @functools.cached_property
     def forward(self) -> Forward:
-        """The function of pixels and variables, hashable."""
+        """The model as a hashable function of variables and pixels."""
         return Forward(self.backbone, tuple(self.config.data.mean), tuple(self.config.data.std))
 
     @property
     def mean(self) -> tuple[float, ...]:
-        """Of each channel of the training images, in 0..1."""
+        """Mean of each channel over the training images, in 0..1."""
         return self.forward.mean
 
     @property
     def std(self) -> tuple[float, ...]:
-        """Of each channel of the training images, in 0..1."""
+        """Standard deviation of each channel over the training images, in 0..1."""
         return self.forward.std
 
     @property
@@ -118,16 +118,16 @@ class Model:
         return self.backbone.embed_dim
 
     def preprocess(self, image: ImageLike, *, resize: int = 0, crop: int | tuple[int, int] = 0) -> np.ndarray:
-        """A path, encoded bytes or uint8 [h, w] or [h, w, c] as normalized float32 [h, w, c].
+        """Turns a path, encoded bytes or uint8 [h, w] or [h, w, c] into normalized float32 [h, w, c].
 
-        `resize`: the shorter side becomes this many pixels (bicubic); `crop`: then this center is cut out. 0: left as
-        it is. The protocols' own are 256 and 224.
+        `resize`: pixels of the shorter side (bicubic). `crop`: size of the center crop, taken after that. 0: skipped.
+        The protocols use 256 and 224.
         """
         try:
             data = epath.Path(image).read_bytes() if isinstance(image, str | os.PathLike) else image
             pixels = decode(data, self.config.model.in_chans)
         except (BadImage, OSError) as error:
-            raise UserError(f"{image if isinstance(image, str | os.PathLike) else 'a image'}: {error}") from None
+            raise UserError(f"{image if isinstance(image, str | os.PathLike) else 'an image'}: {error}") from None
         if resize:
             pixels = resize_shorter(pixels, resize)
         if crop:
@@ -138,14 +138,14 @@ class Model:
     def features(
         self, images: Iterable[ImageLike], *, patches: bool = False, progress: bool = False
     ) -> np.ndarray | tuple[np.ndarray, list[np.ndarray]]:
-        """CLS after the final norm (ResNet: the pooled map) of each image, [n, D] float32, in order.
+        """Features of each image in order, [n, D] float32: CLS after the final norm (ResNet: the pooled map).
 
         Args:
           images: float [h, w, c] as `preprocess` gives them, of any sizes, or [n, h, w, c]; anything else is
-            preprocessed first, at its own size. What exceeds whole patches at the right and the bottom is left out;
-            a ViT does with it what the official one does (see `ViT.any_size`).
-          patches: also the last block's patch tokens after the final norm, a list of [rows, columns, D].
-          progress: a bar on stderr.
+            preprocessed first, at its own size. Pixels beyond the last whole patch, at the right and the bottom, are
+            cut off; for a ViT they still decide whether positions are resized (see `ViT.any_size`).
+          patches: also return the last block's patch tokens after the final norm, a list of [rows, columns, D].
+          progress: show a progress bar on stderr.
         """
         done: dict[int, tuple[np.ndarray, np.ndarray | None]] = {}
         waiting: dict[Any, list[tuple[int, Packed]]] = {}
@@ -179,7 +179,7 @@ class Model:
         return (cls, [tokens for _, tokens in outputs if tokens is not None]) if patches else cls
 
     def _checked(self, image: ImageLike) -> np.ndarray:
-        """The normalized image."""
+        """The normalized image; `UserError` if its shape does not fit."""
         if not (isinstance(image, np.ndarray | jax.Array) and np.issubdtype(image.dtype, np.floating)):
             image = self.preprocess(image)
         image = np.asarray(image, np.float32)
@@ -199,7 +199,7 @@ class Model:
 
     @functools.cached_property
     def _placed(self) -> Any:
-        """The variables, whole on each device."""
+        """The variables, replicated on each device."""
         return jax.device_put(self.variables, NamedSharding(self._mesh, P()))
 
     @functools.cached_property
@@ -208,11 +208,11 @@ class Model:
         return jax.jit(self._any_size.forward, static_argnums=2, out_shardings=rows)
 
     def _batch_size(self, tokens: float) -> int:
-        """Images in a full batch: a power of two on each device."""
+        """Images in a full batch: a power of two per device."""
         return self._mesh.size << (max(1, int(BATCH_TOKENS / tokens)).bit_length() - 1)
 
     def _run(self, inputs: list[tuple[np.ndarray, ...]], patches: bool) -> Any:
-        """The forward pass over images that share a batch, filled up to a power of two on each device."""
+        """The forward pass on one batch, padded to a power of two per device."""
         each = -(-len(inputs) // self._mesh.size)
         missing = (self._mesh.size << (each - 1).bit_length()) - len(inputs)
         stacked = tuple(np.stack([*values, *values[:1] * missing]) for values in zip(*inputs, strict=True))
@@ -231,13 +231,13 @@ def write_features(
     patches: bool = False,
     progress: bool = True,
 ) -> dict[str, int]:
-    """The verb `features`: runs a source's images through a CKPT and writes an `.npz`.
+    """The verb `features`: writes the features of a source's images by a CKPT to an `.npz`.
 
     The file holds `features` [n, D] float32, `labels` [n] (-1: unknown) and `names` [n]; with `patches` also the patch
-    tokens of all images one after another, `patches` [sum of rows * columns, D], and `grids` [n, 2]. `resize` and
-    `crop`: as for `Model.preprocess`. An image that cannot be read is left out and named.
+    tokens of all images concatenated, `patches` [sum of rows * columns, D], and `grids` [n, 2]. `resize` and
+    `crop`: as for `Model.preprocess`. Unreadable images are skipped and named.
 
-    Returns the number of `images` and of those left out (`unreadable`).
+    Returns the number of `images` written and of `unreadable` ones.
     """
     model, source = load(ckpt, heads=heads), open_source(images)
     names, labels, bad = [], [], []
@@ -263,7 +263,7 @@ def write_features(
     else:
         arrays["features"] = found
     if bad:
-        log.warning("%d images could not be read and are left out: %s", len(bad), "; ".join(bad[:5]))
+        log.warning("%d images could not be read and were skipped: %s", len(bad), "; ".join(bad[:5]))
     with new_file(absolute(out)) as local, local.open("wb") as file:
         np.savez(file, **arrays)
     return {"images": len(names), "unreadable": len(bad)}

@@ -1,7 +1,7 @@
 """Backbones, the projection head, and the network of both.
 
-`BACKBONES` is the only registry. What a backbone is, and what every other part of the package may ask of it, is
-`backbone.Backbone`. A new one is a file here and a line there.
+`BACKBONES` is the only registry; `backbone.Backbone` is the interface. A new backbone is a file here and a line in the
+registry.
 """
 
 from __future__ import annotations
@@ -56,10 +56,10 @@ _VARIATIONS = ("embed_dim", "depth", "heads", "init_std", "small_stem", "registe
 def build_backbone(
     model: ConfigDict, image_size: int | tuple[int, int], remat: str = "none", attention: str = "plain"
 ) -> Backbone:
-    """The backbone that `config.model` describes, for inputs of `image_size` (height, width) and others.
+    """Builds the backbone of `config.model` for inputs of `image_size` (height, width); other sizes work too.
 
-    `remat` and `attention` are those of `config.run`. Raises `UserError` for an unknown name, a key that the named
-    model lacks, a size that does not fit the patch, or `attention=fused` where that cannot be.
+    `remat` and `attention` are those of `config.run`. Raises `UserError` for an unknown name, a key that the model
+    does not have, a size that does not fit the patch, or `attention=fused` on hardware or settings without it.
     """
     constructor = _choice("model.name", model.name, BACKBONES)
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
@@ -93,14 +93,14 @@ def build_backbone(
 
 
 def build_head(config: ConfigDict) -> Head:
-    """The projection head that `config.head` describes, with the numerics of `config.model`."""
+    """Builds the projection head of `config.head`, with the dtype and precision of `config.model`."""
     return Head(**{key: config.head[key] for key in config.head}, **_numerics(config.model))
 
 
 def build_network(config: ConfigDict) -> Network:
-    """Backbone and head of a whole run's configuration; the position table fits `config.crops.global_size`."""
+    """Builds backbone and head from a whole run's configuration; the position table fits `config.crops.global_size`."""
     run = config.run
-    whole = run.attention != "auto" or run.mesh.model == 1  # over that axis it would have to add up gradients
+    whole = run.attention != "auto" or run.mesh.model == 1  # `model` axis: it would have to sum gradients
     backbone = build_backbone(config.model, config.crops.global_size, run.remat, run.attention if whole else "plain")
     return Network(backbone, build_head(config))
 
@@ -117,4 +117,4 @@ def _numerics(model: ConfigDict) -> dict:
 def _choice(key: str, name: str, table: dict) -> Any:
     if name in table:
         return table[name]
-    raise UserError(f"{key}={name!r} is unknown: one of {', '.join(table)}{did_you_mean(name, table)}")
+    raise UserError(f"{key}={name!r} is unknown: choose one of {', '.join(table)}{did_you_mean(name, table)}")

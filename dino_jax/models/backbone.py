@@ -1,6 +1,6 @@
-"""The contract of the backbones: what each declares and answers, and its tokens, apart by kind.
+"""The backbone interface, and tokens separated by kind.
 
-Whatever uses a backbone goes by this module; only `models` knows how one family differs from another.
+Code outside `models` uses backbones only through this interface.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dino_jax.models.packing import AnySize, Canvas
 
 
 class Tokens(NamedTuple):
-    """Tokens after the final norm, apart by kind; `...` stands for the axes in front, such as [n, B].
+    """Tokens after the final norm, separated by kind; `...` are leading axes such as [n, B].
 
     Attributes:
       cls: [..., D].
@@ -35,7 +35,7 @@ class Tokens(NamedTuple):
 
 
 def split_tokens(x: Array, registers: int, grid: tuple[int, int]) -> Tokens:
-    """The parts of a sequence [..., 1 + R + rows * columns, D]: CLS, R registers, the patches of `grid` row by row."""
+    """Splits a sequence [..., 1 + R + rows * columns, D] into CLS, R registers and patches (row by row)."""
     first = 1 + registers
     return Tokens(x[..., 0, :], x[..., 1:first, :], x[..., first:, :].reshape(*x.shape[:-2], *grid, x.shape[-1]))
 
@@ -43,30 +43,30 @@ def split_tokens(x: Array, registers: int, grid: tuple[int, int]) -> Tokens:
 class Backbone(nn.Module):
     """A function from normalized images [B, h, w, c] to features [B, D]: `(images, drop_path=None, train=False)`.
 
-    A subclass has these attributes; `registers` and `linear_features` only where it differs from what is here:
+    A subclass has these attributes; `registers` and `linear_features` have defaults:
       embed_dim: D.
-      depth: blocks with stochastic depth, the rows of the drop-path factors.
-      patch_size: pixels; None where there are neither patch tokens nor attention.
+      depth: number of blocks with stochastic depth, axis 0 of the drop-path factors.
+      patch_size: in pixels; None if there are no patch tokens and no attention.
       registers: R, the number of tokens that are neither CLS nor patches.
-      linear_features: what the linear evaluation reads unless told otherwise (see `eval.protocols.linear`).
+      linear_features: what the linear evaluation reads by default (see `eval.protocols.linear`).
     """
 
     registers = 0
     linear_features: ClassVar[tuple[str, ...]] = ("1",)
 
     def tokens(self, images: Array, n: int = 1) -> Tokens:
-        """Tokens of the last `n` blocks, axes [n, B] in front, each through the final norm; `UserError` if none."""
+        """Tokens of the last `n` blocks after the final norm, leading axes [n, B]; `UserError` if it has none."""
         raise UserError(f"a {type(self).__name__} has no tokens, only pooled features: use a ViT or an XCiT")
 
     def attention(self, images: Array, block: int = -1) -> Array:
-        """Attention [B, H, N, N] of one block (negative: from the end), or its first row, that of CLS: [B, H, 1, N].
+        """Attention [B, H, N, N] of one block (negative: from the end), or only CLS's row [B, H, 1, N].
 
         Tokens are in the network's order: CLS, registers, patches row by row. Rows sum to 1. `UserError` if none.
         """
         raise UserError(f"a {type(self).__name__} has no attention: use a ViT or an XCiT")
 
     def cls_attention(self, images: Array, block: int = -1) -> Array:
-        """What CLS attends to among the patches in one block, [B, H, rows, columns]."""
+        """Attention from CLS to the patches in one block, [B, H, rows, columns]."""
         weights = self.attention(images, block)
         rows, columns = patch_grid(images.shape[1], images.shape[2], self.patch_size)
         return weights[:, :, 0, 1 + self.registers :].reshape(*weights.shape[:2], rows, columns)
@@ -78,9 +78,9 @@ class Backbone(nn.Module):
 
     @nn.nowrap
     def flops(self, height: int, width: int) -> tuple[float, float] | None:
-        """FLOPs of a forward pass on one image: of what comes before the blocks, and of the blocks. None: unknown.
+        """Forward FLOPs on one image: before the blocks, and in the blocks. None: unknown.
 
-        Matrix products only, a multiplication and an addition each.
+        Matrix products only; a multiplication and an addition count as 2.
         """
         return None
 

@@ -13,9 +13,9 @@ from dino_jax.models.norm import BatchNorm
 
 
 class PrototypeLayer(nn.Module):
-    """Linear layer without bias whose rows are `v` / |v|, times a gain `g` that exists only if it is trained.
+    """Linear layer without bias whose rows are `v` / |v|, times a gain `g` if that is trained.
 
-    Parameters as torch's `weight_norm` has them: `v` [K, bottleneck], `g` [K, 1] (starts at 1).
+    Parameters as in torch's `weight_norm`: `v` [K, bottleneck], `g` [K, 1] (starts at 1).
     """
 
     out_dim: int
@@ -42,8 +42,8 @@ class PrototypeLayer(nn.Module):
 class Head(nn.Module):
     """MLP (D -> hidden -> ... -> bottleneck, GELU), L2 norm, weight-normed prototypes (official `DINOHead`).
 
-    Logits are at least float32. With `use_bn`, batch norm stands between each hidden linear layer and its GELU. The
-    MLP's parts are named after their places in torch's `nn.Sequential`: mlp_0, mlp_2, mlp_4, or with batch norm
+    Logits are at least float32. With `use_bn`, batch norm comes between each hidden linear layer and its GELU. The
+    MLP's parts are named by their index in torch's `nn.Sequential`: mlp_0, mlp_2, mlp_4, or with batch norm
     mlp_0, mlp_1, mlp_3, mlp_4, mlp_6.
     """
 

@@ -1,4 +1,4 @@
-"""Layers and initializers that several backbones and the head share.
+"""Layers and initializers shared by the backbones and the head.
 
 Shape legend of the package: B batch, C crops, N tokens, D width, H heads, K prototypes.
 """
@@ -18,13 +18,13 @@ from jaxtyping import Float
 from dino_jax.errors import UserError
 from dino_jax.models.packing import Array, Extent
 
-# The official `trunc_normal_(std=.02)` cuts at +-2 absolute, a hundred deviations away: a plain normal.
+# The official `trunc_normal_(std=.02)` cuts at +-2, 100 deviations away: in effect a plain normal.
 INIT_STD = 0.02
 normal_init = nn.initializers.normal(INIT_STD)
 
 
 def patch_grid(height: int, width: int, patch_size: int) -> tuple[int, int]:
-    """Rows and columns of patches of an input of `height` x `width` pixels; `UserError` if they do not fit."""
+    """Rows and columns of patches in an input of `height` x `width` pixels; `UserError` if they do not fit."""
     if height % patch_size or width % patch_size:
         raise UserError(
             f"an input of {height} x {width} pixels is not divisible into patches of {patch_size}: "
@@ -55,15 +55,15 @@ def statistics_dtype(dtype: Any) -> np.dtype:
 
 
 def unit(x: Array, axis: int = -1) -> Array:
-    """`x` at L2 norm 1 along `axis`, the norm taken as at least 1e-12 as by torch's `normalize`; same shape."""
+    """L2-normalizes `x` along `axis`, with a norm of at least 1e-12 as in torch's `normalize`; same shape."""
     return x / jnp.sqrt(jnp.maximum(jnp.sum(x * x, axis=axis, keepdims=True), 1e-24))
 
 
 @jax.checkpoint
 def gelu(x: Float[Array, "*N"]) -> Float[Array, "*N"]:
-    """GELU with the exact error function, torch's default, in at least float32 inside; same shape and dtype.
+    """Exact (erf) GELU, torch's default, computed in at least float32; same shape and dtype.
 
-    The backward pass keeps `x` alone and computes the rest again, which costs less than to write and read it.
+    Only `x` is saved for the backward pass: recomputing the rest is cheaper than writing and reading it.
     """
     exact = x.astype(statistics_dtype(x.dtype))
     return (exact * (0.5 + 0.5 * jax.lax.erf(exact * 2**-0.5))).astype(x.dtype)
@@ -71,7 +71,7 @@ def gelu(x: Float[Array, "*N"]) -> Float[Array, "*N"]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def linear_map(x: Float[Array, "*N D"], kernel: Float[Array, "D E"], precision: Any = None) -> Float[Array, "*N E"]:
-    """[..., D] by [D, E] -> [..., E] in their dtype. On a CPU its gradient is made to measure: `_kernel_gradient`."""
+    """Matrix product of [..., D] and [D, E] -> [..., E] in their dtype; see `_kernel_gradient` for CPUs."""
     return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), precision=precision)
 
 
@@ -89,11 +89,10 @@ linear_map.defvjp(_linear_map_forward, _linear_map_backward)
 
 
 def _kernel_gradient(x: Array, out: Array, precision: Any) -> Array:
-    """[..., D] and the gradient [..., E] of what it was mapped to -> [D, E].
+    """Gradient of the kernel [D, E], from the input [..., D] and the output's gradient [..., E].
 
-    A sum over several axes suits a TPU: to merge them first cost 43% more memory traffic there. XLA's CPU compiler
-    transposes the gradient for such a sum, and while it does so computes it again through all later blocks, in time
-    that grows with the square of the depth.
+    On a TPU it sums over several axes at once: merging them first cost 43% more memory traffic. On a CPU they are
+    merged: XLA would transpose the gradient and recompute it through all later blocks, in time quadratic in the depth.
     """
 
     def over_axes(x: Array, out: Array) -> Array:
@@ -108,12 +107,12 @@ def _kernel_gradient(x: Array, out: Array, precision: Any) -> Array:
 
 
 def _product(x: Array, kernel: Array, dimensions: Any, precision: Any = None) -> Array:
-    """`linear_map` as `nn.Dense` calls it."""
+    """`linear_map` with the signature that `nn.Dense` calls."""
     return linear_map(x, kernel, precision)
 
 
 def dense(features: int, module: nn.Module, name: str | None = None, use_bias: bool = True) -> nn.Dense:
-    """Linear layer, bias 0, with the dtype and matmul precision of `module` and its `init_std`, if it has one."""
+    """Linear layer, bias initially 0, with `module`'s dtype, matmul precision and, if it has one, `init_std`."""
     return nn.Dense(
         features,
         use_bias=use_bias,
@@ -165,7 +164,7 @@ class Mlp(nn.Module):
 
 
 def can_fuse_attention(dtype: Any, head_width: int) -> bool:
-    """Whether cuDNN's fused attention runs on the devices here: an Ampere GPU or newer, bfloat16, heads that fit."""
+    """Whether cuDNN's fused attention runs here: an Ampere GPU or newer, bfloat16, heads of a supported width."""
     device = jax.devices()[0]
     if device.platform != "gpu" or dtype != jnp.bfloat16 or head_width % 8 or head_width > 128:
         return False
@@ -175,12 +174,12 @@ def can_fuse_attention(dtype: Any, head_width: int) -> bool:
 def fused_attention(
     query: Float[Array, "B N H d"], key: Float[Array, "B N H d"], value: Float[Array, "B N H d"]
 ) -> Float[Array, "B N H d"]:
-    """Attention of [B, N, H, D/H] by cuDNN, which keeps no [N, N]; in bfloat16, its softmax in float32.
+    """cuDNN attention on [B, N, H, D/H], without an [N, N] array; bfloat16, softmax in float32.
 
-    Over a mesh it works on the rows that a device holds: XLA cannot share out a cuDNN kernel by itself.
+    On a mesh each device works on its own rows: XLA cannot partition a cuDNN kernel.
     """
     batch, tokens = query.shape[:2]
-    odd = tokens % 2  # JAX asks for an even number in training: one that nobody attends is added
+    odd = tokens % 2  # JAX needs an even number in training: pad with one that is never attended to
 
     def attend(query: Array, key: Array, value: Array) -> Array:
         padded = [jnp.pad(x, ((0, 0), (0, odd), (0, 0), (0, 0))) for x in (query, key, value)]
@@ -199,9 +198,9 @@ def fused_attention(
 class Attention(nn.Module):
     """Multi-head self-attention [B, N, D] -> [B, N, D]; softmax in at least float32.
 
-    `valid` bool [B, N]: the tokens that may be attended; None: all.
-    With `class_only` the first token alone asks (class attention of CaiT and XCiT): [B, N, D] -> [B, 1, D].
-    `fused`: by `fused_attention`, where all tokens attend to all.
+    `valid` bool [B, N]: tokens that may be attended to; None: all.
+    With `class_only` only the first token is a query (class attention of CaiT and XCiT): [B, N, D] -> [B, 1, D].
+    `fused`: uses `fused_attention` if all tokens attend to all.
     """
 
     heads: int
@@ -226,11 +225,11 @@ class Attention(nn.Module):
 
     @nn.nowrap
     def on_canvas(self, extent: Extent, call: Callable[..., Array], x: Array) -> Array:
-        """See `packing.Canvas`: CLS and the image's own patches are attended."""
+        """See `packing.Canvas`: tokens attend to CLS and the image's own patches."""
         return call(x, jnp.pad(extent.patches(), ((0, 0), (1, 0)), constant_values=True))
 
     def weights(self, x: Array) -> Array:
-        """The attention [B, H, N, N], or [B, H, 1, N] with `class_only`; rows sum to 1."""
+        """Attention weights [B, H, N, N], or [B, H, 1, N] with `class_only`; rows sum to 1."""
         return self._attend(x)[0]
 
     def _project(self, x: Array) -> tuple[Array, Array, Array]:

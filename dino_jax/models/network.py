@@ -1,4 +1,4 @@
-"""Backbone and head over the crops of a batch of images."""
+"""The network: backbone and head over the crops of a batch."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from dino_jax.models.layers import Array
 
 
 class Outputs(NamedTuple):
-    """What the network makes of each crop; the objectives are functions of it."""
+    """The network's outputs for each crop, from which the objectives are computed."""
 
     cls: Array  # [B, C, D], the backbone's feature before the head, in the compute type
-    logits: Array  # [B, C, K], of the prototypes, in at least float32
+    logits: Array  # [B, C, K], in at least float32
 
 
 class Network(nn.Module):

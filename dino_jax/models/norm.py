@@ -19,10 +19,9 @@ from dino_jax.models.packing import Extent
 class BatchNorm(nn.Module):
     """Normalizes each channel (last axis) over all others; statistics in at least float32, output in `dtype`.
 
-    In training the batch's own statistics are used (those of the global batch, however it is sharded: under `shard_map`
-    the axes in manual mode are taken to hold other rows of it), and
-    `batch_stats` `mean` and `var` [D] move by `momentum` toward them, the variance unbiased (n / (n - 1)): torch's
-    convention, not Flax's. They move only where the collection is mutable.
+    Training uses the statistics of the global batch, however it is sharded (under `shard_map`, manual axes are assumed
+    to hold other rows). `batch_stats` `mean` and `var` [D] move by `momentum` toward them, with the unbiased variance
+    (n / (n - 1)): torch's convention, not Flax's. They move only if the collection is mutable.
     """
 
     dtype: Any = jnp.float32
@@ -54,11 +53,11 @@ class BatchNorm(nn.Module):
 
     @nn.nowrap
     def on_canvas(self, extent: Extent, call: Callable[..., Array], *inputs: Any) -> Array:
-        """See `packing.Canvas`: the convolution that follows needs a clean border."""
+        """See `packing.Canvas`: the next convolution needs zeros beyond the image."""
         return extent.clean(call(*inputs))
 
 
 def _mean(x: Array, mesh_axes: tuple[str, ...]) -> Array:
-    """Over all axes but the last, and over mesh axes: [..., D] -> [D]."""
+    """Mean over all axes except the last, and over mesh axes: [..., D] -> [D]."""
     mean = x.mean(tuple(range(x.ndim - 1)))
     return jax.lax.pmean(mean, mesh_axes) if mesh_axes else mean

@@ -1,8 +1,8 @@
-"""Images of different sizes in one batch, padded and masked: each gives what it gives alone, up to rounding.
+"""Batches of images of different sizes, padded and masked: same results as one image at a time, up to rounding.
 
-A ViT takes its patches as one line, padded to one of a few lengths. The others take the image in the upper left corner
-of one of a few canvases, and what a layer writes beyond the image is set to 0 again, as if the border were padding.
-So the number of compilations is bounded, whatever sizes come.
+A ViT gets its patches as one line, padded to one of a few lengths. Other backbones get the image in the upper left
+corner of a canvas of one of a few sizes; whatever a layer writes beyond the image is reset to 0, like padding. So the
+number of compilations is bounded for any mix of sizes.
 
 Legend: B batch, N tokens, D width; h, w an image's own size in pixels.
 """
@@ -21,45 +21,44 @@ Array = jax.Array
 
 
 class Packed(NamedTuple):
-    """An image ready for a batch: what it can share one with, what the forward pass takes, its cost and its grid."""
+    """An image ready for a batch, its `inputs` for the forward pass; images with equal keys can share a batch."""
 
     key: Any
     inputs: tuple[np.ndarray, ...]
-    tokens: float  # about so many patches of 16 x 16
-    grid: tuple[int, int]  # its own rows and columns of patches ...
-    layout: tuple[int, int]  # ... in the upper left corner of these, row by row at the start of what comes back
+    tokens: float  # its cost, in patches of about 16 x 16
+    grid: tuple[int, int]  # the image's rows and columns of patches
+    layout: tuple[int, int]  # those of the output, with the image's at the upper left
 
     def own(self, patches: np.ndarray) -> np.ndarray:
-        """The image's patch tokens [rows, columns, D] among its row [N, D] of a batch's."""
+        """The image's patch tokens [rows, columns, D], from its row [N, D] of the batch's output."""
         rows, columns = self.layout
         return patches[: rows * columns].reshape(rows, columns, -1)[: self.grid[0], : self.grid[1]]
 
 
 @runtime_checkable
 class AnySize(Protocol):
-    """`pack` on the host for each image; `forward` on the device for a batch of those that share a key."""
+    """How a backbone takes images of any size: `pack` each on the host, `forward` a batch on the device."""
 
     def pack(self, image: np.ndarray) -> Packed:
-        """A normalized float32 image [h, w, c], at least a patch wide and high; what exceeds whole patches is cut."""
+        """Packs a normalized float32 image [h, w, c] of at least one patch; cuts off what exceeds whole patches."""
 
     def forward(self, variables: Any, inputs: tuple[Array, ...], patches: bool) -> tuple[Array, Array | None]:
         """CLS or pooled feature [B, D] and, with `patches`, the patch tokens [B, N, D], both after the final norm."""
 
 
 def round_up(count: int) -> int:
-    """The next of 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, ...: four to each doubling, at most a quarter further."""
+    """Rounds up to one of 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, ...: four per doubling, at most 25% more."""
     step = 1 << max(0, count.bit_length() - 3)
     return -(-count // step) * step
 
 
 class Line:
-    """Patches side by side, with a position for each, and attention that sees only those that are there.
+    """Patches in a line, each with its position; attention ignores the padding.
 
-    `positions(rows, columns, even)` gives what the model needs to know of each patch's place, [rows * columns, F];
-    `even`: as many pixels were cut at the right as at the bottom. An image of `native` patches, which is the common
-    one, is not padded.
-    The backbone has a method `line(strips, positions, valid, patches)` for `forward`: `strips` [B, p, N * p, c],
-    `positions` [B, N, F], `valid` bool [B, N], False for padding.
+    `positions(rows, columns, even)` returns the patches' position features [rows * columns, F]; `even`: as many pixels
+    were cut off at the right as at the bottom. An image of `native` patches, the common case, is not padded.
+    `forward` calls the backbone's `line(strips, positions, valid, patches)`: `strips` [B, p, N * p, c], `positions`
+    [B, N, F], `valid` bool [B, N], False for padding.
     """
 
     def __init__(self, backbone: Any, positions: Callable[[int, int, bool], np.ndarray], native: int):
@@ -87,16 +86,15 @@ class Line:
 
 
 class Canvas:
-    """The image in the upper left corner of a canvas of zeros, everything beyond it kept at 0.
+    """The image in the upper left corner of a canvas of zeros; everything beyond it stays 0.
 
-    A layer that looks further than its own place has a method `on_canvas(extent, call, *inputs)`, which says how it is
-    called there: see `Extent`. `features(rows, columns)` gives what the model needs to know of each patch's place,
-    [rows, columns, F], and comes back as `Extent.features`.
+    A layer that mixes positions has a method `on_canvas(extent, call, *inputs)` that wraps its call: see `Extent`.
+    `features(rows, columns)` returns the patches' position features [rows, columns, F], passed on as `Extent.features`.
     """
 
     def __init__(self, backbone: Any, features: Callable[[int, int], np.ndarray] | None = None):
         self.backbone, self.features = backbone, features
-        self.unit = backbone.patch_size or 32  # a canvas is a multiple of so many pixels
+        self.unit = backbone.patch_size or 32  # pixels; sides of a canvas are multiples of it
 
     def pack(self, image: np.ndarray) -> Packed:
         patch = self.backbone.patch_size or 1
@@ -122,32 +120,32 @@ class Canvas:
 
 
 class Extent:
-    """Which part of the canvases of a batch holds images: `sizes` [B, 2], their own (h, w)."""
+    """Which part of each canvas holds its image: `sizes` [B, 2] are the images' own (h, w)."""
 
     def __init__(self, height: int, width: int, unit: int, sizes: Array, features: Any = None):
         self.height, self.sizes, self.features = height, sizes, features
         self.grid = height // unit, width // unit  # of patches
 
     def valid(self, rows: int, columns: int) -> Array:
-        """Where a map of the canvas has an image under it, bool [B, rows, columns]."""
+        """Which cells of the canvases' map [rows, columns] belong to an image, bool [B, rows, columns]."""
         own = self.sizes_in(self.height // rows)  # [B, 2]
         down, across = jnp.arange(rows) < own[:, :1], jnp.arange(columns) < own[:, 1:]
         return down[:, :, None] & across[:, None, :]
 
     def sizes_in(self, stride: int) -> Array:
-        """Each image's rows and columns of a map with that many pixels to a cell, [B, 2]."""
+        """Each image's rows and columns in a map with `stride` pixels per cell, [B, 2]."""
         return -(-self.sizes // stride)
 
     def patches(self) -> Array:
-        """Which patch tokens, row by row, are an image's: bool [B, N]."""
+        """Which patch tokens (row by row) belong to an image, bool [B, N]."""
         return self.valid(*self.grid).reshape(len(self.sizes), -1)
 
     def clean(self, x: Array) -> Array:
-        """A map [B, rows, columns, D], 0 beyond the images."""
+        """Sets the map `x` [B, rows, columns, D] to 0 beyond the images."""
         return x * self.valid(x.shape[1], x.shape[2])[..., None]
 
     def intercept(self, call: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
-        """For `nn.intercept_methods`: modules with an `on_canvas` are called by it."""
+        """For `nn.intercept_methods`: calls modules through their `on_canvas`, if they have one."""
         on_canvas = getattr(context.module, "on_canvas", None)
         if on_canvas is None or context.method_name != "__call__":
             return call(*args, **kwargs)

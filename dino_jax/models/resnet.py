@@ -45,7 +45,7 @@ class Block(nn.Module):
 
 
 class ResNet(Backbone):
-    """Images [B, h, w, c] -> mean-pooled features [B, D]; `stages` gives the number of blocks in each of the four.
+    """Images [B, h, w, c] -> mean-pooled features [B, D]; `stages`: number of blocks in each of the four.
 
     `small_stem` starts with a 3 x 3 convolution of stride 1 and no pooling, for images of 32 pixels or so.
     """
@@ -58,7 +58,7 @@ class ResNet(Backbone):
     precision: Any = None
     remat: bool = False
 
-    depth = 0  # no rows of drop path masks
+    depth = 0  # no stochastic depth
     patch_size = None
 
     @property
@@ -70,13 +70,13 @@ class ResNet(Backbone):
     def __call__(
         self, images: Float[Array, "B h w c"], drop_path: Float[Array, "0 _ B"] | None = None, train: bool = False
     ) -> Float[Array, "B D"]:
-        """Features [B, D] of normalized `images` [B, h, w, c]; there are no branches for a `drop_path`."""
+        """Features [B, D] of normalized `images` [B, h, w, c]; `drop_path` is ignored."""
         check_channels(images, self.in_chans)
         size, stride = (3, 1) if self.small_stem else (7, 2)
         x = conv(64, size, self, stride, use_bias=False, kernel_init=_kaiming, name="conv1")(images.astype(self.dtype))
         x = nn.relu(BatchNorm(self.dtype, name="bn1")(x, train))
         if not self.small_stem:
-            # After a ReLU a border of 0 is as good as -inf; with explicit padding the ONNX converter fails.
+            # After a ReLU, padding with 0 is as good as -inf; the ONNX converter fails on `max_pool` with padding.
             x = nn.max_pool(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), window_shape=(3, 3), strides=(2, 2))
         block = nn.remat(Block, static_argnums=2) if self.remat else Block
         for stage, count in enumerate(self.stages):
@@ -89,8 +89,8 @@ class ResNet(Backbone):
 
     @nn.nowrap
     def on_canvas(self, extent: Extent, call: Callable[..., Array], images: Array) -> Array:
-        """See `packing.Canvas`: the mean counted the empty cells of the last map."""
-        stride = (1 if self.small_stem else 4) * 2 ** (len(self.stages) - 1)  # pixels to a cell
+        """See `packing.Canvas`: rescales the mean, which counts the last map's empty cells."""
+        stride = (1 if self.small_stem else 4) * 2 ** (len(self.stages) - 1)  # pixels per cell
         cells = images.shape[1] * images.shape[2] // stride**2
         feature = call(images)  # [B, D]
         own = jnp.prod(extent.sizes_in(stride), axis=1).astype(feature.dtype)  # [B]
@@ -98,5 +98,5 @@ class ResNet(Backbone):
 
     @nn.nowrap
     def drop_rates(self, rate: float) -> np.ndarray:
-        """Stochastic depth rates [0, 2]: there are no such branches."""
+        """Stochastic depth rates [0, 2]: none."""
         return np.zeros((0, 2))

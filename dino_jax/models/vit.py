@@ -1,7 +1,7 @@
 """Vision transformer as in DINO: images [B, h, w, c] -> tokens [B, N, D] -> CLS feature [B, D].
 
-The function is that of the official `vision_transformer.py` (pre-norm, qkv bias, exact GELU, LayerNorm eps 1e-6,
-position table resized to the input's grid); parameter names are torch's with `_` for `.` inside lists.
+Computes the same as the official `vision_transformer.py` (pre-norm, qkv bias, exact GELU, LayerNorm eps 1e-6, position
+table resized to the input's grid); parameter names are torch's with `_` for `.` inside lists.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _cubic(t: np.ndarray) -> np.ndarray:
 
 
 def resize_matrix(source: int, target: int) -> np.ndarray:
-    """Weights [target, source], float64: half-pixel centers, no antialias, scale (target + 0.1) / source."""
+    """Resize weights [target, source], float64: half-pixel centers, no antialias, scale (target + 0.1) / source."""
     center = (np.arange(target) + 0.5) * source / (target + 0.1) - 0.5
     first = np.floor(center).astype(int)
     matrix = np.zeros((target, source))
@@ -56,12 +56,12 @@ def resize_pos_embed(
     grid: tuple[int, int],
     table_grid: tuple[int, int] | None = None,
 ) -> Float[Array | np.ndarray, "1 target D"]:
-    """The position table [1, 1 + N, D] for another `grid` (rows, columns): [1, 1 + rows * columns, D], CLS first.
+    """Resizes the position table [1, 1 + N, D] to `grid` (rows, columns): [1, 1 + rows * columns, D], CLS first.
 
-    As the official `interpolate_pos_encoding` for images that the patches fill: bicubic with the scale (n + 0.1) /
-    source, and untouched only if the grid is the table's own. (It also resizes a table whose grid fits where the image
-    is not square; `ViT.any_size` does so too.) `table_grid` is the table's (rows, columns); None: square. At least
-    float32.
+    As in the official `interpolate_pos_encoding` for images of whole patches: bicubic, scale (n + 0.1) / source,
+    unchanged only if the grid is the table's own. (For images that are not square, the official code also resizes a
+    table that fits; so does `ViT.any_size`.) `table_grid` is the table's (rows, columns); None: square. Computes in at
+    least float32.
     """
     count = pos_embed.shape[1] - 1
     if table_grid is None:
@@ -79,7 +79,7 @@ def resize_pos_embed(
 
 
 class PatchEmbed(nn.Module):
-    """A convolution whose stride is its kernel, as one matrix product: [B, h, w, c] -> [B, N, D]."""
+    """A convolution whose stride is its kernel size, as one matrix product: [B, h, w, c] -> [B, N, D]."""
 
     embed_dim: int
     patch_size: int
@@ -103,7 +103,7 @@ class PatchEmbed(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block [B, N, D] -> [B, N, D]; `keep` [2, B] scales its two residual branches.
 
-    `valid` bool [B, N]: the tokens that are there; the others are attended by none. None: all.
+    `valid` bool [B, N]: tokens that may be attended to; None: all.
     """
 
     heads: int
@@ -125,18 +125,18 @@ class Block(nn.Module):
         return add_branch(x, self.mlp(self.norm2(x)), None if keep is None else keep[1])
 
     def attention(self, x: Array) -> Array:
-        """The attention [B, H, N, N] that this block applies to `x`."""
+        """This block's attention on `x`, [B, H, N, N]."""
         return self.attn.weights(self.norm1(x))
 
 
 class ViT(Backbone):
     """Vision transformer; see `dino_jax.models.BACKBONES` for the sizes.
 
-    `image_size` (height, width) fixes the size of the position table; any other input that the patch divides works.
+    `image_size` (height, width) fixes the size of the position table; any input size that the patch divides works.
     `dtype` is the compute type, parameters are float32. `remat` recomputes each block in the backward pass.
-    `fused`: attention by cuDNN (`layers.fused_attention`). `init_std`: standard deviation of the blocks' linear layers
-    at first; the official 0.02 suits a width of some hundreds. `registers`: learned tokens between CLS and the patches
-    that have no position and feed nothing (Darcet et al., arXiv 2309.16588), laid out as in DINOv2.
+    `fused`: attention by cuDNN (`layers.fused_attention`). `init_std`: initial standard deviation of the blocks' linear
+    layers; the official 0.02 suits a width of a few hundred. `registers`: number of learned tokens between CLS and the
+    patches, without a position and not part of the features (Darcet et al., arXiv 2309.16588), ordered as in DINOv2.
     """
 
     embed_dim: int
@@ -157,7 +157,7 @@ class ViT(Backbone):
         self.patch_embed = PatchEmbed(self.embed_dim, self.patch_size, self.dtype, self.precision)
         self.cls_token = self.param("cls_token", normal_init, (1, 1, self.embed_dim))
         self.pos_embed = self.param("pos_embed", normal_init, (1, 1 + rows * columns, self.embed_dim))
-        if self.registers:  # last, so that all else is drawn as without them
+        if self.registers:  # last, so that the others are initialized as without them
             self.register_tokens = self.param("register_tokens", normal_init, (1, self.registers, self.embed_dim))
         block = nn.remat(Block) if self.remat else Block
         numerics = self.dtype, self.precision, self.init_std, self.fused
@@ -173,7 +173,7 @@ class ViT(Backbone):
         """CLS after the final norm, [B, D], for normalized `images` [B, h, w, c].
 
         `drop_path` [depth, 2, B]: factors (0 or 1 / keep probability) of the attention and MLP branches; None: off.
-        `train` changes nothing here (the interface is shared with backbones that have batch norm).
+        `train` is ignored: only backbones with batch norm need it.
         """
         x = self._embed(images)
         for i, block in enumerate(self.blocks):
@@ -181,7 +181,7 @@ class ViT(Backbone):
         return self.norm(x[:, 0])
 
     def tokens(self, images: Array, n: int = 1) -> Tokens:
-        """Tokens of the last `n` blocks, axes [n, B] in front, each through the final norm."""
+        """Tokens of the last `n` blocks after the final norm, leading axes [n, B]."""
         if not 1 <= n <= self.depth:
             raise UserError(f"tokens of the last {n} blocks: this model has {self.depth}")
         x, kept = self._embed(images), []
@@ -215,7 +215,7 @@ class ViT(Backbone):
 
     @property
     def linear_features(self) -> tuple[str, ...]:  # type: ignore[override]
-        """CLS of the last four blocks as for ViT-S, and of the last with the mean patch as for ViT-B (paper)."""
+        """CLS of the last four blocks (paper, ViT-S), and of the last with the mean patch (ViT-B)."""
         return str(min(4, self.depth)), "1+avg"
 
     @nn.nowrap
@@ -225,7 +225,7 @@ class ViT(Backbone):
 
     @nn.nowrap
     def flops(self, height: int, width: int) -> tuple[float, float]:
-        """Forward FLOPs on one image, matrix products only: of the patch embedding, and of the blocks."""
+        """Forward FLOPs on one image, matrix products only: in the patch embedding, and in the blocks."""
         rows, columns = patch_grid(height, width, self.patch_size)
         patches = 2 * rows * columns * self.patch_size**2 * self.in_chans * self.embed_dim
         tokens = 1 + self.registers + rows * columns
@@ -235,10 +235,10 @@ class ViT(Backbone):
 
     @nn.nowrap
     def any_size(self, variables: Any) -> AnySize:
-        """As lines of patches; a patch's position is its row [D] of the resized table.
+        """Lines of patches; a patch's position is its row [D] of the resized table.
 
-        Official `interpolate_pos_encoding`: the table is left as it is only if its grid fits *and* the image is square
-        in pixels, which for a table of any shape means that as much was cut at the right as at the bottom.
+        As in the official `interpolate_pos_encoding`, the table is used unchanged only if its grid fits *and* the image
+        is square in pixels; for a table of any shape: if as much was cut off at the right as at the bottom.
         """
         own = patch_grid(*self.image_size, self.patch_size)
         table = np.asarray(variables["params"]["pos_embed"], np.float64)[0, 1:]
@@ -253,17 +253,17 @@ class ViT(Backbone):
         return Line(self, positions, own[0] * own[1])
 
     def _embed(self, images: Array) -> Array:
-        """The sequence that the first block takes: [B, h, w, c] -> [B, 1 + R + patches, D]."""
+        """The first block's input: [B, h, w, c] -> [B, 1 + R + patches, D]."""
         if images.shape[-1] != self.in_chans:
             raise UserError(
-                f"images of {images.shape[-1]} channels for a model of {self.in_chans}: change model.in_chans"
+                f"the images have {images.shape[-1]} channels, the model takes {self.in_chans}: change model.in_chans"
             )
         grid = patch_grid(images.shape[1], images.shape[2], self.patch_size)
         positions = resize_pos_embed(self.pos_embed, grid, patch_grid(*self.image_size, self.patch_size))
         return self._sequence(self.patch_embed(images), jnp.asarray(positions))
 
     def _sequence(self, patches: Array, positions: Array) -> Array:
-        """CLS, registers and patches [B, N, D], with `positions` [1 or B, 1 + N, D] on all but the registers."""
+        """CLS, registers and patches [B, N, D], with `positions` [1 or B, 1 + N, D] added to all except registers."""
         batch, dtype = patches.shape[0], patches.dtype
         cls = jnp.broadcast_to(self.cls_token.astype(dtype), (batch, 1, self.embed_dim))
         x = jnp.concatenate([cls, patches], axis=1) + positions.astype(dtype)

@@ -1,7 +1,7 @@
 """XCiT: attention between channels instead of tokens (El-Nouby et al., arXiv 2106.09681), as DINO released it.
 
-The function is that of the official `xcit.py` with its convolutional patch embedding, and so are the names of the
-parameters, with `_` for `.` inside lists.
+Computes the same as the official `xcit.py` with convolutional patch embedding; parameter names are torch's with `_` for
+`.` inside lists.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from dino_jax.models.packing import AnySize, Canvas, Extent
 def fourier_features(rows: int, columns: int, half: int = 32) -> np.ndarray:
     """Sines and cosines of each patch's row, then of its column, [rows, columns, 2 * half], float64.
 
-    A coordinate runs from 2 pi / n to 2 pi over the n patches, whatever n: nothing is resized for another input.
+    Coordinates run from 2 pi / n to 2 pi over any n patches, so no input size needs resizing.
     """
     wavelength = 10000.0 ** (2 * (np.arange(half) // 2) / half)
 
@@ -69,7 +69,7 @@ class PositionEncoding(nn.Module):
 
     @nn.nowrap
     def on_canvas(self, extent: Extent, call: Callable[..., Array], features: Array) -> Array:
-        """See `packing.Canvas`: the features of each image's own grid."""
+        """See `packing.Canvas`: uses the features of each image's own grid."""
         return call(extent.features.astype(features.dtype))
 
 
@@ -96,7 +96,7 @@ class PatchStem(nn.Module):
 class ChannelAttention(nn.Module):
     """Cross-covariance attention [B, N, D] -> [B, N, D]: in each head, channels attend to channels (section 3.2).
 
-    `valid` bool [B, N]: the tokens that are there; None: all.
+    `valid` bool [B, N]: False for padding; None: all.
     """
 
     heads: int
@@ -108,10 +108,10 @@ class ChannelAttention(nn.Module):
         batch, tokens, width = x.shape
         exact = statistics_dtype(self.dtype)
         qkv = dense(3 * width, self, "qkv")(x)
-        if valid is not None:  # the bias is not for tokens that are not there
+        if valid is not None:  # the bias made padding nonzero
             qkv = qkv * valid[..., None]
         qkv = qkv.reshape(batch, tokens, 3, self.heads, width // self.heads)
-        # [B, N, H, D/H]: every channel at length 1 over the tokens
+        # [B, N, H, D/H]: every channel has L2 norm 1 over the tokens
         query, key = (unit(qkv[:, :, i].astype(exact), axis=1).astype(self.dtype) for i in (0, 1))
         temperature = self.param("temperature", nn.initializers.ones, (self.heads, 1, 1))
         product = {"precision": self.precision}
@@ -148,9 +148,9 @@ class LocalInteraction(nn.Module):
 
 
 class Block(nn.Module):
-    """Channel attention, local interaction, MLP [B, N, D] -> [B, N, D]; each branch scaled by a gamma from `eta`.
+    """Channel attention, local interaction, MLP [B, N, D] -> [B, N, D]; each branch has a gamma, initially `eta`.
 
-    `keep` [3, B] scales, in the order of the gammas' numbers, the attention, the MLP and the local branch.
+    `keep` [3, B] scales the attention, MLP and local branches (the order of the gammas).
     """
 
     heads: int
@@ -174,9 +174,9 @@ class Block(nn.Module):
 
 
 class ClassBlock(nn.Module):
-    """Class attention [B, 1 + N, D] -> the same: only CLS gathers, from all tokens (CaiT, arXiv 2103.17239).
+    """Class attention [B, 1 + N, D] -> [B, 1 + N, D]: only CLS attends, to all tokens (CaiT, arXiv 2103.17239).
 
-    Patch tokens pass through both norms on the way, as in the released models (`tokens_norm=True`).
+    Patch tokens pass through both norms too, as in the released models (`tokens_norm=True`).
     """
 
     heads: int
@@ -209,7 +209,7 @@ class ClassBlock(nn.Module):
 class XCiT(Backbone):
     """Cross-covariance image transformer: `depth` blocks on the patches, then two of class attention.
 
-    Patches are of 8 or 16 pixels; any input that they divide works. `eta` is the initial LayerScale.
+    Patches are 8 or 16 pixels wide; any input size that they divide works. `eta` is the initial LayerScale.
     """
 
     embed_dim: int
@@ -261,7 +261,7 @@ class XCiT(Backbone):
         return np.full((self.depth, 3), rate)
 
     def tokens(self, images: Array, n: int = 1) -> Tokens:
-        """Tokens of the last `n` class attention blocks, axes [n, B] in front, each through the final norm."""
+        """Tokens of the last `n` class attention blocks after the final norm, leading axes [n, B]."""
         if not 1 <= n <= self.class_depth:
             raise UserError(f"tokens of the last {n} blocks: an XCiT has CLS in its last {self.class_depth} only")
         x, kept = self._patches(images), []
@@ -282,11 +282,11 @@ class XCiT(Backbone):
 
     @nn.nowrap
     def any_size(self, variables: Any) -> AnySize:
-        """On canvases, with the position features of each image's own grid."""
+        """Canvases, with the position features of each image's own grid."""
         return Canvas(self, fourier_features)
 
     def _patches(self, images: Array, drop_path: Array | None = None, train: bool = False) -> Array:
-        """Patch tokens after all channel attention, CLS in front: [B, h, w, c] -> [B, 1 + N, D]."""
+        """CLS, then the patch tokens after all channel attention: [B, h, w, c] -> [B, 1 + N, D]."""
         check_channels(images, self.in_chans)
         grid = patch_grid(images.shape[1], images.shape[2], self.patch_size)
         x = self.patch_embed(images, train).reshape(images.shape[0], -1, self.embed_dim)

@@ -1,12 +1,12 @@
 """The DINO term: cross-entropy between the teacher's centered, sharpened distributions and the student's.
 
-Paper: section 3.1 (eq. 1 to 4), and the ablations of centering and sharpening (5.3, appendix D). With K prototypes, in
-nats, a collapse is one of:
+Paper: section 3.1 (eq. 1 to 4), and the ablations of centering and sharpening (5.3, appendix D). A run that
+fails shows one of these (K prototypes, entropies in nats):
 
 - **uniform collapse**: every image gets the uniform distribution: entropy ln K, KL 0. Centering won over sharpening.
 - **one-prototype collapse**: one prototype takes the whole batch: both entropies 0. Sharpening won over centering.
 - **constant output**: neither, but every image gets the same distribution: the two entropies are equal.
-- **stuck loss**: the loss stays at ln K, the price of knowing nothing, although the teacher's output is informative.
+- **stuck loss**: the loss stays at ln K, that of a uniform guess, although the teacher's output is informative.
 
 Legend: B batch, C crops (2 global ones first), K prototypes.
 """
@@ -28,13 +28,13 @@ from dino_jax.objectives.remedies import Remedy, advice, common
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
-NEAR = 0.01  # of ln K: what counts as equal
+NEAR = 0.01  # entropies within this fraction of ln K count as equal
 FEW = math.log(2.0)  # marginal entropy of two prototypes
 UNIFORM, ONE, CONSTANT, STUCK = "uniform collapse", "one-prototype collapse", "constant output", "stuck loss"
 
 
 class LossTerms(NamedTuple):
-    """Means over one batch; the loss is `entropy + kl` over the pairs that it averages."""
+    """Batch means of the parts of the loss, which is `entropy + kl`."""
 
     entropy: Array  # mean entropy of the teacher's distributions, in nats
     kl: Array  # mean Kullback-Leibler divergence from teacher to student, in nats
@@ -44,7 +44,7 @@ class LossTerms(NamedTuple):
 def teacher_log_probs(
     logits: Float[Array, "B 2 K"], center: Float[Array, " K"], temp: Float[Array, ""] | float
 ) -> Float[Array, "B 2 K"]:
-    """log softmax((logits - center) / temp) in at least float32, without a gradient (paper, eq. 1 and 4)."""
+    """The teacher's log softmax((logits - center) / temp) in at least float32, no gradient (paper, eq. 1 and 4)."""
     dtype = jnp.promote_types(logits.dtype, jnp.float32)
     logits, center = jax.lax.stop_gradient((logits.astype(dtype), center.astype(dtype)))
     return jax.nn.log_softmax((logits - center) / temp, axis=-1)
@@ -86,7 +86,7 @@ def update_center(
 
 
 def make(config: ConfigDict, schedules: Any) -> Objective:
-    """The term that `config.objective.dino` describes; its state is the center [K]."""
+    """Builds the DINO term from `config.objective.dino`; its state is the center [K]."""
     K, settings = config.head.out_dim, config.objective.dino
 
     def init() -> dict[str, Array]:
@@ -126,10 +126,10 @@ def make(config: ConfigDict, schedules: Any) -> Objective:
 
 
 def diagnose(metrics: Mapping[str, float], config: ConfigDict) -> Finding | None:
-    """The collapse that the metrics of one step show, if any, with what to try.
+    """The collapse that one step's metrics show, if any, with what to try.
 
     Reads `teacher_entropy` (of each image's distribution, averaged), `marginal_entropy` (of the batch's mean
-    distribution) and `kl`. A young run looks uniform and is not; one prototype is a collapse at any time.
+    distribution) and `kl`. Early in a run uniform outputs are normal; one prototype is a collapse at any time.
     """
     ln_k = math.log(config.head.out_dim)
     entropy, marginal, kl = (metrics[name] for name in ("teacher_entropy", "marginal_entropy", "kl"))
@@ -158,7 +158,7 @@ def _remedies(found: str, config: ConfigDict) -> list[Remedy]:
     cooler = (teacher.temp > 0.04, f"a sharper teacher: teacher.temp=0.04 (now {teacher.temp:g})")
     cooler_start = (
         teacher.warmup_temp > 0.03,
-        f"a sharper start: teacher.warmup_temp=0.03 (now {teacher.warmup_temp:g}) for more teacher.warmup_temp_epochs",
+        f"a sharper start: teacher.warmup_temp=0.03 (now {teacher.warmup_temp:g}), more teacher.warmup_temp_epochs",
     )
     quicker_center = (momentum > 0.9, f"objective.dino.center_momentum=0.9 (now {momentum:g})")
     warmer = (teacher.temp < 0.04, f"a softer teacher: teacher.temp=0.04 (now {teacher.temp:g})")

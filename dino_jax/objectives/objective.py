@@ -1,9 +1,9 @@
-"""Objective terms as records, and the terms that a configuration asks for.
+"""The record of an objective term, and the terms that a configuration asks for.
 
 A run minimizes a weighted sum of terms. Each is one module of this package: pure functions of the network's outputs,
-and `make(config, schedules)`, which returns an `Objective`. The group `config.objective.<name>` with a `weight` is what
-makes `dino_jax/objectives/<name>.py` a term; nothing else lists them. A weight of 0 leaves the term out of the program
-and of the state.
+and `make(config, schedules)`, which returns an `Objective`. A group `config.objective.<name>` with a `weight` makes
+`dino_jax/objectives/<name>.py` a term; there is no other list. A weight of 0 removes the term from the program and the
+state.
 
 Legend: B batch, C crops (2 global ones first), K prototypes, D width.
 """
@@ -27,19 +27,19 @@ Terms = Any  # a pytree of arrays
 
 
 class Finding(NamedTuple):
-    """What a term's metrics say is wrong with a run."""
+    """A problem that a term's metrics show."""
 
     name: str
-    shown: Mapping[str, float]  # the evidence, as the user sees it
+    shown: Mapping[str, float]  # the metrics to print
     advice: str  # what to try
-    early: bool = False  # counts before the learning rate's warm-up is over, too
+    early: bool = False  # reported during the warm-up too
 
 
 class Place(NamedTuple):
-    """Where a full checkpoint of the official code has an array."""
+    """Where an array is in the official code's full checkpoint."""
 
     path: str  # dotted
-    shape: tuple[int, ...]  # there; the same number of values
+    shape: tuple[int, ...]  # its shape there, with the same number of values
 
 
 def _no_targets(state: State, teacher: Outputs, step: jax.Array) -> tuple[Any, Statistics]:
@@ -48,7 +48,7 @@ def _no_targets(state: State, teacher: Outputs, step: jax.Array) -> tuple[Any, S
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """One term of the objective. Only `loss` is required; a term without state or targets leaves the rest out.
+    """One term of the objective. Only `loss` is required; a term without state or targets needs nothing else.
 
     `targets` and `loss` see the rows of one microbatch on one device. Their statistics, losses and terms are averaged
     over microbatches and devices before `update` and `metrics` see them.
@@ -70,9 +70,9 @@ class Objective:
     flops: Callable[[Outputs], float] = lambda student: 0.0
     # array of the state -> logical names of its leading axes (see `parallel.sharding`); absent: replicated
     logical_axes: Mapping[str, tuple[str | None, ...]] = dataclasses.field(default_factory=dict)
-    # array of the state -> where the official code's full checkpoint has it; absent: not there
+    # array of the state -> its place in the official code's full checkpoint, if any
     official: Mapping[str, Place] = dataclasses.field(default_factory=dict)
-    # images that a device must see at once
+    # minimum images per device and microbatch
     min_rows: int = 1
     # set by `make_objectives` from the configuration
     name: str = ""
@@ -83,8 +83,8 @@ def make_objectives(config: ConfigDict, schedules: Any = None) -> tuple[Objectiv
     """The terms of `config.objective` whose weight is not 0, in its order.
 
     Args:
-      config: of a whole run.
-      schedules: its `training.schedules.Schedules`; None where no target is computed (state, names and findings only).
+      config: a whole run's configuration.
+      schedules: its `training.schedules.Schedules`; None if no targets will be computed.
 
     Raises:
       UserError: every weight is 0.

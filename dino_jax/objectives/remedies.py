@@ -1,4 +1,4 @@
-"""What to try when a run learns nothing or diverges: settings, each only where the configuration has another value."""
+"""Settings to try when a run collapses or diverges, except those already in place."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Iterable
 
 from ml_collections import ConfigDict
 
-MOST = 4  # remedies in one line
+MOST = 4  # remedies per message
 
-Remedy = tuple[bool, str]  # whether it is not in place already, and the setting
+Remedy = tuple[bool, str]  # whether it is worth trying, and its text
 
 
 def common(config: ConfigDict) -> dict[str, Remedy]:
-    """Remedies that concern no single term: `lr`, `clip`, `freeze`, `gain`, `float32`, `batch`, `teacher`."""
+    """Remedies for any term: `lr`, `clip`, `freeze`, `gain`, `float32`, `batch`, `teacher`."""
     optim, teacher, head = config.optim, config.teacher, config.head
     return {
         "lr": (True, f"half the learning rate: optim.lr={optim.lr / 2:g}"),
@@ -32,5 +32,5 @@ def common(config: ConfigDict) -> dict[str, Remedy]:
 
 
 def advice(remedies: Iterable[Remedy]) -> str:
-    """One sentence with the first few remedies that are not in place already."""
+    """One sentence with the first few remedies worth trying."""
     return "Try " + "; ".join([text for wanted, text in remedies if wanted][:MOST])

@@ -44,15 +44,14 @@ from dino_jax.weights.checkpoint import Checkpointer, restore_config, steps
 
 log = logging.getLogger(__name__)
 
-IN_FLIGHT = 2  # steps dispatched beyond the last one whose end the host has seen
+IN_FLIGHT = 2  # maximum steps in flight
 
 
 def train(config: ConfigDict, workdir: str | epath.Path, *, source: Source | None = None) -> TrainState:
-    """Trains to the end of `config.epochs`, from the latest checkpoint in `workdir` if there is one.
+    """Trains for `config.epochs` epochs, resuming from the latest checkpoint in `workdir` if there is one.
 
-    SIGTERM and Ctrl-C save a checkpoint and return early; the same call goes on from there, to the same bits as if
-    nothing had happened. `source` stands in for `config.data.train`. Of several processes (`distributed.session`)
-    each makes the same call.
+    SIGTERM and Ctrl-C save a checkpoint and return early; the same call resumes, bit for bit as if uninterrupted.
+    `source` replaces `config.data.train`. With several processes (`distributed.session`) each makes the same call.
 
     Raises:
       UserError: a configuration, data set, workdir or checkpoint that cannot be used; a run that keeps diverging.
@@ -74,30 +73,30 @@ def train(config: ConfigDict, workdir: str | epath.Path, *, source: Source | Non
 
 
 def claim(workdir: epath.Path, config: ConfigDict) -> None:
-    """Writes `workdir/config.json`, or compares with it: a workdir belongs to one configuration, `run.*` apart."""
+    """Writes `workdir/config.json`, or checks `config` against it: only `run.*` may differ."""
     path = workdir / "config.json"
     with writing(f"--workdir={workdir}: cannot write there"):
         saved = path.read_text() if path.exists() else None
-        if saved is None and (found := steps(workdir / "checkpoints")):  # someone removed it
+        if saved is None and (found := steps(workdir / "checkpoints")):  # config.json was deleted
             saved = restore_config(workdir / "checkpoints", found[-1])
         if saved is not None and (differences := config_io.differences(config_io.from_json(saved, str(path)), config)):
             raise UserError(
                 f"{path}: this workdir belongs to a run of another configuration ({'; '.join(differences)}): "
-                "give another --workdir, or the same values to resume"
+                "choose another --workdir, or use the same values to resume"
             )
         if jax.process_index() == 0:
             write_atomically(path, config_io.to_json(config))
 
 
 def facts(config: ConfigDict, workdir: epath.Path, source: Source) -> dict[str, str]:
-    """What the processes of a run must agree in, beside their code."""
+    """What all processes of a run must agree on, besides the code."""
     settings = {f"config.{key}": repr(value) for key, value in config_io.flatten(config).items()}
     data = {"images in data.train": str(len(source)), "contents of data.train": fingerprint(source)}
     return settings | data | {"workdir": str(workdir)}
 
 
 class _Session:
-    """What the loop needs at hand, from the start or the resumption of a run to its end or interruption."""
+    """One session of a run: from start or resume to end or interruption."""
 
     def __init__(
         self,
@@ -118,7 +117,7 @@ class _Session:
         self.throughput = Throughput()
         self.bad_files = BadFiles(workdir)
         self.stopping = distributed.StopTogether(mesh)
-        self.steady = False  # whether the first step of this session, with its compilation, is over
+        self.steady = False  # whether this session's first step, which compiles, is over
         self.trace = Trace(workdir / "profile")
 
     def __enter__(self) -> _Session:
@@ -129,12 +128,12 @@ class _Session:
             keep_every_steps=run.keep_every * self.epoch_steps,
             asynchronous=run.async_checkpoint,
         )
-        with contextlib.ExitStack() as stack:  # each is closed, whatever the others say
+        with contextlib.ExitStack() as stack:  # closes each, even if another fails
             stack.callback(self.checkpoints.close)
             self.state, restored = self.restore()
             self.step = int(self.state.step)
             self.writer = self.open_writer(self.step if restored else None)
-            stack.callback(lambda: self.writer.close())  # a rewind opens another one
+            stack.callback(lambda: self.writer.close())  # a rewind replaces it
             self.progress = Progress(self.total, self.step, "train", active=self.lead and run.progress)
             stack.callback(self.progress.close)
             stack.callback(self.trace.stop, save=False)
@@ -146,10 +145,10 @@ class _Session:
         self._open.close()
 
     def loop(self, stop: StopSignal) -> TrainState:
-        """Steps until the end, a signal, or `run.stop_after`; after a rewind, on from the restored step."""
+        """Trains until the end, a signal or `run.stop_after`; after a rewind, from the restored step."""
         last = min(self.total, self.step + (self.config.run.stop_after or self.total))
         train_step = jit_train_step(self.recipe, self.mesh)
-        pending: collections.deque[tuple[int, Metrics, Any]] = collections.deque()  # steps whose end was not seen yet
+        pending: collections.deque[tuple[int, Metrics, Any]] = collections.deque()  # steps in flight
         batches = self.batches()
         self.throughput.reset()
         try:
@@ -177,13 +176,13 @@ class _Session:
         return self.state
 
     def restore(self) -> tuple[TrainState, bool]:
-        """The latest good checkpoint's state, or a fresh one; and whether it was restored."""
+        """The state of the latest good checkpoint or a fresh one, and whether it was restored."""
         step = self.checkpoints.latest_step()
         if step is None:
             if damaged := ", ".join(map(str, steps(self.checkpoints.directory))):
                 raise UserError(
                     f"{self.checkpoints.directory}: none of the checkpoints there can be used ({damaged}): "
-                    "bring them back from a copy, or give another --workdir to start afresh"
+                    "restore them from a backup, or choose another --workdir to start over"
                 )
             state = jit_init_state(self.recipe, self.mesh)
             if self.config.init_from is not None:
@@ -215,12 +214,12 @@ class _Session:
         return batch.crops
 
     def due(self) -> bool:
-        """Whether something comes after this step that needs it to be over."""
+        """Whether an evaluation or a checkpoint follows this step."""
         return self.step % self.save_every == 0 or self.evaluations.due(self.step)
 
     def see(self, step: int, metrics: Metrics, votes: Any) -> bool:
-        """Waits for the end of a step and logs it if it is its turn; False asks for a rewind."""
-        # Half as long again, so that of processes that wait for one which waits for input the latter is named.
+        """Waits for a step to end and logs it if due; False asks for a rewind."""
+        # Longer than the input's limit, so that the process short of input is named, not those waiting for it.
         limit = 1.5 * self.config.run.stall_timeout * self.steady
         with distributed.bounded(f"the end of step {step}, done by all devices together", limit):
             bad = int(metrics["bad_steps"])
@@ -243,7 +242,7 @@ class _Session:
         return verdict.action == "go on"
 
     def rewind(self) -> None:
-        """Back to the last good checkpoint (or the start), with a new salt, so that other crops are drawn."""
+        """Returns to the last good checkpoint (or the start), with a new salt that draws other crops."""
         salt = int(self.state.salt) + 1
         self.checkpoints.wait()
         self.state, restored = self.restore()
@@ -256,7 +255,7 @@ class _Session:
         self.say(f"went back to step {self.step}")
 
     def milestone(self) -> None:
-        """What comes between two steps: online evaluation, then the checkpoint."""
+        """Runs the online evaluation and saves a checkpoint, if due."""
         if self.evaluations.due(self.step):
             figures = self.evaluations.run(self.step, self.state)
             self.writer.write(self.step, figures)
@@ -266,12 +265,12 @@ class _Session:
         self.throughput.reset()
 
     def save(self) -> None:
-        """A checkpoint of this step, unless there is one; the metrics up to here are safe before it."""
+        """Saves a checkpoint of this step unless there is one, after flushing the metrics."""
         self.writer.flush()
         self.checkpoints.save(self.step, to_items(self.state), config_io.to_json(self.config))
 
     def profile(self, over: bool = False) -> None:
-        """Starts and ends the trace of `run.profile_steps`; `over`: there are no more steps."""
+        """Starts or ends the trace of `run.profile_steps`; `over`: there are no more steps."""
         first, last = self.config.run.profile_steps if self.lead else (0, 0)
         if self.trace.running and (over or self.step >= last):
             jax.block_until_ready(self.state.step)
@@ -281,7 +280,7 @@ class _Session:
             self.trace.start()
 
     def say(self, line: str) -> None:
-        """A line for the person at the terminal, above the progress bar."""
+        """Prints a line above the progress bar, or logs it."""
         if self.config.run.progress:
             self.progress.note(line)
         elif self.lead:
@@ -294,7 +293,8 @@ class _Session:
         beginning = f"resuming at step {self.step}" if restored else "starting"
         if self.lead and config.run.accum_steps > 1 and jax.tree.leaves(self.state.student["batch_stats"]):
             log.warning(
-                "batch norm sees one of the %d microbatches at a time: not the big batch", config.run.accum_steps
+                "batch norm uses the statistics of each of the %d microbatches, not of the whole batch",
+                config.run.accum_steps,
             )
         return (
             f"{beginning} of {self.total} ({config.epochs} epochs of {self.epoch_steps}): {config.model.name}, "

@@ -1,6 +1,6 @@
-"""Where a run's numbers go: metrics.jsonl, TensorBoard, Weights & Biases, and one line on the terminal.
+"""Writes a run's metrics to metrics.jsonl, TensorBoard and Weights & Biases.
 
-Knows nothing of what the numbers mean. Only the process that is `active` (process 0) writes anything.
+Only the `active` process (process 0) writes anything.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ class MetricWriter:
 
     `metrics.jsonl` holds one JSON object a line, each with `step`. A number that is not finite is written as the
     string "NaN", "Infinity" or "-Infinity", so that every line is valid JSON and `float(value)` reads all of them.
-    A local file has each line at once. A bucket's objects cannot be appended to: there the file is kept in memory and
-    put up whole, every 30 seconds (or twenty times what that takes) and on `flush`; TensorBoard's likewise.
+    A local file gets each line at once. A bucket's objects cannot be appended to: there the file is kept in memory and
+    uploaded whole, on `flush` and every 30 seconds (or 20 times the upload's duration); the same for TensorBoard's.
 
     Args:
-        workdir: any path that `etils.epath` knows, gs:// too; made if absent.
-        active: False: every method does nothing.
-        resume_step: the restored step: later lines are cut from `metrics.jsonl` (in one move: a kill leaves the old
-            file or the new one) and hidden from TensorBoard. None: a new run, whose file starts empty.
+        workdir: any path that `etils.epath` supports, gs:// too; created if missing.
+        active: if False, every method does nothing.
+        resume_step: the restored step: later lines are cut from `metrics.jsonl` (atomically) and hidden from
+            TensorBoard. None: a new run, whose file starts empty.
         tensorboard: also write `workdir/tensorboard/`.
-        wandb_project: also report to this Weights & Biases project; "": do not.
+        wandb_project: also report to this Weights & Biases project; "": none.
         config_json: the configuration, for Weights & Biases.
 
-    Raises `UserError` where the workdir cannot be written (`write` and `flush` too: then the writing is over), or wandb
-    is not installed or does not start.
+    Raises `UserError` if the workdir cannot be written (`write` and `flush` too; nothing is written after that), or if
+    wandb is not installed or does not start.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class MetricWriter:
         self.close()
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """One line: `step` and `values` (Python, NumPy or JAX scalars; strings go to `metrics.jsonl` only)."""
+        """Writes one line: `step` and `values` (Python, NumPy or JAX scalars; strings go to `metrics.jsonl` only)."""
         if self._lines is None:
             return
         values = {name: value if isinstance(value, str) else np.asarray(value).item() for name, value in values.items()}
@@ -95,7 +95,7 @@ class MetricWriter:
             self.flush()
 
     def images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
-        """Images, uint8 [H, W, 3], to TensorBoard and Weights & Biases."""
+        """Sends images, uint8 [H, W, 3], to TensorBoard and Weights & Biases."""
         for name, image in images.items():
             if self._board:
                 with self._writing():
@@ -106,7 +106,7 @@ class MetricWriter:
                 self._wandb.log({name: wandb.Image(np.asarray(image))}, step=step)
 
     def flush(self) -> None:
-        """Everything written is on disk, or in the bucket, when this returns. Call it before saving a checkpoint."""
+        """Puts everything written on disk or in the bucket. Call it before saving a checkpoint."""
         start = time.monotonic()
         with self._writing():
             if self._lines:
@@ -116,7 +116,7 @@ class MetricWriter:
         self._due = time.monotonic() + max(FLUSH_SECONDS, 20 * (time.monotonic() - start))
 
     def close(self) -> None:
-        """`flush`, and end the Weights & Biases run."""
+        """Flushes, and ends the Weights & Biases run."""
         self.flush()
         if self._wandb:
             self._wandb.finish()
@@ -132,7 +132,7 @@ class MetricWriter:
             raise
 
     def _abandon(self) -> None:
-        """Lets go of the files, and of what they could not write: nothing is tried again later."""
+        """Closes the files and drops what they could not write."""
         for file in (self._lines, self._board):
             with contextlib.suppress(Exception):
                 if file:
@@ -141,9 +141,9 @@ class MetricWriter:
 
 
 def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
-    """The records of `metrics.jsonl`, in order, "NaN" and its like as floats again.
+    """The records of `metrics.jsonl` in order, with "NaN" and infinities as floats again.
 
-    A last line that a kill left unfinished is passed over. Raises `UserError` if there is no file or it is broken.
+    Skips a last line that a kill left unfinished. Raises `UserError` if the file is missing or broken.
     """
     path = absolute(workdir) / JSONL
     if not path.exists():
@@ -153,7 +153,7 @@ def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
 
 
 def _records(path: epath.Path) -> list[tuple[str, dict[str, Any]]]:
-    """The lines of the file, each with what it says."""
+    """The lines of the file, each with its parsed record."""
     lines = path.read_text().splitlines()
     records = []
     for number, line in enumerate(lines, 1):
@@ -167,7 +167,7 @@ def _records(path: epath.Path) -> list[tuple[str, dict[str, Any]]]:
 
 
 class _Lines:
-    """Appends lines to a local file, each in the system's hands at once."""
+    """Appends lines to a local file and flushes each."""
 
     def __init__(self, path: epath.Path):
         self._file = path.open("a")
@@ -184,7 +184,7 @@ class _Lines:
 
 
 class _ObjectLines(_Lines):
-    """Keeps the lines of an object and puts it up whole."""
+    """Keeps the lines in memory; `flush` uploads the whole object."""
 
     def __init__(self, path: epath.Path):
         self._path, self._text = path, io.StringIO()
@@ -201,7 +201,7 @@ class _ObjectLines(_Lines):
 
 
 def _lines(path: epath.Path, resume_step: int | None) -> _Lines:
-    """Opens `path` for appending after its lines up to `resume_step`; None: after none."""
+    """Opens `path` for appending, keeping its lines up to `resume_step`; None: none."""
     kept = []
     if resume_step is not None and path.exists():
         kept = [line + "\n" for line, record in _records(path) if record["step"] <= resume_step]
@@ -210,7 +210,7 @@ def _lines(path: epath.Path, resume_step: int | None) -> _Lines:
 
 
 class _Board:
-    """TensorBoard's event file, written by this thread; one meant for a bucket is put up whole by `flush`."""
+    """TensorBoard's event file, written in this thread; for a bucket, `flush` uploads it whole."""
 
     def __init__(self, folder: epath.Path, resume_step: int | None):
         self._folder = folder
@@ -218,7 +218,7 @@ class _Board:
         self._local = epath.Path(self._temporary.name) if self._temporary else folder
         self._local.mkdir(parents=True, exist_ok=True)
         self._events = EventsWriter(str(self._local / "events"), f".{resume_step or 0}")
-        if resume_step is not None:  # TensorBoard hides what earlier files say of this step and later ones
+        if resume_step is not None:  # hides earlier files' records from this step on
             self._events.write_event(Event(step=resume_step + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def add(self, step: int, values: Summary) -> None:
@@ -232,11 +232,11 @@ class _Board:
                 write_atomically(self._folder / path.name, path.read_bytes())
 
     def close(self) -> None:
-        self._events._py_recordio_writer.close()  # EventsWriter.close leaves the file open where flushing fails
+        self._events._py_recordio_writer.close()  # EventsWriter.close leaves the file open if flushing fails
 
 
 def _start_wandb(workdir: epath.Path, project: str, config_json: str, resume: bool) -> Any:
-    """A W&B run; a resumed one goes on under the id that the workdir remembers."""
+    """Starts a W&B run, or resumes the one whose id is in the workdir."""
     try:
         import wandb
     except ImportError as error:
@@ -245,7 +245,7 @@ def _start_wandb(workdir: epath.Path, project: str, config_json: str, resume: bo
     name = remembered.read_text() if resume and remembered.exists() else None
     try:
         run = wandb.init(project=project, config=json.loads(config_json), id=name, resume="allow" if name else None)
-    except Exception as error:  # no account, no network: wandb's own kinds
+    except Exception as error:  # no account, no network: wandb's own error types
         fix = "`wandb login`, set WANDB_MODE=offline, or set it to ''"
         raise UserError(f"run.wandb={project}: wandb does not start: {cause(error)}; {fix}") from error
     with writing(f"{remembered}: cannot write"):
@@ -254,26 +254,26 @@ def _start_wandb(workdir: epath.Path, project: str, config_json: str, resume: bo
 
 
 def _valid(value: Any) -> Any:
-    """`value`, or the name of a float that JSON has no number for."""
+    """`value`, or its name if it is a float that JSON cannot hold."""
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value
 
 
 class Throughput:
-    """Images a second and the share of time spent waiting for input, since the last `read` or `reset`."""
+    """Images per second and share of time waiting for input, since the last `read` or `reset`."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         self._clock = clock
         self.reset()
 
     def reset(self) -> None:
-        """Starts afresh: after what is not training, such as compiling or an evaluation."""
+        """Restarts the measurement, after compiling or an evaluation."""
         self._start, self._waited, self._images = self._clock(), 0.0, 0
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Time within counts as waiting for input."""
+        """Counts the time inside as waiting for input."""
         start = self._clock()
         try:
             yield
@@ -281,11 +281,11 @@ class Throughput:
             self._waited += self._clock() - start
 
     def count(self, images: int) -> None:
-        """`images` more were trained on."""
+        """Counts `images` as trained on."""
         self._images += images
 
     def read(self) -> dict[str, float]:
-        """`images_per_second` and `input_wait` (0 to 1), and a fresh start."""
+        """Returns `images_per_second` and `input_wait` (0 to 1), and resets."""
         elapsed = max(self._clock() - self._start, 1e-9)
         result = {"images_per_second": self._images / elapsed, "input_wait": min(self._waited / elapsed, 1.0)}
         self.reset()

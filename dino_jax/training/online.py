@@ -1,4 +1,4 @@
-"""Evaluations of the teacher while it trains: k-NN accuracy and attention Jaccard, each at its own interval."""
+"""Online evaluation of the teacher: k-NN accuracy and attention Jaccard, each at its own interval."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ Figures = dict[str, float]
 
 
 class Evaluations:
-    """What `config.eval` asks for between steps.
+    """The evaluations that `config.eval` asks for during training.
 
     Raises:
-      UserError: at once, not at the first interval: data that are not given or not there, or a backbone without
+      UserError: at once, not at the first interval: data not given or missing, or a backbone without
         attention for `eval.voc_every`.
     """
 
     def __init__(self, config: ConfigDict, recipe: Recipe, epoch_steps: int):
         self.config, self.recipe = config, recipe
-        self.jobs: list[tuple[int, Callable[[Model], Figures]]] = []  # steps between, what to do
+        self.jobs: list[tuple[int, Callable[[Model], Figures]]] = []  # interval in steps, evaluation
         options = config.eval
         if options.knn_every:
             _require(options, "knn_every", "knn_train", "knn_test")
@@ -40,7 +40,7 @@ class Evaluations:
         if options.voc_every:
             _require(options, "voc_every", "voc_data")
             if recipe.network.backbone.patch_size is None:
-                raise UserError("eval.voc_every: this backbone has no attention to compare with masks: set it to 0")
+                raise UserError("eval.voc_every: this backbone has no attention to evaluate: set it to 0")
             open_masks(options.voc_data, "val", config.model.in_chans)
             self.jobs.append((options.voc_every * epoch_steps, self.voc))
 
@@ -49,7 +49,7 @@ class Evaluations:
         return any(step % steps == 0 for steps, _ in self.jobs)
 
     def run(self, step: int, state: TrainState) -> Figures:
-        """The figures of everything that is due, in percent."""
+        """The results of all evaluations due, in percent."""
         model = frozen_teacher(self.config, self.recipe, state)
         figures: Figures = {}
         for steps, job in self.jobs:
@@ -86,7 +86,7 @@ def _require(options: ConfigDict, reason: str, *keys: str) -> None:
 
 
 def frozen_teacher(config: ConfigDict, recipe: Recipe, state: TrainState) -> Model:
-    """The teacher's backbone as a model, copied whole to this process's host."""
+    """The teacher's backbone as a `Model`, with its whole weights copied to this host."""
 
     def local(x: Any) -> Any:
         whole = x.is_fully_addressable or x.is_fully_replicated

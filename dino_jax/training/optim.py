@@ -1,7 +1,7 @@
 """The optimizers, as chains of optax transforms indexed by the *global* step.
 
 Every `update` takes `step=`, the global step, for the schedules of learning rate and weight decay; the states hold only
-moments. So a layer frozen for an epoch keeps empty moments, as in torch, while its schedules move on.
+moments. So a frozen layer's moments stay empty, as in torch, while its schedules advance.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dino_jax.training.schedules import Schedule, Schedules
 
 
 def decayed(params):
-    """Which tensors are decayed: all but the 1-D ones, biases among them. Official: `utils.get_params_groups`."""
+    """Which tensors get weight decay: all except 1-D ones such as biases. Official: `utils.get_params_groups`."""
     return jax.tree.map(lambda p: p.ndim != 1, params)
 
 
@@ -43,7 +43,7 @@ def clip_per_tensor(max_norm: float) -> optax.GradientTransformation:
 
 
 def add_weight_decay(weight_decay: Schedule) -> optax.GradientTransformationExtraArgs:
-    """Adds weight_decay(step) times the weight, where `decayed`."""
+    """Adds weight_decay(step) times the weight to the `decayed` tensors."""
 
     def update(updates, state, params, *, step, **_):
         value = weight_decay(step)
@@ -55,7 +55,7 @@ def add_weight_decay(weight_decay: Schedule) -> optax.GradientTransformationExtr
 
 
 def scale_by_trust_ratio(eta: float = 0.001) -> optax.GradientTransformation:
-    """LARS: tensors that are not 1-D are scaled by eta |weight| / |update|, or by 1 where a norm is 0.
+    """LARS: tensors that are not 1-D are scaled by eta |weight| / |update|, or by 1 if a norm is 0.
 
     Official: `utils.LARS`.
     """
@@ -71,7 +71,7 @@ def scale_by_trust_ratio(eta: float = 0.001) -> optax.GradientTransformation:
 
 
 def hold(inner: optax.GradientTransformationExtraArgs, steps: int) -> optax.GradientTransformationExtraArgs:
-    """Before global step `steps`: no update, and `inner`'s state stays as it was, its counts included."""
+    """Freezes until global step `steps`: no updates, and `inner`'s state does not change, counts included."""
 
     def update(updates, state, params, *, step, **extra):
         new_updates, new_state = inner.update(updates, state, params, step=step, **extra)
@@ -85,7 +85,7 @@ def hold(inner: optax.GradientTransformationExtraArgs, steps: int) -> optax.Grad
 
 
 def scale_by_learning_rate(lr: Schedule) -> optax.GradientTransformationExtraArgs:
-    """Times -lr(step), after any momentum: the learning rate is never inside an average."""
+    """Multiplies by -lr(step), after any momentum, so the learning rate is never averaged."""
 
     def update(updates, state, params=None, *, step, **_):
         value = lr(step)
@@ -97,10 +97,10 @@ def scale_by_learning_rate(lr: Schedule) -> optax.GradientTransformationExtraArg
 def make_optimizer(
     config: ConfigDict, schedules: Schedules, steps_per_epoch: int
 ) -> optax.GradientTransformationExtraArgs:
-    """The transform of `config.optim`; call `update(grads, state, params, step=global_step)`.
+    """Builds the optimizer of `config.optim`; call `update(grads, state, params, step=global_step)`.
 
     adamw: decoupled decay, as `torch.optim.AdamW`. sgd: decay joins the gradient, then momentum. lars: decay, trust
-    ratio, then momentum. The last layer is held for `freeze_last_layer` epochs (`utils.cancel_gradients_last_layer`).
+    ratio, then momentum. The last layer is frozen for `freeze_last_layer` epochs (`utils.cancel_gradients_last_layer`).
     """
     optim = config.optim
     decay = add_weight_decay(schedules.weight_decay)

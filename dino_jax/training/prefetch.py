@@ -1,4 +1,4 @@
-"""Batches on the devices, ready before the step asks: host pipeline, transfer, renderer, in a thread of their own."""
+"""Prefetches batches to the devices: host pipeline, transfer and renderer in a separate thread."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dino_jax.data.storage import write_atomically, writing
 from dino_jax.parallel import sharding
 from dino_jax.render.renderer import make_renderer
 
-HOST_ONLY = ("index", "label")  # of a host batch: rendering needs neither
+HOST_ONLY = ("index", "label")  # fields that are not rendered
 
 
 class Ready(NamedTuple):
@@ -29,7 +29,7 @@ class Ready(NamedTuple):
 
 
 class BadFiles:
-    """`WORKDIR/bad_files.txt`: each image that could not be read, once, with the reason; a file for each process."""
+    """`WORKDIR/bad_files.txt`: each unreadable image once, with the reason; one file per process."""
 
     def __init__(self, workdir: epath.Path):
         name = "bad_files.txt" if jax.process_index() == 0 else f"bad_files-{jax.process_index()}.txt"
@@ -39,7 +39,7 @@ class BadFiles:
                 self._known = {line.split("\t")[0] for line in self._path.read_text().splitlines()}
 
     def note(self, bad: list[tuple[int, str, str]]) -> None:
-        """Adds the (index, name, reason) that are new."""
+        """Adds those (index, name, reason) that are new."""
         new = {name: reason for _, name, reason in bad if name not in self._known}
         if new:
             self._known.update(new)
@@ -51,13 +51,13 @@ class BadFiles:
 def device_batches(
     config: ConfigDict, source: Source, mesh: Mesh, *, position: int, salt: int
 ) -> Generator[Ready, None, None]:
-    """The endless stream of training batches from `position` (examples consumed by the run) on.
+    """Endless training batches from `position` (examples already consumed by the run).
 
-    Each process reads its own rows; uint8 goes over the wire, crops are normalized (and rendered, with
-    `data.render=device`) where they are used. `run.prefetch` batches wait on the devices. Close it to end its thread.
+    Each process reads its own rows. Pixels are sent as uint8 and normalized (with `data.render=device` also rendered)
+    on the devices, where `run.prefetch` batches wait. Closing the generator ends its thread.
 
-    Nothing in that thread is a program of several processes: those must start in the same order everywhere, and here
-    they would race with the steps.
+    The thread runs no multi-process programs: those must start in the same order everywhere, and would race with the
+    steps.
     """
     here, rows = sharding.local_rows(config.batch_size, mesh)
     render = make_renderer(config, here)
@@ -76,7 +76,7 @@ def device_batches(
 
 
 def in_thread(produce: Callable[[], Generator[Any, None, None]], ahead: int) -> Generator[Any, None, None]:
-    """What `produce()` yields, made in another thread, at most `ahead` items waiting; its exception is raised here.
+    """Yields the items of `produce()`, run in another thread at most `ahead` items ahead; its errors are raised here.
 
     Closing the generator ends the thread.
     """

@@ -1,4 +1,4 @@
-"""Schedules: epochs in, step-indexed functions out (as optax understands schedules: step -> value)."""
+"""Schedules set in epochs, as functions of the step (optax schedules: step -> value)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Schedule = Callable[..., jnp.ndarray]
 
 
 class Schedules(NamedTuple):
-    """What changes over a run, each as a function of the global step."""
+    """The scheduled values of a run, each a function of the global step."""
 
     lr: Schedule
     weight_decay: Schedule
@@ -40,7 +40,7 @@ def cosine(base: float, final: float, steps: int, warmup_steps: int = 0) -> Sche
 
 
 def linear_per_epoch(start: float, end: float, warmup_epochs: int, steps_per_epoch: int) -> Schedule:
-    """`np.linspace(start, end, warmup_epochs)` held for an epoch each, then `end`. Official: `DINOLoss.__init__`."""
+    """`np.linspace(start, end, warmup_epochs)` one value per epoch, then `end`. Official: `DINOLoss.__init__`."""
 
     def schedule(step):
         epoch = jnp.asarray(step) // steps_per_epoch

@@ -1,4 +1,4 @@
-"""A run that begins from other weights: a backbone, or student, teacher, head and the objectives' states."""
+"""Starting a run from other weights (`init_from`), and importing weights as a checkpoint."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from dino_jax.weights import architecture, checkpoint, importer
 from dino_jax.weights.importer import Moments, Restored
 from dino_jax.weights.load import open_weights
 
-STEMS = ("patch_embed/kernel", "patch_embed/proj_0_0/kernel", "conv1/kernel")  # what sees the image's channels
+STEMS = ("patch_embed/kernel", "patch_embed/proj_0_0/kernel", "conv1/kernel")  # layers that see the image's channels
 
 
 def start_from(state: TrainState, config: ConfigDict) -> tuple[TrainState, list[str]]:
-    """`state` with the weights of `config.init_from` (any CKPT) for its random ones, and in words what was done.
+    """Loads the weights of `config.init_from` (any CKPT) into `state`; also returns notes on what was done.
 
-    The backbone always comes from there: a position table of another grid by the official resize, other channels
-    with the same response to a gray image. Head and objectives' states come along where the head is the one
-    `config.head` asks for, else they are fresh. Without a student in the CKPT, the student too starts as its teacher.
+    The backbone is always loaded: a position table of another grid is resized as in the official code, and other
+    channels keep the response to a gray image. The head and the objectives' states are loaded if the head matches
+    `config.head`, else they stay fresh. Without a student in the CKPT, the student starts as a copy of the teacher.
 
     Raises:
-      UserError: the backbone is another one; the message lists the shapes that differ.
+      UserError: the backbone differs; the message lists the shapes that do not match.
     """
-    heads = config.model.heads or architecture.MEMBERS[config.model.name].get("heads")  # as this run has them
+    heads = config.model.heads or architecture.MEMBERS[config.model.name].get("heads")
     weights = open_weights(config.init_from, heads=heads, everything=True)
     notes = [f"starting from {config.init_from}"]
     head, why = _same_head(weights, state)
@@ -47,7 +47,7 @@ def start_from(state: TrainState, config: ConfigDict) -> tuple[TrainState, list[
     for name, fresh in state.objectives.items() if head else ():
         theirs = weights.objectives.get(name, {})
         if fresh and _shapes(theirs) != _shapes(fresh):
-            notes.append(f"the state of objective.{name} is fresh: there is none that fits in this file")
+            notes.append(f"the state of objective.{name} is fresh: this file has none that fits")
         else:
             objectives[name] = {key: _placed(theirs[key], like) for key, like in fresh.items()}
     if source is weights.teacher:
@@ -65,7 +65,7 @@ def _same_head(weights: Restored, state: TrainState) -> tuple[bool, str]:
     """Whether the CKPT's head fits, and if not why."""
     theirs = weights.teacher["params"].get("head")
     if theirs is None:
-        return False, "there is none in this file"
+        return False, "this file has none"
     mine = _flat(state.teacher["params"]["head"])
     differ = [
         f"{key} is {_shape(_flat(theirs).get(key))}, not {_shape(mine.get(key))}"
@@ -78,7 +78,7 @@ def _same_head(weights: Restored, state: TrainState) -> tuple[bool, str]:
 def _fitted(
     source: Any, target: Any, weights: Restored, config: ConfigDict, head: bool, notes: list[str]
 ) -> dict[str, Any]:
-    """`source`'s arrays in the shapes, dtypes and places of `target`; its head only with `head`."""
+    """`source`'s arrays with the shapes, dtypes and shardings of `target`; its head only with `head`."""
     have, want = _flat(source), _flat(target)
     fitted, misfits = {}, []
     for key, like in want.items():
@@ -97,7 +97,7 @@ def _fitted(
     if misfits:
         more, model = f" and {len(misfits) - 5} more" if len(misfits) > 5 else "", weights.config.model
         raise UserError(
-            f"init_from={config.init_from}: another backbone than config.model's: {', '.join(misfits[:5])}{more}; "
+            f"init_from={config.init_from}: its backbone is not config.model's: {', '.join(misfits[:5])}{more}; "
             f"set model.name={model.name}, model.patch_size={model.patch_size} and model.registers={model.registers}"
         )
     return {"params": {}, "batch_stats": {}} | traverse_util.unflatten_dict(fitted, sep="/")
@@ -106,7 +106,7 @@ def _fitted(
 def _adapted(
     key: str, value: np.ndarray, shape: tuple[int, ...], theirs: ConfigDict, mine: ConfigDict, notes: list[str]
 ) -> np.ndarray:
-    """The position table for another grid, the first convolution for other channels; anything else as it is."""
+    """Adapts the position table to another grid and the first convolution to other channels, if that is enough."""
     if key.endswith("/pos_embed"):
         grids = [[size // c.model.patch_size for size in c.crops.global_size] for c in (theirs, mine)]
         if value.shape[-1] == shape[-1] and math.prod(grids[1]) + 1 == shape[1]:
@@ -152,10 +152,10 @@ def import_weights(
 
 
 def write_checkpoint(weights: Restored, out: epath.PathLike) -> epath.Path:
-    """Writes `weights` as step 0 of a new workdir `out`, with the configuration beside it; returns `out`.
+    """Writes `weights` as step 0 of a new workdir `out`, with its configuration; returns `out`.
 
-    A whole network becomes a whole training state, its optimizer at the file's moments or at none; a backbone alone is
-    a teacher without a head.
+    A whole network becomes a whole training state, with the file's optimizer moments or empty ones; a backbone alone
+    becomes a teacher without a head.
     """
     out = absolute(out)
     folder = out / "checkpoints"
@@ -186,7 +186,7 @@ def _items(weights: Restored) -> dict[str, Any]:
 
 
 def _fill(opt_state: Any, moments: Moments) -> Any:
-    """An AdamW state with these moments; a count of several parameters is the largest of theirs."""
+    """Fills an AdamW state with these moments; a count shared by several parameters is their largest."""
 
     def fill(path: Any, leaf: Any) -> Any:
         field, inside = _field(path)

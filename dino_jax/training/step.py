@@ -1,4 +1,4 @@
-"""One training step: a pure function of (state, crops), and the state it moves.
+"""The training step, a pure function of (state, crops), and the training state.
 
 Legend: B batch, C crops (2 global ones first), K prototypes, A microbatches.
 """
@@ -28,20 +28,20 @@ Variables = dict[str, Any]  # {"params": ..., "batch_stats": ...}
 Crops = list[jax.Array]  # [globals [B, 2, H, W, c], locals [B, n, h, w, c]]
 Metrics = dict[str, jax.Array]
 
-REST = ("step", "objectives", "opt_state", "salt", "bad_steps")  # of the state, beside student and teacher
+REST = ("step", "objectives", "opt_state", "salt", "bad_steps")  # fields besides student and teacher
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """Everything that a step changes; a run is a function of this and the configuration."""
+    """Everything that a step changes; this and the configuration determine the rest of a run."""
 
-    step: jax.Array  # int32, the global step about to be done
+    step: jax.Array  # int32, the next global step
     student: Variables
     ema: EmaState  # the teacher's parameters
     teacher_stats: Any  # the teacher's own batch statistics
     objectives: dict[str, Any]  # the state of each objective term, by its name
     opt_state: optax.OptState
-    salt: jax.Array  # int32, bumped by a rewind, so that other crops and masks are drawn
-    bad_steps: jax.Array  # int32, non-finite losses in a row up to here
+    salt: jax.Array  # int32, raised by a rewind to draw other crops and drop-path factors
+    bad_steps: jax.Array  # int32, non-finite steps in a row so far
 
     def __repr__(self) -> str:
         """One line, for a notebook that shows what `train` returns."""
@@ -72,7 +72,7 @@ def from_items(items: dict[str, Any]) -> TrainState:
 
 
 class Recipe(NamedTuple):
-    """What a configuration says about the step, built once."""
+    """The parts of the step, built once from a configuration."""
 
     network: Any  # models.network.Network
     optimizer: optax.GradientTransformationExtraArgs
@@ -83,7 +83,7 @@ class Recipe(NamedTuple):
 
 
 def make_recipe(config: ConfigDict, steps_per_epoch: int) -> Recipe:
-    """Network, optimizer, teacher, schedules and objective terms of a configuration.
+    """Builds network, optimizer, teacher, schedules and objective terms from a configuration.
 
     Raises:
       UserError: unknown model or optimizer; a patch that does not divide a crop; no objective.
@@ -100,15 +100,15 @@ def make_recipe(config: ConfigDict, steps_per_epoch: int) -> Recipe:
 
 
 def check_batch(recipe: Recipe, mesh: Mesh) -> None:
-    """Raises `UserError` unless the batch divides over devices and microbatches and leaves each enough images."""
+    """Raises `UserError` unless the batch divides over devices and microbatches and gives each enough images."""
     size, parts = recipe.config.batch_size, recipe.config.run.accum_steps
     sharding.check_batch(size, mesh, parts)
     parts *= math.prod(mesh.shape[axis] for axis in sharding.AXES.batch)
     for term in recipe.objectives:
         if size // parts < term.min_rows:
             raise UserError(
-                f"batch_size={size}: objective.{term.name} compares the images of a device, at least {term.min_rows} "
-                f"at once, but {parts} device(s) x run.accum_steps leave {size // parts}: use at least "
+                f"batch_size={size}: objective.{term.name} compares at least {term.min_rows} images per device and "
+                f"microbatch, but {parts} device(s) x run.accum_steps leave {size // parts}: use at least "
                 f"{term.min_rows * parts}, or set objective.{term.name}.weight=0"
             )
 
@@ -123,7 +123,7 @@ def init_state(recipe: Recipe, key: jax.Array) -> TrainState:
 
 
 def state_from_student(recipe: Recipe, variables: Variables) -> TrainState:
-    """The state at step 0 of a run whose student, and so teacher, has these variables."""
+    """The state at step 0 with these variables for student and teacher."""
     student = {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -138,7 +138,7 @@ def state_from_student(recipe: Recipe, variables: Variables) -> TrainState:
 
 
 def draw_masks(recipe: Recipe, key: jax.Array, batch: int) -> jax.Array | None:
-    """Drop-path factors [depth, branches, B, C], 0 or 1 / keep: one draw a crop and residual branch; None at rate 0."""
+    """Draws drop-path factors [depth, branches, B, C], 0 or 1 / keep, per crop and residual branch; None at rate 0."""
     rates = recipe.network.backbone.drop_rates(recipe.config.model.drop_path)  # [depth, branches]
     if not rates.any():
         return None
@@ -148,7 +148,7 @@ def draw_masks(recipe: Recipe, key: jax.Array, batch: int) -> jax.Array | None:
 
 
 class Measured(NamedTuple):
-    """What the objective terms say of some rows: means over them, by the term's name."""
+    """Values of the objective terms, averaged over rows, by the term's name."""
 
     losses: dict[str, jax.Array]
     terms: dict[str, Any]
@@ -163,11 +163,11 @@ def _forward(network, variables, crops, masks=None):
 
 
 def _gradients(recipe: Recipe, state: TrainState, crops: Crops, masks: jax.Array | None) -> tuple[Any, Any]:
-    """`_accumulate`, over the mesh of the enclosing context if that has several devices for the rows.
+    """`_accumulate`, sharded over the mesh of the enclosing context if that spreads the rows over several devices.
 
-    Each device works on its own rows with the whole parameters, adds up its gradients in the parameters' type, and
-    then there is one reduction. Left to the partitioner, the TPU's compiler reduced the backbone's gradient once a
-    resolution and once a microbatch, in the compute type. The `model` axis stays with the partitioner.
+    Each device uses the whole parameters on its own rows and sums its gradients in the parameters' type; then there is
+    one reduction. XLA's partitioner on TPU instead reduced the backbone's gradient for every resolution and
+    microbatch, in the compute type. It still handles the `model` axis.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or math.prod(mesh.shape[axis] for axis in sharding.AXES.batch) == 1:
@@ -215,10 +215,10 @@ def _microbatch(
 
 
 def _accumulate(recipe: Recipe, state: TrainState, crops: Crops, masks: jax.Array | None) -> tuple[Any, Any]:
-    """`_microbatch` over `run.accum_steps` microbatches, averaged.
+    """`_microbatch` averaged over `run.accum_steps` microbatches.
 
-    Rows are dealt out as [B] -> [B / A, A] and axis 1 is scanned: so every device keeps its own rows, and a microbatch
-    holds the same ones on any number of devices.
+    Rows are reshaped [B] -> [B / A, A] and axis 1 is scanned, so every device keeps its own rows and a microbatch holds
+    the same rows on any number of devices.
     """
     stats = (state.student["batch_stats"], state.teacher_stats)
     a = recipe.config.run.accum_steps
@@ -244,9 +244,9 @@ def _accumulate(recipe: Recipe, state: TrainState, crops: Crops, masks: jax.Arra
 
 
 def train_step(recipe: Recipe, state: TrainState, crops: Crops) -> tuple[TrainState, Metrics]:
-    """Losses, student, teacher, objectives' states: in the order of the official `train_one_epoch`.
+    """Updates student, teacher and the objectives' states, in the order of the official `train_one_epoch`.
 
-    A non-finite loss or gradient changes nothing but the counts of steps and of bad steps in a row.
+    With a non-finite loss or gradient, only `step` and `bad_steps` change.
 
     Args:
       recipe: from `make_recipe`.
@@ -264,8 +264,8 @@ def train_step(recipe: Recipe, state: TrainState, crops: Crops) -> tuple[TrainSt
     (student_stats, teacher_stats), (grads, measured) = _gradients(recipe, state, crops, masks)
     updates, opt_state = recipe.optimizer.update(grads, state.opt_state, params, step=step)
     student = optax.apply_updates(params, updates)
-    _, ema = recipe.ema.update(student, state.ema, step=step)  # after the student moved
-    states = {  # the losses used those before
+    _, ema = recipe.ema.update(student, state.ema, step=step)  # after the student's update
+    states = {  # the losses used the old ones
         term.name: term.update(state.objectives[term.name], measured.statistics[term.name]) for term in objectives
     }
 
@@ -291,7 +291,7 @@ def train_step(recipe: Recipe, state: TrainState, crops: Crops) -> tuple[TrainSt
 
 
 def _objective_metrics(objectives: Sequence[Objective], states: dict[str, Any], measured: Measured) -> Metrics:
-    """Each term's own metrics, and where there are several terms, `loss_<name>`: its loss without the weight."""
+    """Each term's metrics and, with several terms, `loss_<name>`: its loss without the weight."""
     metrics = {}
     for term in objectives:
         loss = measured.losses[term.name]
@@ -302,7 +302,7 @@ def _objective_metrics(objectives: Sequence[Objective], states: dict[str, Any], 
 
 
 def logical_axes(recipe: Recipe) -> tuple[tuple[str, tuple[str | None, ...]], ...]:
-    """The rules of `sharding.state_shardings` for the arrays of a state that do not simply follow their size."""
+    """Rules for `sharding.state_shardings`, for arrays of the state that are not sharded by size alone."""
     rules = [
         (rf"(^|/)objectives/{term.name}/{name}$", axes)
         for term in recipe.objectives
@@ -324,10 +324,10 @@ def shardings(recipe: Recipe, mesh: Mesh) -> TrainState:
 
 
 def jit_train_step(recipe: Recipe, mesh: Mesh) -> Callable[[TrainState, Crops], tuple[TrainState, Metrics]]:
-    """`train_step` jitted over a mesh: rows of crops over its devices, state donated.
+    """`train_step` jitted over a mesh: crops sharded by rows, state donated.
 
-    The only collectives are those of gradients, objectives, metrics and batch statistics, of parameters with `fsdp`,
-    and of the softmax with `model`. This is the successor of `pmap`.
+    The only collectives are for gradients, objectives, metrics and batch statistics, with `fsdp` for parameters, and
+    with `model` for the softmax.
     """
     state_shardings, rows, everywhere = (
         shardings(recipe, mesh),
@@ -345,6 +345,6 @@ def jit_train_step(recipe: Recipe, mesh: Mesh) -> Callable[[TrainState, Crops], 
 
 
 def jit_init_state(recipe: Recipe, mesh: Mesh) -> TrainState:
-    """`init_state` with `config.seed`, each array created where it belongs: the same values on any mesh."""
+    """`init_state` with `config.seed`, each array created on its own devices, with the same values on any mesh."""
     init = jax.jit(lambda key: init_state(recipe, key), out_shardings=shardings(recipe, mesh))
     return init(jax.random.key(recipe.config.seed))

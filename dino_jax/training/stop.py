@@ -1,4 +1,4 @@
-"""Stopping when asked: SIGTERM (a preemption, a scheduler's time limit) and the first Ctrl-C."""
+"""Stopping on request: SIGTERM (a preemption, a scheduler's time limit) and the first Ctrl-C."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from types import FrameType
 
 
 class StopSignal:
-    """While entered, notes SIGTERM and SIGINT instead of dying of them; a second SIGINT interrupts as usual.
+    """Context that records SIGTERM and SIGINT instead of exiting; a second SIGINT interrupts as usual.
 
-    Outside the main thread, where Python delivers no signals, it never asks to stop.
+    It does nothing outside the main thread, where Python delivers no signals.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
     def __init__(self) -> None:
-        self.number = 0  # of the signal that came
+        self.number = 0  # the signal received; 0: none
 
     def __enter__(self) -> StopSignal:
         main = threading.current_thread() is threading.main_thread()

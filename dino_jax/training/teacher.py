@@ -29,7 +29,7 @@ class ParameterTransform(NamedTuple):
 def ema_teacher(momentum: Schedule) -> ParameterTransform:
     """teacher <- m teacher + (1 - m) student, with m the schedule's value at the global step (paper, section 3.1).
 
-    Parameters only: the teacher's batch statistics are its own. `init` copies, so that student and teacher never share
+    Parameters only: the teacher has its own batch statistics. `init` copies, so that student and teacher never share
     buffers (both are donated by the train step).
     """
 

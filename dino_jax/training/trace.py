@@ -1,4 +1,4 @@
-"""A trace of what host and devices do, for xprof or TensorBoard, in any folder that `etils.epath` knows."""
+"""Profiler traces for xprof or TensorBoard, in any folder that `etils.epath` supports."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dino_jax.data.storage import write_atomically, writing
 
 
 class Trace:
-    """JAX's profiler, which writes to local folders only: its files are copied to `folder` when it stops."""
+    """Runs JAX's profiler, which writes to local folders only, and copies its files to `folder` when it stops."""
 
     def __init__(self, folder: epath.Path):
         self.folder = folder
@@ -27,7 +27,7 @@ class Trace:
         jax.profiler.start_trace(self._local.name)
 
     def stop(self, save: bool = True) -> None:
-        """Ends the trace that runs, if any, and saves it; `UserError` where that cannot be written."""
+        """Ends the running trace, if any, and saves it; `UserError` if it cannot be written."""
         if self._local is None:
             return
         files, self._local = self._local, None

@@ -9,7 +9,9 @@ from dino_jax.cli import Verb, config_argument, process_arguments
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     config_argument(parser, required=True)
-    parser.add_argument("--workdir", required=True, metavar="DIR", help="for checkpoints and metrics; local or gs://")
+    parser.add_argument(
+        "--workdir", required=True, metavar="DIR", help="folder for checkpoints and metrics; local or gs://"
+    )
     process_arguments(parser)
 
 

@@ -1,7 +1,7 @@
-"""Tells of collapse and divergence while a run is young, with the remedy to try.
+"""Reports collapse, divergence and slow input early in a run, with what to try.
 
-It follows the metrics of `train_step`: each objective term's own `diagnose`, `bad_steps`, and `input_wait`. A young run
-may look collapsed and is not, so a finding must persist, and after the warm-up unless the term says otherwise.
+It follows the metrics of `train_step`: each objective term's `diagnose`, `bad_steps`, and `input_wait`. A healthy run
+may look collapsed early on, so a finding must persist, and past the warm-up unless the term says otherwise.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from dino_jax.objectives import remedies
 from dino_jax.objectives.objective import Objective, make_objectives
 
 MIN_PATIENCE, MAX_PATIENCE = 100, 2000  # steps
-INPUT_BOUND = 0.2  # share of the time waiting for input that is worth a line
+INPUT_BOUND = 0.2  # share of the time waiting for input that is reported
 
 
 class Verdict(NamedTuple):
-    """What to do, and what to tell the user, a line each."""
+    """What to do, and the lines to print."""
 
     action: Literal["go on", "rewind", "stop"]
     lines: list[str]
 
 
 class _Spell:
-    """How long a finding has lasted, and whether it was told."""
+    """How long a finding has lasted, and whether it was reported."""
 
     def __init__(self):
         self.finding: str | None = None
@@ -34,7 +34,7 @@ class _Spell:
         self.told = False
 
     def ripe(self, finding: str | None, step: int, patience: int, start: int = 0) -> bool:
-        """True once in a spell: when `finding` has lasted `patience` steps, those before `start` not counted."""
+        """True once per spell: when `finding` has lasted `patience` steps, counted from `start` at the earliest."""
         if finding != self.finding:
             self.finding, self.since, self.told = finding, step, False
         if finding is None or self.told or step - max(self.since, start) < patience:
@@ -44,7 +44,7 @@ class _Spell:
 
 
 class Watch:
-    """Follows a run through its logged metrics. A finding is told once, and again only if it went away in between.
+    """Follows a run's logged metrics. A finding is reported once, and again only if it went away in between.
 
     Args:
         config: the run's configuration.
@@ -63,10 +63,10 @@ class Watch:
         self._failed_at = 0
 
     def update(self, step: int, metrics: Mapping[str, float]) -> Verdict:
-        """Judges the metrics of one step; to be called for every logged step, in order.
+        """Judges the metrics of one step; call it for every logged step, in order.
 
-        "rewind": `run.max_bad_steps` non-finite steps in a row. Restore the last checkpoint, bump the salt, go on.
-        "stop": that again, after `run.max_rewinds` rewinds with no progress in between. The last line is the reason.
+        "rewind": `run.max_bad_steps` non-finite steps in a row. Restore the last checkpoint, raise the salt, continue.
+        "stop": the same, after `run.max_rewinds` rewinds with no progress in between. The last line is the reason.
         """
         bad = int(metrics["bad_steps"])
         if bad >= self._config.run.max_bad_steps:
@@ -110,7 +110,7 @@ class Watch:
 
 
 def _input_bound(step: int, share: float, config: ConfigDict) -> list[str]:
-    """A line where the devices wait for input for more than `INPUT_BOUND` of the time: what is slow, what to change."""
+    """A line on what to change, if the devices wait for input for more than `INPUT_BOUND` of the time."""
     if share <= INPUT_BOUND:
         return []
     run = config.run

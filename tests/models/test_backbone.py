@@ -1,4 +1,4 @@
-"""The contract of the backbones, and register tokens from the configuration to every use of a trained model."""
+"""The backbone interface, and register tokens from the configuration to every use of a trained model."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def variables(images):
 
 @pytest.mark.parametrize("name", BACKBONES)
 def test_every_backbone_answers_the_contract(name):
-    """Shapes of tokens and attention fit each other and what is declared, on an input that is not square."""
+    """Shapes of tokens and attention agree with each other and the attributes, on an input that is not square."""
     config = default().model
     config.name, options = name, {"train": False}
     model = build_backbone(config, 64)
@@ -65,14 +65,14 @@ def test_registers_lie_between_cls_and_patches_and_have_no_position(variables, i
     tokens = model.apply(variables, images, 2, method="tokens")
     assert [x.shape for x in tokens] == [(2, 4, 32), (2, 4, 3, 32), (2, 4, 4, 2, 32)]
     np.testing.assert_allclose(model.apply(variables, images), tokens.cls[-1], atol=1e-6)
-    keep = jnp.zeros((2, 2, 4))  # no branch is kept: CLS is its own embedding, whatever the registers hold
+    keep = jnp.zeros((2, 2, 4))  # no branch is kept: CLS is its own embedding, whatever the registers
     cls = params["cls_token"][0, 0] + params["pos_embed"][0, 0]
     expected = (cls - cls.mean()) / jnp.sqrt(cls.var() + 1e-6)
     np.testing.assert_allclose(model.apply(variables, images, keep)[0], expected, atol=1e-5)
     silent = {"params": params | {"pos_embed": jnp.zeros_like(params["pos_embed"])}}
     swapped = {"params": silent["params"] | {"register_tokens": params["register_tokens"][:, ::-1]}}
     first, second = (model.apply(v, images, method="tokens") for v in (silent, swapped))
-    np.testing.assert_allclose(first.registers[..., ::-1, :], second.registers, atol=1e-5)  # their order is nothing
+    np.testing.assert_allclose(first.registers[..., ::-1, :], second.registers, atol=1e-5)  # order does not matter
     np.testing.assert_allclose(first.patches, second.patches, atol=1e-5)
 
 
@@ -89,7 +89,7 @@ def test_without_registers_nothing_is_new(variables, images):
     assert "register_tokens" not in plain["params"]
     count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))  # noqa: E731
     assert count(variables) - count(plain) == 3 * 32
-    for name, leaf in plain["params"].items():  # the others are drawn as without them
+    for name, leaf in plain["params"].items():  # the others are initialized as without them
         jax.tree.map(np.testing.assert_array_equal, leaf, variables["params"][name])
     program = jax.jit(tiny().apply).lower(plain, images).as_text()
     assert program == jax.jit(tiny(registers=0).apply).lower(plain, images).as_text()

@@ -28,7 +28,7 @@ _HUGGING_FACE = (
 
 
 def shake(model) -> None:
-    """Adds noise to every tensor, so that a swapped or forgotten one shows even where all start equal."""
+    """Adds noise to every tensor, so that a swapped or forgotten one shows even if all start equal."""
     torch = peer("torch")
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

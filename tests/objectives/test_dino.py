@@ -1,4 +1,4 @@
-"""The DINO term against its formula, and what its record tells the step, the watch and the weights."""
+"""The DINO term against its formula, and what its record gives to the step, the watch and the weights."""
 
 from __future__ import annotations
 

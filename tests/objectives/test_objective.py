@@ -26,7 +26,7 @@ def test_weights_choose_the_terms():
 
 
 def test_a_weight_scales_the_loss_and_its_gradient_but_not_the_metrics():
-    """One step with either weight: the total and the gradient's norm double, the rest stays."""
+    """One step with each weight: the total and the gradient's norm double, the rest is unchanged."""
 
     def metrics(weight):
         config = tiny_config()

@@ -1,4 +1,4 @@
-"""The loop as a user meets it: runs, resumes to the last bit, stops when asked, says what is wrong in one line."""
+"""The loop as a user sees it: runs, resumes to the last bit, stops on request, reports errors in one line."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from dino_jax.weights.checkpoint import abstract, resolve, restore, steps
 from tests.gcs_stand_in import serve
 from tests.tiny import tiny_config
 
-TIMING = ("images_per_second", "input_wait")  # what may differ between two equal runs
+TIMING = ("images_per_second", "input_wait")  # may differ between equal runs
 
 
 @pytest.fixture(scope="module")
 def images():
-    """64 labelled images of noise, of two classes."""
+    """64 labeled noise images of two classes."""
     rng = np.random.default_rng(0)
     return ArraySource(rng.integers(0, 256, (64, 40, 36, 3), np.uint8), np.arange(64) % 2)
 
@@ -75,7 +75,7 @@ def test_stopped_and_resumed_equals_uninterrupted(uninterrupted, images, tmp_pat
 
 
 def test_resuming_on_other_devices_is_the_same_run(uninterrupted, images, tmp_path):
-    """8 devices after 1: the data position, the crops and the masks are the same; sums round otherwise."""
+    """8 devices after 1: same data position, crops and drop-path factors; sums round differently."""
     config = tiny_config()
     config.run.stop_after, config.run.mesh.data = 6, 1
     train(config, tmp_path, source=images)
@@ -103,7 +103,7 @@ def test_where_every_checkpoint_is_damaged_the_run_does_not_start_afresh(uninter
     shutil.copytree(uninterrupted[1], workdir)
     damage(workdir / "checkpoints")
     expected = (
-        rf"^{workdir}/checkpoints: none of the checkpoints there can be used \(8, 12\): bring .* another --workdir"
+        rf"^{workdir}/checkpoints: none of the checkpoints there can be used \(8, 12\): restore .* another --workdir"
     )
     with pytest.raises(UserError, match=expected):
         train(tiny_config(), workdir, source=images)
@@ -173,9 +173,9 @@ def environment():
 def config_file(tmp_path):
     """A configuration on a folder of images, as a file for the command line."""
     rng = np.random.default_rng(0)
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     for i in range(64):
-        Image.fromarray(rng.integers(0, 256, (40, 36, 3), np.uint8)).save(tmp_path / "pictures" / f"{i}.png")
+        Image.fromarray(rng.integers(0, 256, (40, 36, 3), np.uint8)).save(tmp_path / "images" / f"{i}.png")
     path = tmp_path / "config.py"
     path.write_text(
         "from tests.tiny import tiny_config\n"
@@ -214,7 +214,7 @@ def test_sigterm_saves_and_exits_cleanly(config_file, tmp_path):
 
 @pytest.mark.extra
 def test_kill_9_at_any_moment_loses_nothing(config_file, tmp_path):
-    """Killed at random moments, mid-save among them, then run to the end: the same bits as without."""
+    """Killed at random moments, some mid-save, then run to the end: the same bits as uninterrupted."""
     overrides = ("--config.epochs=6",)
 
     def finish(workdir):
@@ -329,7 +329,7 @@ def test_workdirs_that_cannot_serve_get_one_clear_line(bad_input, uninterrupted,
     assert "another configuration" in other
     assert "optim.lr: 0.0005 -> 0.1" in other
     lost = shutil.copytree(uninterrupted[1], tmp_path / "lost")
-    (lost / "config.json").unlink()  # the checkpoints know it too
+    (lost / "config.json").unlink()  # the checkpoints have it too
     assert bad_input(["optim.lr=0.1"], workdir=lost) == other.replace(str(uninterrupted[1]), str(lost))
     garbled = tmp_path / "garbled"
     garbled.mkdir()

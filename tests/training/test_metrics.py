@@ -23,7 +23,7 @@ from tests.gcs_stand_in import serve
 
 
 def lines(workdir) -> list[dict]:
-    """As a reader with no knowledge of this package sees them: strict JSON."""
+    """The lines as any other reader sees them: strict JSON."""
 
     def refuse(name):
         raise ValueError(f"{name} is not JSON")
@@ -141,7 +141,7 @@ def test_unwritable_workdir_and_full_disk(tmp_path):
             _ = [writer.write(step, {"note": "x" * 100}) for step in range(2, 1000)]
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert len(read_metrics(tmp_path / "run")) > 100  # the torn last line is passed over
+    assert len(read_metrics(tmp_path / "run")) > 100  # the torn last line is skipped
     with MetricWriter(tmp_path / "run", resume_step=5) as writer:
         writer.write(6, {"loss": 2.0})
     assert [record["step"] for record in lines(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
@@ -170,7 +170,7 @@ def test_wandb(tmp_path, monkeypatch):
     logged = [("log", 5, {"loss": 1.5}), ("log", 5, {"x": ("image", (2, 3, 3))})]
     assert calls == [("init", start), *logged, ("finish",)]
     calls.clear()
-    MetricWriter(tmp_path, wandb_project="dino", resume_step=5).close()  # goes on as the same run
+    MetricWriter(tmp_path, wandb_project="dino", resume_step=5).close()  # resumes the same run
     assert calls[0][1]["id"] == "run7" and calls[0][1]["resume"] == "allow"
 
     def refuse(**arguments):

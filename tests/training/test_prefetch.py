@@ -1,4 +1,4 @@
-"""From the host to the devices: whatever the images, and however slow they come."""
+"""Batches from the host to the devices, also with hostile images and slow sources."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_crops_on_the_devices_are_those_of_the_pipeline():
     for render in ("host", "device"):
         config.data.render, config.data.canvas = render, 64
         batches = device_batches(config, source, mesh, position=8, salt=1)
-        found[render] = [next(batches).crops for _ in range(4)]  # more than wait at a time: memory is used again
+        found[render] = [next(batches).crops for _ in range(4)]  # more than are prefetched: memory is reused
         batches.close()
     config.data.render = "device"
     rows = make_dataset(source, config, position=8, salt=1)
@@ -77,7 +77,7 @@ def test_crops_on_the_devices_are_those_of_the_pipeline():
 
 
 class Slow(ArraySource):
-    """Takes its time for every image."""
+    """A source that is slow for every image."""
 
     def __getitem__(self, index: int) -> Example:
         time.sleep(0.15)
@@ -102,7 +102,7 @@ def encode(image: Image.Image, form: str, **options) -> bytes:
 
 
 def bomb() -> bytes:
-    """A PNG that says it has 3,600 million pixels."""
+    """A PNG that claims to have 3,600 million pixels."""
 
     def chunk(name: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
@@ -112,7 +112,7 @@ def bomb() -> bytes:
 
 
 def hostile_images() -> tuple[list[tuple[str, bytes]], list[tuple[str, bytes | None]]]:
-    """(suffix, contents) of odd images that can be used, and of such that cannot (None: a broken link)."""
+    """(suffix, contents) of odd but usable images, and of unusable ones (None: a broken link)."""
     rng = np.random.default_rng(0)
     plain = Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8))
     jpeg, alpha = encode(plain, "JPEG"), plain.convert("RGBA")
@@ -152,7 +152,7 @@ def hostile_images() -> tuple[list[tuple[str, bytes]], list[tuple[str, bytes | N
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory):
-    """A folder of 1,000 hostile images, and the names of those that cannot be read."""
+    """A folder of 1,000 hostile images, and the names of the unreadable ones."""
     root = tmp_path_factory.mktemp("hostile")
     usable, broken = hostile_images()
     names = []

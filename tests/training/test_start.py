@@ -1,4 +1,4 @@
-"""Runs that begin from other weights: what is taken, what is adapted, what is refused."""
+"""Runs that start from other weights: what is loaded, adapted and refused."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_everything_comes_along(full, states):
     assert same(jax.device_get(state.student), weights.student)
     assert same(jax.device_get(state.teacher), weights.teacher)
     np.testing.assert_array_equal(state.objectives["dino"]["center"], weights.objectives["dino"]["center"])
-    assert state.step == 7  # all else is as it was
+    assert state.step == 7  # the rest is unchanged
     assert len(notes) == 1
 
 

@@ -1,4 +1,4 @@
-"""The sharded step: same numbers on any devices and through accumulation, and what its compiled program holds."""
+"""The sharded step: same numbers on any devices and with accumulation, and what its compiled program contains."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_compiled_step_shares_the_work_and_gathers_nothing():
 
 
 def _elements(shapes: str) -> int:
-    """Elements in the result of an HLO instruction: `f32[2,3]{1,0}` or a tuple of such."""
+    """Elements in the result of an HLO instruction: `f32[2,3]{1,0}` or a tuple of these."""
     return sum(int(np.prod([int(n) for n in dims.split(",") if n])) for dims in re.findall(r"\w+\[([\d,]*)\]", shapes))
 
 

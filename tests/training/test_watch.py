@@ -1,4 +1,4 @@
-"""Simulated runs, healthy and not: what the watch says, when, and what it leaves unsaid."""
+"""Simulated runs, healthy and not: what the watch says, and when."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from dino_jax.config import default
 from dino_jax.training.watch import Verdict, Watch
 
-EPOCH, TOTAL, EVERY = 100, 4000, 10  # steps an epoch, in all, between logged lines
+EPOCH, TOTAL, EVERY = 100, 4000, 10  # steps per epoch, in total, between logged lines
 LN_K = math.log(1024)
 
 
@@ -47,7 +47,7 @@ def healthy(step: int, noise: np.random.Generator) -> dict[str, float]:
 
 
 def follow(stream, config=None, steps=TOTAL) -> list[tuple[int, Verdict]]:
-    """The verdicts that say or ask for something, of a stream: step -> metrics."""
+    """The verdicts that say or ask for something, on a stream (step -> metrics)."""
     watch = Watch(config or make_config(), EPOCH, TOTAL)
     verdicts = [(step, watch.update(step, stream(step))) for step in range(EVERY, steps + 1, EVERY)]
     return [(step, verdict) for step, verdict in verdicts if verdict.lines or verdict.action != "go on"]

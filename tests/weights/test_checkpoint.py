@@ -121,7 +121,7 @@ def test_keeps_the_latest_and_the_multiples(tmp_path, asynchronous):
         for step in range(10, 111, 10):
             assert checkpointer.save(step, {"rest": {"x": jnp.arange(4)}}, CONFIG)
         assert checkpointer.latest_step() == 110
-        assert not checkpointer.save(110, {"rest": {"x": jnp.arange(5)}}, CONFIG)  # there already
+        assert not checkpointer.save(110, {"rest": {"x": jnp.arange(5)}}, CONFIG)  # exists already
     assert steps(tmp_path) == [40, 80, 100, 110]
 
 
@@ -168,7 +168,7 @@ def test_double_precision_says_so(tmp_path, x64):
     wanted = {"rest": {"x": jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here())}}
     assert same(restore(tmp_path, 1, wanted)["rest"]["x"], x)
     with jax.enable_x64(False):
-        assert Checkpointer(tmp_path).latest_step() == 1  # not taken for damage
+        assert Checkpointer(tmp_path).latest_step() == 1  # not mistaken for damage
         with pytest.raises(UserError, match="double precision; set JAX_ENABLE_X64=1"):
             restore(tmp_path, 1, wanted)
 
@@ -267,13 +267,13 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, asynchronous, capfd
     checkpointer.save(1, random_items(100), CONFIG)
     checkpointer.wait()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))  # no file may grow beyond: writes fail midway
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))  # maximum file size: writes fail midway
     try:
         with pytest.raises(UserError, match=rf"^{tmp_path}: cannot write a checkpoint: File too large; make room"):
             _ = checkpointer.save(2, random_items(1_000_000), CONFIG), checkpointer.wait()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    gc.collect()  # asyncio tells of a task whose error nobody asked for when it goes
+    gc.collect()  # asyncio reports a task's unretrieved error when it is collected
     assert "Traceback" not in capfd.readouterr().err + caplog.text
     assert checkpointer.latest_step() == 1
     assert same(checkpointer.restore(1, like(random_items(100), here())), random_items(100))

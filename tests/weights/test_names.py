@@ -1,4 +1,4 @@
-"""Released models by name: cache, progress, resume, and what the network can do wrong, on a server of our own."""
+"""Released models by name: cache, progress, resume, and network errors, on a local server."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch, tmp_path):
-    """A server of one file, as the release's, with a cache of its own."""
+    """A server of one file, like the release's, with a separate cache."""
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.content, server.fault, server.starts = bytes(range(256)) * 50, None, []
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})

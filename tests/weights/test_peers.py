@@ -52,7 +52,7 @@ def timm_xcit():
     )
 
 
-def randomise(torch, model):
+def randomize(torch, model):
     """Random numbers in every tensor, running variances positive."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -78,9 +78,9 @@ def headless(resnet):
 
 
 def test_registers_are_timm_s(tmp_path):
-    """timm has the position of CLS inside of its token: the same function; its own tensors come back as they were."""
+    """timm adds CLS's position to its token: same function; its own tensors come back unchanged."""
     torch = peer("torch")
-    model = randomise(torch, timm_vit(reg_tokens=4, no_embed_class=True))
+    model = randomize(torch, timm_vit(reg_tokens=4, no_embed_class=True))
     with torch.no_grad():
         expected = model(torch.from_numpy(images())).numpy()
     torch.save(model.state_dict(), tmp_path / "theirs.pth")
@@ -88,7 +88,7 @@ def test_registers_are_timm_s(tmp_path):
     assert weights.config.model.registers == 4
     np.testing.assert_allclose(ours(weights, images()), expected, atol=1e-4)
 
-    weights = random_weights("vit_tiny", registers=4)  # CLS has a position of its own here
+    weights = random_weights("vit_tiny", registers=4)  # CLS has a separate position here
     path = export_weights(write_checkpoint(weights, tmp_path / "run"), tmp_path / "ours.safetensors", format="timm")
     tensors = peer("safetensors.torch").load_file(path)
     model.load_state_dict(tensors, strict=True)
@@ -110,7 +110,7 @@ def test_registers_are_timm_s(tmp_path):
 @pytest.mark.parametrize("name", PEERS)
 def test_their_weights_are_the_same_function_here_and_go_back(tmp_path, name):
     torch = peer("torch")
-    model = randomise(torch, PEERS[name]())
+    model = randomize(torch, PEERS[name]())
     torch.save(model.state_dict(), tmp_path / "weights.pth")
     weights = importer.read(tmp_path / "weights.pth", heads=3 if "ViT" in name else None)
     with torch.no_grad():
@@ -118,7 +118,7 @@ def test_their_weights_are_the_same_function_here_and_go_back(tmp_path, name):
     np.testing.assert_allclose(ours(weights, images()), expected, atol=1e-4 * max(1, np.abs(expected).max()))
 
     before = {key: value.numpy().copy() for key, value in model.state_dict().items()}
-    randomise(torch, model)
+    randomize(torch, model)
     exported = backbone_tensors(weights, "timm")
     model.load_state_dict({key: torch.from_numpy(value) for key, value in exported.items()}, strict=True)
     for key, value in model.state_dict().items():

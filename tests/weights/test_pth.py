@@ -1,4 +1,4 @@
-"""The restricted `.pth` reader and the writer: against torch where it is, and against files made to do harm."""
+"""The restricted `.pth` reader and the writer: against torch if installed, and against hostile files."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ def gem(patches: Float[Array | np.ndarray, "B N D"], power: float = 4.0, floor: 
 class Whitening:
     """PCA whitening as the official copy detection does it, fitted on features [N, D].
 
-    The axes are the eigenvectors of the *uncentred* covariance, largest first, each divided by its eigenvalue to
+    The axes are the eigenvectors of the *uncentered* covariance, largest first, each divided by its eigenvalue to
     `power` (0.5 whitens). Eigenvalues below 1e-5 of the largest are raised to that. Data are centered by the mean.
     """
 

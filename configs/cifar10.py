@@ -1,6 +1,6 @@
 """ViT-T/4 on CIFAR-10 at 32 x 32: a class-folder tree or arrays, k-NN on the test split as it trains.
 
-    dino-jax train --config=configs/cifar10.py --workdir=runs/cifar10 \\
+    dino-jax train --config=cifar10 --workdir=runs/cifar10 \\
         --config.data.train=DIR/cifar10_train.npz --config.eval.knn_train=DIR/cifar10_train.npz \\
         --config.eval.knn_test=DIR/cifar10_test.npz
 

@@ -1,6 +1,6 @@
 """ResNet-50 by SGD, the example of the official README: 100 epochs, 8 GPUs at 64 images each.
 
-    dino-jax train --config=configs/resnet50.py --config.data.train=/data/imagenet/train --workdir=gs://bucket/rn50
+    dino-jax train --config=resnet50 --config.data.train=/data/imagenet/train --workdir=gs://bucket/rn50
 
 From the README: the optimiser, its learning rate 0.03, the weight decay and the crops' scales. All else is the official
 code's default; batch norm's statistics are those of the whole batch, as there. Not run by this project.

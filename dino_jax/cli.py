@@ -1,15 +1,37 @@
-"""The command line: `dino-jax VERB ...`. Verbs and their arguments; no logic."""
+"""The command line: `dino-jax VERB ...`.
+
+A verb is one file, `dino_jax/FOLDER/NAME_verb.py`, next to what it runs. The file holds a `VERB` and imports what it
+runs inside functions, so that `--help` is quick. This module finds the verbs, and knows none by name.
+"""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
+import os
+import pathlib
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 from dino_jax import __version__
 from dino_jax.errors import UserError
+
+CONFIG = "a file with get_config(), or the name of one in configs/, such as vit_s16"
+
+
+class Verb(NamedTuple):
+    """A verb of the command line: how it is called, and what it does.
+
+    Verbs with an argument `--config` take overrides, `--config.KEY=VALUE`; for the others these are an error.
+    """
+
+    name: str
+    help: str  # one line, without a period
+    arguments: Callable[[argparse.ArgumentParser], object]  # adds them to the parser
+    run: Callable[[argparse.Namespace, list[str]], object]  # takes the arguments and the overrides
+    more: Callable[[argparse.Namespace], str] | None = None  # text below `--help`, by the arguments before it
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown := [argument for argument in rest if argument not in overrides]:
         parser.error(f"unknown argument {unknown[0]!r}; see `dino-jax {args.verb} --help`")
     try:
+        if overrides and "config" not in args:
+            raise UserError(f"{overrides[0]}: the verb {args.verb} takes no configuration")
         args.run(args, overrides)
     except UserError as error:
         print(f"dino-jax: error: {error}", file=sys.stderr)
@@ -32,198 +56,84 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def verbs() -> Iterator[Verb]:
+    """Every verb of the package, in alphabetical order."""
+    for file in sorted(pathlib.Path(__file__).parent.glob("*/*_verb.py"), key=lambda file: file.name):
+        yield importlib.import_module(f"dino_jax.{file.parent.name}.{file.stem}").VERB
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="dino-jax", description="DINO for JAX.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="dino-jax",
+        description="DINO for JAX.",
+        epilog="`dino-jax VERB --help` describes a verb.",
+        allow_abbrev=False,
+    )
     parser.add_argument("--version", action="version", version=f"dino-jax {__version__}")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-
-    train = _verb(verbs, "train", _train, "train, or resume, a run")
-    train.add_argument("--config", required=True, help="a file with get_config(), such as configs/vit_s16.py")
-    train.add_argument("--workdir", required=True, help="where checkpoints and metrics go; local or gs://")
-    _processes(train)
-
-    evaluate = _verb(verbs, "eval", _eval, "evaluate a checkpoint by a protocol of the paper, or all", add_help=False)
-    evaluate.add_argument("-h", "--help", action=_EvalHelp, nargs=0, help="this, and the keys of the protocol")
-    evaluate.add_argument("protocol", help="knn linear lowshot finetune retrieval copydetection vos voc dense, or all")
-    _checkpoint(evaluate)
-    evaluate.add_argument("--data", required=True, help="a source or folder, as the protocol takes it")
-    evaluate.add_argument("--config", help="a file with the protocol's keys, such as configs/finetune/cifar10.py")
-    evaluate.add_argument("--workdir", help="where features, pictures and resumable state go")
-    evaluate.add_argument("--out", help="the figures as JSON")
-    _processes(evaluate)
-
-    features = _verb(verbs, "features", _features, "features of pictures, as a .npz file")
-    _checkpoint(features)
-    features.add_argument("--images", required=True, help="a folder, a list, or any other source")
-    features.add_argument("--out", required=True, help="the .npz file")
-    features.add_argument("--resize", type=int, help="shorter side in pixels; by default pictures keep their size")
-    features.add_argument("--crop", type=int, help="side of a centre crop")
-    features.add_argument("--patches", action="store_true", help="patch tokens too")
-
-    bring = _verb(verbs, "import", _import, "turn released or other weights into a checkpoint")
-    bring.add_argument("file", help="a .pth or .safetensors file, or a released name such as dino_vits16")
-    bring.add_argument("--out", required=True, help="the checkpoint's folder")
-    bring.add_argument("--heads", type=int, help="attention heads, where the file does not tell")
-    bring.add_argument("--from", dest="from_file", help="a local copy of the released file")
-
-    export = _verb(verbs, "export", _export, "write a checkpoint in another code's format")
-    _checkpoint(export)
-    export.add_argument("--format", required=True, help="official, timm, hf, stablehlo, onnx")
-    export.add_argument("--out", required=True, help="a file or folder")
-    export.add_argument("--attention", action="store_true", help="programs also give the last block's attention")
-
-    plan = _verb(verbs, "plan", _plan, "compile a run for hardware you do not have: fits? FLOPs? bytes? days?")
-    plan.add_argument("--config", required=True, help="a file with get_config(); the batch and run.* count")
-    plan.add_argument("--topology", required=True, help="v5e:4x4, v5p:4x4x4, cpu:8, gpu; several with commas")
-    plan.add_argument("--images", type=int, help="pictures in the data set; by default data.train's or ImageNet's")
-
-    pack = _verb(verbs, "pack", _pack, "pack a data set into ArrayRecord shards; goes on where it was killed")
-    pack.add_argument("source", help="a folder, list, arrays, tar:PATTERN, tfds:NAME:SPLIT, ...: any source")
-    pack.add_argument("--out", required=True, help="the folder of shards; local or gs://")
-    pack.add_argument("--shorter-side", type=int, default=0, help="pixels; larger pictures are shrunk to it")
-    pack.add_argument("--channels", type=int, default=3, help="of the pictures, where they are not RGB")
-    pack.add_argument("--shard-size", type=int, default=1000, help="pictures in a shard")
-    pack.add_argument("--workers", type=int, help="processes; by default one for each core")
-    pack.add_argument("--max-bad-share", type=float, default=0.01, help="more unreadable pictures are an error")
-
-    doctor = _verb(verbs, "doctor", _doctor, "what a machine lacks before a run, with the mend")
-    doctor.add_argument("--config", help="a file with get_config(): checked, with its data, batch and workdir")
-    doctor.add_argument("--workdir", help="of the run; is it writable?")
-    doctor.add_argument("--data", help="a source; does it open, and its first picture decode?")
-    doctor.add_argument("--devices", type=int, help="that the run will have, where that is not this machine")
-    doctor.add_argument("--launch", choices=("tpu", "gke", "slurm", "hosts"), help="how the run is started from here")
-
-    bench = _verb(verbs, "bench", _bench, "how fast the parts of a run are here; the last line is one JSON object")
-    bench.add_argument("what", choices=("input", "step", "loss"), help="the part")
-    bench.add_argument("--config", help="a file with get_config(); without it, the defaults with a batch of 64")
-    bench.add_argument("--source", help="pictures to read (input); without it, generated JPEGs of 500 x 375 pixels")
-    bench.add_argument("--seconds", type=float, default=5.0, help="CPU time for each host part (input)")
-    bench.add_argument("--steps", type=int, help="for each rate, by default 10 (a CPU: 3); input: 0 for no training")
+    choices = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for verb in verbs():
+        about = f"{verb.help[0].upper()}{verb.help[1:]}."
+        one = choices.add_parser(verb.name, help=verb.help, description=about, allow_abbrev=False, add_help=False)
+        one.add_argument("-h", "--help", action=_Print, text=_help_text(one, verb), help="show this help and exit")
+        verb.arguments(one)
+        one.set_defaults(run=verb.run)
     return parser
 
 
-def _checkpoint(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", required=True, help="a run's workdir, a step's folder, or a weight file")
-    parser.add_argument("--heads", type=int, help="attention heads, where a weight file does not tell")
+def _help_text(parser: argparse.ArgumentParser, verb: Verb) -> Callable[[argparse.Namespace], str]:
+    def text(args: argparse.Namespace) -> str:
+        more = verb.more(args) if verb.more is not None else ""
+        return f"{parser.format_help()}\n{more}".strip()
+
+    return text
 
 
-def _processes(parser: argparse.ArgumentParser) -> None:
-    """What `distributed` describes; under launch/multihost.sh, SLURM and on TPU pods none of it is needed."""
-    parser.add_argument("--coordinator", metavar="HOST:PORT", help="of several processes: where process 0 listens")
-    parser.add_argument("--processes", type=int, metavar="N", help="how many there are")
-    parser.add_argument("--process", type=int, metavar="I", help="which one this is, 0 to N - 1")
+class _Print(argparse.Action):
+    """An option that prints `text(arguments before it)` and exits."""
 
-
-class _EvalHelp(argparse.Action):
-    """`eval PROTOCOL --help`: with the protocol's keys."""
+    def __init__(self, option_strings: list[str], dest: str, text: Callable[[argparse.Namespace], str], help: str):
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help=help)
+        self._text = text
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *_: Any) -> None:
-        parser.print_help()
-        if name := getattr(namespace, "protocol", None):
-            from dino_jax.eval.run import keys
-
-            try:
-                print(f"\n{keys(name)}")
-            except UserError as error:
-                parser.error(str(error))
+        try:
+            print(self._text(namespace), flush=True)
+        except UserError as error:
+            parser.error(str(error))
+        except BrokenPipeError:  # `| head`; nothing is left to be flushed at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         parser.exit()
 
 
-def _verb(
-    verbs: Any, name: str, run: Callable[..., None], description: str, add_help: bool = True
-) -> argparse.ArgumentParser:
-    epilog = "train, eval, plan and bench: any key of the configuration can be set with --config.KEY=VALUE."
-    parser = verbs.add_parser(
-        name, help=description, description=description, epilog=epilog, allow_abbrev=False, add_help=add_help
+# Arguments of several verbs.
+
+
+def config_argument(parser: argparse.ArgumentParser, *, help: str = CONFIG, **options: Any) -> None:
+    """`--config` of a training run, and `--help-config`, which lists all its keys; `options`: of `add_argument`."""
+    parser.add_argument("--config", metavar="FILE|NAME", help=help, **options)
+    parser.add_argument("--help-config", action=_Print, text=_all_keys, help="list every key of a configuration")
+    parser.epilog = "--config.KEY=VALUE sets any key of the configuration; --help-config lists them."
+
+
+def _all_keys(_: argparse.Namespace) -> str:
+    from dino_jax import config_io
+
+    return config_io.describe()
+
+
+def checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--checkpoint`: what `weights.load.open_weights` takes."""
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        metavar="CKPT",
+        help="a run's workdir, a step's folder, a weight file, or a released name such as dino_vits16",
     )
-    parser.set_defaults(run=run)
-    return parser
+    parser.add_argument("--heads", type=int, metavar="H", help="attention heads, if a weight file does not tell")
 
 
-def _train(args: argparse.Namespace, overrides: list[str]) -> None:
-    from dino_jax import config_io
-    from dino_jax.parallel import distributed
-    from dino_jax.training.loop import train
-
-    with distributed.session(args.coordinator, args.processes, args.process):
-        train(config_io.load(args.config, overrides), args.workdir)
-
-
-def _eval(args: argparse.Namespace, overrides: list[str]) -> None:
-    from dino_jax.eval.run import evaluate
-    from dino_jax.parallel import distributed
-
-    options = {"heads": args.heads, "workdir": args.workdir, "out": args.out}
-    call = {
-        "protocol": args.protocol,
-        "checkpoint": args.checkpoint,
-        "data": args.data,
-        "overrides": " ".join(overrides),
-    }
-    with distributed.session(args.coordinator, args.processes, args.process):
-        distributed.check_same(call)
-        distributed.check_devices()
-        evaluate(args.protocol, args.checkpoint, args.data, config_file=args.config, overrides=overrides, **options)
-
-
-def _features(args: argparse.Namespace, overrides: list[str]) -> None:
-    from dino_jax.inference.model import write_features
-    from dino_jax.parallel import distributed
-
-    _none(overrides)
-    distributed.check_alone("features")
-    options = {"heads": args.heads, "resize": args.resize, "crop": args.crop, "patches": args.patches}
-    print(write_features(args.checkpoint, args.images, args.out, **options))
-
-
-def _import(args: argparse.Namespace, overrides: list[str]) -> None:
-    from dino_jax.training.start import import_weights
-
-    _none(overrides)
-    print(import_weights(args.file, args.out, heads=args.heads, from_file=args.from_file))
-
-
-def _export(args: argparse.Namespace, overrides: list[str]) -> None:
-    from dino_jax.weights.exporter import export_weights
-
-    _none(overrides)
-    options = {"format": args.format, "heads": args.heads, "attention": args.attention}
-    print(export_weights(args.checkpoint, args.out, **options))
-
-
-def _plan(args: argparse.Namespace, overrides: list[str]) -> None:
-    from dino_jax import config_io
-    from dino_jax.tools import plan
-
-    plan.print_plans(config_io.load(args.config, overrides), args.topology, args.images)
-
-
-def _pack(args: argparse.Namespace, overrides: list[str]) -> None:
-    from dino_jax.data.pack import pack, report
-
-    _none(overrides)
-    options = ("shorter_side", "channels", "shard_size", "workers", "max_bad_share")
-    print(report(args.out, pack(args.source, args.out, **{name: getattr(args, name) for name in options})))
-
-
-def _doctor(args: argparse.Namespace, overrides: list[str]) -> None:
-    from dino_jax.tools.doctor import doctor, report
-
-    options = {"data": args.data, "workdir": args.workdir, "devices": args.devices, "launch": args.launch}
-    if missing := report(doctor(config=args.config, overrides=overrides, **options)):
-        raise UserError(f"missing: {', '.join(missing)}; each with its mend above")
-
-
-def _bench(args: argparse.Namespace, overrides: list[str]) -> None:
-    from dino_jax.tools import bench
-
-    bench.run(args.what, args.config, overrides, source=args.source, seconds=args.seconds, steps=args.steps)
-
-
-def _none(overrides: list[str]) -> None:
-    if overrides:
-        raise UserError(f"{overrides[0]}: this verb takes no configuration")
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def process_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `parallel.distributed` describes; launch/multihost.sh, SLURM and TPU pods need none of it."""
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="of several processes: where process 0 listens")
+    parser.add_argument("--processes", type=int, metavar="N", help="number of processes")
+    parser.add_argument("--process", type=int, metavar="I", help="number of this process, 0 to N - 1")

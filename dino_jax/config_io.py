@@ -1,44 +1,70 @@
-"""Configurations in and out: files, command-line overrides, JSON, comparison, checks."""
+"""Configurations in and out: files and names, command-line overrides, JSON, comparison, checks, a list of the keys."""
 
 from __future__ import annotations
 
 import ast
-import difflib
+import itertools
 import json
+import os
+import pathlib
 import runpy
-from collections.abc import Iterable
+import shutil
+import textwrap
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from dino_jax.config import default, flat_keys
-from dino_jax.errors import UserError
+from dino_jax.config import KEYS, Key, Keys, default, flat_keys, in_words
+from dino_jax.errors import UserError, did_you_mean
 
 PER_CHANNEL = ("data.mean", "data.std")  # as many values as there are channels
+_PACKAGE = pathlib.Path(__file__).parent
 
 
-def load(path: str, overrides: Iterable[str] = ()) -> ConfigDict:
-    """The configuration of a file with a `get_config()`, with `--config.KEY=VALUE` overrides applied.
+def load(name: str | os.PathLike[str], overrides: Iterable[str] = ()) -> ConfigDict:
+    """The configuration of a training run: `name` is what `find` takes, `overrides` are `--config.KEY=VALUE`.
 
     Raises:
-      UserError: the file is missing, fails, or has no `get_config`; an unknown key or a value of the wrong type.
+      UserError: the file is missing, fails, or has no `get_config`; an unknown key, or a value that no run could use.
     """
-    return check(override(read(path), overrides))
+    return check(override(read(name), overrides), f"--config={name}")
 
 
-def read(path: str) -> ConfigDict:
-    """What a file's `get_config()` returns; `UserError` as in `load`."""
+def read(name: str | os.PathLike[str]) -> ConfigDict:
+    """What the `get_config()` of a file returns; `name` and `UserError` as in `load`."""
+    path = find(name)
     try:
-        namespace = runpy.run_path(str(path))
-        config = namespace["get_config"]()
-    except FileNotFoundError:
-        raise UserError(f"--config={path}: there is no such file") from None
+        config = runpy.run_path(str(path))["get_config"]()
     except Exception as error:
-        raise UserError(f"--config={path}: {type(error).__name__}: {error}") from error
+        raise UserError(f"--config={name}: {type(error).__name__}: {error}") from error
     if not isinstance(config, ConfigDict):
-        raise UserError(f"--config={path}: get_config() must return a ConfigDict, not {type(config).__name__}")
+        raise UserError(f"--config={name}: get_config() must return a ConfigDict, not {type(config).__name__}")
     return config
+
+
+def find(name: str | os.PathLike[str]) -> pathlib.Path:
+    """The file at a path; otherwise the one of this name in `configs/`, with or without `.py` (`finetune/cifar10`).
+
+    Raises:
+      UserError: there is neither.
+    """
+    path = os.path.expanduser(name)
+    if os.path.isfile(path):
+        return pathlib.Path(path)
+    known, wanted = named(), str(name).removesuffix(".py")
+    if wanted not in known:
+        near = did_you_mean(wanted.removeprefix("configs/"), known)
+        raise UserError(f"--config={name}: there is no such file or name{near} (names: {', '.join(known)})")
+    return known[wanted]
+
+
+def named() -> dict[str, pathlib.Path]:
+    """The files of `configs/` by name, in alphabetical order. A wheel holds the folder inside the package."""
+    folder = _PACKAGE / "configs"
+    folder = folder if folder.is_dir() else _PACKAGE.parent / "configs"
+    return {file.relative_to(folder).with_suffix("").as_posix(): file for file in sorted(folder.rglob("*.py"))}
 
 
 def override(config: ConfigDict, overrides: Iterable[str]) -> ConfigDict:
@@ -52,14 +78,12 @@ def override(config: ConfigDict, overrides: Iterable[str]) -> ConfigDict:
         if not argument.startswith("--config.") or not equals:
             raise UserError(f"{argument}: overrides have the form --config.KEY=VALUE")
         if key not in known:
-            raise UserError(f"{argument}: there is no key {key!r}{suggest(key, known)}")
+            raise UserError(f"{argument}: there is no key {key!r}{did_you_mean(key, known)}")
         given[key] = _as_pair(value, known[key])  # the last one counts
     argv = ["dino-jax", *(f"--config.{key}={value}" for key, value in given.items())]
     values = flags.FlagValues()
     config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
-    for argument, (key, value) in zip(
-        argv[1:], given.items(), strict=True
-    ):  # one by one, to name the one that is wrong
+    for argument, (key, value) in zip(argv[1:], given.items(), strict=True):  # one by one, to name the wrong one
         try:
             values([argv[0], argument])
         except (flags.Error, TypeError, ValueError) as error:
@@ -67,15 +91,6 @@ def override(config: ConfigDict, overrides: Iterable[str]) -> ConfigDict:
             kind = type(known[key]).__name__ if known[key] is not None else owner.get_type(name).__name__
             raise UserError(f"--config.{key}={value}: this key takes a value of type {kind}") from error
     return config
-
-
-def suggest(word: str, known: Iterable[str]) -> str:
-    """`; did you mean 'optim.lr'?`, or nothing where no known word is near."""
-    known = list(known)
-    near = difflib.get_close_matches(word, known, 1, 0.6)
-    near = near or [k for k in known if k.rsplit(".", 1)[-1] == word.rsplit(".", 1)[-1]]
-    near = near or difflib.get_close_matches(word.rsplit(".", 1)[-1], [k.rsplit(".", 1)[-1] for k in known], 1, 0.6)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _as_pair(text: str, current: Any) -> str:
@@ -113,12 +128,12 @@ def from_json(text: str, where: str = "the saved configuration") -> ConfigDict:
     try:
         flat = flatten(ConfigDict(json.loads(text)))
     except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{where}: not the JSON of a configuration ({error}); bring it back or remove it") from error
+        raise UserError(f"{where}: not the JSON of a configuration ({error}); restore it or remove it") from error
     config = default()
     known = flatten(config)
     for key, value in flat.items():
         if key not in known:
-            raise UserError(f"{where}: there is no key {key!r} in this version{suggest(key, known)}")
+            raise UserError(f"{where}: there is no key {key!r} in this version{did_you_mean(key, known)}")
         owner, name = _place(config, key)
         owner[name] = tuple(value) if isinstance(value, list | tuple) else value
     return config
@@ -139,21 +154,19 @@ def differences(saved: ConfigDict, wanted: ConfigDict) -> list[str]:
     return [f"{key}: {a[key]!r} -> {b[key]!r}" for key in b if a[key] != b[key] and not key.startswith("run.")]
 
 
-def check(config: ConfigDict) -> ConfigDict:
-    """Returns the configuration; raises `UserError` for values that no run could use."""
-    flat = flatten(config)
-    for key, value in flatten(default()).items():
+def check(config: ConfigDict, where: str = "the configuration") -> ConfigDict:
+    """Returns the configuration; raises `UserError` for keys that are not `default()`'s and values no run could use."""
+    flat, known = flatten(config), flatten(default())
+    if foreign := sorted(flat.keys() ^ known.keys()):
+        fix = "start from dino_jax.config.default()"
+        raise UserError(f"{where}: not that of a training run: it differs in the key {foreign[0]!r}; {fix}")
+    for key, value in known.items():
         if isinstance(value, tuple) and key not in PER_CHANNEL and len(flat[key]) != len(value):
             raise UserError(f"{key}={flat[key]}: {len(value)} values are needed, such as {value}")
-        if isinstance(value, tuple) and not _alike(flat[key], value):
-            raise UserError(f"{key}={flat[key]}: {type(value[0]).__name__} values are needed, such as {value}")
     for key in PER_CHANNEL:
         if len(flat[key]) != config.model.in_chans:
             raise UserError(f"{key}={flat[key]}: one value for each of the {config.model.in_chans} channels is needed")
-    for name, declared in flat_keys():
-        if (error := declared.error(flat[name])) is not None:
-            near = suggest(flat[name], declared.choices) if declared.choices else ""
-            raise UserError(f"{name}={flat[name]!r}: {error}{near}")
+    check_values(flat, KEYS)
     for key in ("crops.global_scale", "crops.local_scale"):
         low, high = flat[key]
         if not 0 < low <= high <= 1:
@@ -166,7 +179,26 @@ def check(config: ConfigDict) -> ConfigDict:
     return config
 
 
-def _alike(values: tuple[Any, ...], examples: tuple[Any, ...]) -> bool:
-    """Whether all are numbers, and whole ones where the examples are."""
-    kinds: tuple[type, ...] = (int,) if all(isinstance(example, int) for example in examples) else (int, float)
-    return all(isinstance(value, kinds) for value in values)
+def check_values(flat: Mapping[str, Any], keys: Keys, prefix: str = "") -> None:
+    """Raises `UserError` for a value (by dotted key) outside of what `keys` declare; `prefix` goes before the key."""
+    for name, key in flat_keys(keys):
+        if (error := key.error(flat[name])) is not None:
+            near = did_you_mean(flat[name], key.choices) if key.choices else ""
+            raise UserError(f"{prefix}{name}={flat[name]!r}: {error}{near}")
+
+
+def describe(keys: Keys = KEYS) -> str:
+    """Every key as `--config.KEY=DEFAULT`, with its meaning and bounds; a blank line between groups."""
+    groups = itertools.groupby(flat_keys(keys), lambda item: item[0].rpartition(".")[0])
+    return "\n\n".join("\n".join(_entry(name, key) for name, key in group) for _, group in groups)
+
+
+def _entry(name: str, key: Key) -> str:
+    unset = f" (unset: {key.default.__name__})" if isinstance(key.default, type) else f"={key.default}"
+    head = f"  --config.{name}{unset}"
+    bounds = [in_words(key.within)] if key.within else []
+    bounds += [f"one of {', '.join(key.choices)}"] if key.choices else []
+    meaning = f"{key.meaning} ({'; '.join(bounds)})" if bounds else key.meaning
+    columns, indent = shutil.get_terminal_size((120, 24)).columns, " " * 42
+    text = textwrap.fill(meaning, max(columns, 80), initial_indent=indent, subsequent_indent=indent)
+    return head + text[len(head) :] if len(head) < len(indent) - 1 else f"{head}\n{text}"

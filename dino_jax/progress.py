@@ -1,49 +1,61 @@
-"""One line on the terminal for long work: how far, at what pace, how long still."""
+"""The progress bar of every long task: tqdm with one look, on a terminal and in a log."""
 
 from __future__ import annotations
 
-import collections
-import datetime
-import math
-import shutil
 import sys
-import time
-from collections.abc import Callable, Mapping
-from typing import TextIO
+from collections.abc import Iterable, Iterator, Sized
+from typing import Any, TextIO, TypeVar
+
+from tqdm import tqdm
+
+T = TypeVar("T")
+LOOK = "{desc} [{bar:20}] {n_fmt}/{total_fmt}  ETA {remaining}, {rate_noinv_fmt}{postfix}"
 
 
 class Progress:
-    """One line on a terminal, redrawn: step, given fields, time left. Elsewhere a plain line now and then.
+    """One line on a terminal, redrawn; in a log a plain line every `interval` and one at the end.
 
-        train [=========>          ] 1200/2500  ETA 0:12:30  epoch 4.8  loss 5.312  images/s 412
+        train [=========>          ] 1200/2500  ETA 12:30,  1.73 steps/s, epoch 4.8, loss 5.312
 
     Args:
-        total: steps at the end; `initial`: steps done before.
+        total: steps at the end; None: not known.
+        initial: steps done before.
         description: the first word of the line.
-        active: False: silent.
+        unit: what a step is, in the rate; "B": bytes, shown as kB, MB or GB.
+        active: False: silent, as on every process except 0.
         interval: seconds between lines where the stream is not a terminal.
         stream: standard error unless given.
     """
 
     def __init__(
         self,
-        total: int,
+        total: int | None,
         initial: int = 0,
         description: str = "",
         *,
+        unit: str = "steps",
         active: bool = True,
         interval: float = 30.0,
         stream: TextIO | None = None,
-        clock: Callable[[], float] = time.monotonic,
     ):
-        self.total = total
-        self._description, self._active, self._clock = description, active, clock
         self._stream = stream or sys.stderr
         self._live = self._stream.isatty()
-        self._interval = 0.1 if self._live else interval
-        self._shown = -math.inf
-        self._line = ""
-        self._history = collections.deque([(clock(), initial)], maxlen=200)
+        self._options: dict[str, Any] = {
+            "total": total,
+            "desc": description,
+            "unit": unit if unit == "B" else f" {unit}",
+            "unit_scale": unit == "B",
+            "file": self._stream,
+            "leave": self._live,
+            "disable": not active,
+            "mininterval": 0.1 if self._live else interval,
+            "miniters": 0,  # only the time decides
+            "delay": 0 if self._live else 1e-9,  # in a log, no line before the first interval is over
+            "bar_format": LOOK,
+            "ascii": " >=",
+            "dynamic_ncols": True,
+        }
+        self._bar = self._open(initial)
 
     def __enter__(self) -> Progress:
         return self
@@ -52,47 +64,56 @@ class Progress:
         self.close()
 
     def update(self, step: int, **fields: float | str) -> None:
-        """`step` steps are done. Cheap: most calls draw nothing."""
-        now = self._clock()
-        if step < self._history[-1][1]:  # a rewind
-            self._history.clear()
-        self._history.append((now, step))
-        if self._active and (now - self._shown >= self._interval or step >= self.total):
-            self._line, self._shown = self._format(step, fields), now
-            self._draw(self._line)
+        """`step` steps are done; `fields` are shown after the rate. Cheap: most calls draw nothing."""
+        if step < self._bar.n:  # a rewind: the rate starts afresh
+            self._bar.leave = False
+            self._bar.close()
+            self._bar = self._open(step)
+        texts = (f"{name} {value if isinstance(value, str) else f'{value:.4g}'}" for name, value in fields.items())
+        self._bar.set_postfix_str(", ".join(texts), refresh=False)
+        self._bar.update(step - self._bar.n)
+        if step == self._bar.total:
+            self._bar.refresh()
 
     def note(self, line: str) -> None:
         """Prints a line of its own above the bar."""
-        if self._active:
-            self._stream.write(("\r\x1b[K" if self._live else "") + line + "\n")
-            if self._live and self._line:
-                self._draw(self._line)
-            self._stream.flush()
+        if self._bar.disable:
+            return
+        if self._live:
+            self._bar.write(line, file=self._stream)
+        else:
+            print(line, file=self._stream, flush=True)
 
     def close(self) -> None:
-        """Leaves the last state of the bar standing on its line."""
-        if self._active and self._live and self._line:
-            self._stream.write("\n")
-            self._stream.flush()
-        self._active = False
+        """Leaves the last state of the bar on its line."""
+        self._bar.close()
 
-    def eta(self) -> float:
-        """Seconds left at the pace of the last 200 updates; infinity before the second."""
-        (start, first), (now, step) = self._history[0], self._history[-1]
-        return (now - start) / (step - first) * (self.total - step) if step > first else math.inf
+    def _open(self, initial: int) -> tqdm:
+        return (tqdm if self._live else _Lines)(initial=initial, **self._options)
 
-    def _draw(self, line: str) -> None:
-        if self._live:
-            width = shutil.get_terminal_size().columns - 1
-            self._stream.write("\r" + line[:width] + "\x1b[K")
-        else:
-            self._stream.write(line + "\n")
-        self._stream.flush()
 
-    def _format(self, step: int, fields: Mapping[str, float | str]) -> str:
-        share = step / max(self.total, 1)
-        bar = ("=" * int(20 * share) + ">").ljust(20)[:20]
-        left = self.eta()
-        shown = [f"ETA {datetime.timedelta(seconds=round(left))}" if math.isfinite(left) else "ETA -"]
-        shown += [f"{name} {value if isinstance(value, str) else f'{value:.4g}'}" for name, value in fields.items()]
-        return "  ".join([f"{self._description} [{bar}] {step}/{self.total}".strip(), *shown])
+class _Lines(tqdm):
+    """tqdm for a log: every state is a line, and none comes twice."""
+
+    monitor_interval = 0  # no thread
+    _shown: float | None = None
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        if self.n != self._shown:
+            self._shown = self.n
+            self.fp.write(f"{self}\n")
+            self.fp.flush()
+
+    def close(self) -> None:
+        if not self.disable:
+            self.display()
+        super().close()
+
+
+def track(items: Iterable[T], description: str, *, unit: str = "images", active: bool = True) -> Iterator[T]:
+    """Yields the items, with a bar that counts those that were dealt with."""
+    total = len(items) if isinstance(items, Sized) else None
+    with Progress(total, 0, description, unit=unit, active=active) as bar:
+        for done, item in enumerate(items, 1):
+            yield item
+            bar.update(done)

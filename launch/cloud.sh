@@ -16,6 +16,15 @@ usage() {
   exit "$1"
 }
 
+# check_verb GIVEN VERB...: GIVEN is one of the verbs, or the script ends with its usage or one line.
+check_verb() {
+  case "$1" in
+    -h | --help | help) usage 0 ;;
+    "") usage 2 >&2 ;;
+  esac
+  [[ " ${*:2} " == *" $1 "* ]] || die "there is no verb $1: ${*:2}"
+}
+
 # require NAME MEND: the variable must be set.
 require() { [[ -n "${!1:-}" ]] || die "$1 is not set: $2"; }
 

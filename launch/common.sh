@@ -127,7 +127,7 @@ pip_try() {
   local pins="$root/constraints.txt"
   PIP_CONSTRAINT="$pins" PIP_BUILD_CONSTRAINT="$pins" \
     "$venv_python" -m pip install --disable-pip-version-check --progress-bar off --no-compile "$@" 2>&1 |
-    tee -a "$venv/install.log" | narrate
+    tee -a "$venv/install.log" | milestones
 }
 
 # The peers of the cross-check tests. torch's Linux wheels on the package index bring gigabytes of CUDA, so only its CPU
@@ -144,30 +144,10 @@ install_peers() {
   fi
 }
 
-# Retells pip's output: downloads of a megabyte or more, the installation, and a sign of life every 15 seconds.
-narrate() {
-  local line file size tick=()
-  ((BASH_VERSINFO[0] >= 4)) && tick=(-t 15)
-  while true; do
-    if IFS= read -r ${tick[@]+"${tick[@]}"} line; then
-      case "$line" in
-        *"Downloading "*" MB)"* | *"Using cached "*" MB)"*)
-          read -r file size <<<"${line#*Downloading }"
-          [[ "$line" == *"Using cached "* ]] && read -r file size <<<"${line#*Using cached }"
-          say "  $(cut -d- -f1,2 <<<"${file##*/}") $size"
-          ;;
-        "Installing collected packages:"*)
-          line="${line//[^,]/}"
-          say "  unpacking $((${#line} + 1)) packages"
-          ;;
-        *"WARNING: Retrying"*) say "  the package index does not answer; trying again" ;;
-      esac
-    elif (($? > 128)); then
-      say "  still working: $(du -sm "$venv" 2>/dev/null | cut -f1) MB on disk"
-    else
-      break
-    fi
-  done
+# The lines of pip's output that tell how far it is: downloads of a megabyte or more, the installation, retries.
+milestones() {
+  local telling="(Downloading|Using cached) [^ ]+ \([0-9.]+ [MG]B\)|Installing (build dependencies|collected packages)"
+  grep --line-buffered -oE "$telling|WARNING: Retrying" || true # none is no failure
 }
 
 # One line for why pip failed.

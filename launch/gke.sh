@@ -37,18 +37,10 @@ NAMESPACE="${NAMESPACE:-default}"
 jobset_release="https://github.com/kubernetes-sigs/jobset/releases/download/v0.12.0/manifests.yaml"
 
 main() {
-  if [[ "${1:-}" == --dry-run ]]; then
-    dry_run=yes
-    shift
-  fi
-  local verb="${1:-}"
-  (($# == 0)) || shift
-  case "$verb" in
-    create | logs | status | delete) ;;
-    -h | --help | help) usage 0 ;;
-    "") usage 2 >&2 ;;
-    *) die "there is no verb $verb: create logs status delete" ;;
-  esac
+  [[ "${1:-}" != --dry-run ]] || { dry_run=yes && shift; }
+  check_verb "${1:-}" create logs status delete
+  local verb="$1"
+  shift
   PROJECT="${PROJECT:-${CLOUDSDK_CORE_PROJECT:-}}"
   require PROJECT "the Google Cloud project that pays (gcloud projects list)"
   require CLUSTER "a GKE cluster that is there (gcloud container clusters list --project=$PROJECT)"

@@ -42,18 +42,10 @@ POLL="${POLL:-30}"
 NAME="${NAME:-dino}"
 
 main() {
-  if [[ "${1:-}" == --dry-run ]]; then
-    dry_run=yes
-    shift
-  fi
-  local verb="${1:-}"
-  (($# == 0)) || shift
-  case "$verb" in
-    create | setup | train | logs | status | stop | delete) ;;
-    -h | --help | help) usage 0 ;;
-    "") usage 2 >&2 ;;
-    *) die "there is no verb $verb: create setup train logs status stop delete" ;;
-  esac
+  [[ "${1:-}" != --dry-run ]] || { dry_run=yes && shift; }
+  check_verb "${1:-}" create setup train logs status stop delete
+  local verb="$1"
+  shift
   [[ "$verb" == train || "$verb" == logs || $# == 0 ]] || die "$verb takes no arguments, not $1: see --help"
   PROJECT="${PROJECT:-${CLOUDSDK_CORE_PROJECT:-}}"
   ZONE="${ZONE:-${CLOUDSDK_COMPUTE_ZONE:-}}"

@@ -29,10 +29,35 @@ def test_builds(path):
 def test_fine_tuning_builds(path):
     config = config_io.read(str(path))
     assert config.is_locked
-    assert config_io.flatten(config).keys() == config_io.flatten(finetune.default_config()).keys()
+    assert config_io.flatten(config).keys() == config_io.flatten(finetune.PROTOCOL.default_config()).keys()
     peak = config.lr * config.batch_size / 512
     assert config.warmup_lr < peak and config.min_lr < peak  # the warm-up rises, the cosine falls
-    finetune.make_optimizer(config, 10, 12).init({"backbone": {"norm": {"scale": np.ones(3)}}})
+    finetune.make_optimizer(config, 10).init({"backbone": {"norm": {"scale": np.ones(3)}}})
+
+
+@pytest.mark.parametrize("name", ["vit_s16", "vit_s16.py", str(FOLDER / "vit_s16.py")])
+def test_names_hold_in_any_folder(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert config_io.load(name, ["--config.epochs=3"]).to_dict() == config_io.load(FOLDER / "vit_s16.py").to_dict() | {
+        "epochs": 3
+    }
+
+
+def test_a_file_comes_before_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "vit_s16.py").write_text((FOLDER / "resnet50.py").read_text())
+    assert config_io.load("vit_s16.py").model.name == "resnet50"
+    assert config_io.load("vit_s16").model.name == "vit_small"
+
+
+def test_every_file_has_a_name():
+    assert set(config_io.named().values()) == set(FOLDER.rglob("*.py"))
+    assert config_io.read("finetune/cifar10") == config_io.read(FOLDER / "finetune" / "cifar10.py")
+
+
+def test_every_key_is_described():
+    said = config_io.describe()
+    assert all(f"--config.{key}=" in said or f"--config.{key} (unset" in said for key in config_io.flatten(default()))
 
 
 def test_another_xcit_builds():
@@ -139,6 +164,8 @@ def test_json_round_trip_and_comparison():
         ("x = 1", r"KeyError: 'get_config'"),
         ("import nothing_of_this_name", r"ModuleNotFoundError"),
         ("def get_config(:", r"SyntaxError"),
+        ("def get_config(): return open('gone')", r"FileNotFoundError: .*gone"),
+        ("from ml_collections import ConfigDict as get_config", r"not that of a training run.*'batch_size'"),
     ],
 )
 def test_broken_files_are_named(tmp_path, text, message):

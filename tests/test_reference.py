@@ -23,7 +23,7 @@ from dino_jax.training.schedules import cosine
 from dino_jax.training.step import make_recipe, state_from_student, train_step
 from dino_jax.weights import importer
 from tests import reference_files
-from tests.models.torch_names import head_of, section, to_variables, vit_of
+from tests.models.torch_names import head_of, section, sequence, to_variables, vit_of
 
 TRAJECTORIES = ("trajectory_adamw.npz", "trajectory_sgd.npz", "trajectory_lars.npz")
 
@@ -162,6 +162,7 @@ def check_vit(data: dict[str, np.ndarray], dtype, tolerance: float) -> None:
     for size in sizes:
         images = data[f"in/{size}"].transpose(0, 2, 3, 1).astype(dtype)
         cls, tokens, attention = run(images)
+        tokens = sequence(tokens)
         assert cls.dtype == tokens.dtype == attention.dtype == dtype
         np.testing.assert_allclose(cls, data[f"cls/{size}"], rtol=0, atol=tolerance)
         np.testing.assert_allclose(attention, data[f"attn/{size}"], rtol=0, atol=tolerance)
@@ -203,9 +204,9 @@ def check_linear_features(vit: dict, data: dict, dtype, tolerance: float) -> Non
     heads = next(value.shape[1] for key, value in vit.items() if key.startswith("attn/"))
     model, variables = vit_of(state, heads, dtype), {"params": to_variables(state)["params"]}
     images = data["in"].transpose(0, 2, 3, 1).astype(dtype)
-    last_two = model.apply(variables, images, 2, method="tokens")  # [2, B, N, D]
-    n2 = jnp.concatenate([last_two[0, :, 0], last_two[1, :, 0]], axis=-1)
-    pair = jnp.stack([last_two[-1, :, 0], last_two[-1, :, 1:].mean(axis=1)], axis=-1)  # [B, D, 2]: interleaved
+    last_two = model.apply(variables, images, 2, method="tokens")  # [2, B, ...]
+    n2 = jnp.concatenate([last_two.cls[0], last_two.cls[1]], axis=-1)
+    pair = jnp.stack([last_two.cls[-1], last_two.flat_patches[-1].mean(axis=1)], axis=-1)  # [B, D, 2]: interleaved
     np.testing.assert_allclose(n2, data["n2"], rtol=0, atol=tolerance)
     np.testing.assert_allclose(pair.reshape(len(images), -1), data["n1_avgpool"], rtol=0, atol=tolerance)
 

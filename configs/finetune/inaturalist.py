@@ -1,13 +1,13 @@
 """iNaturalist 2018 and 2019 (issue 171 of the official repository).
 
-dino-jax eval finetune --config=configs/finetune/inaturalist.py --checkpoint=dino_vits16 --data=DIR
+dino-jax eval finetune --config=finetune/inaturalist --checkpoint=dino_vits16 --data=DIR
 """
 
-from dino_jax.eval.protocols.finetune import default_config
+from dino_jax.eval.protocols.finetune import PROTOCOL
 
 
 def get_config():
-    config = default_config()
+    config = PROTOCOL.default_config()
     config.epochs = 300
     config.batch_size = 1024
     config.lr = 5e-5

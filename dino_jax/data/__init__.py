@@ -1,1 +1,1 @@
-"""Sources, crops and the input pipeline: NumPy, PIL and grain. Nothing here initialises a JAX backend."""
+"""Sources, crops and the input pipeline: NumPy, PIL and grain. Nothing here initializes a JAX backend."""

@@ -1,4 +1,4 @@
-"""Pictures in memory, or in one .npz or .npy file."""
+"""Images in memory, or in one .npz or .npy file."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from etils import epath
 
 from dino_jax.data.example import Example
 from dino_jax.errors import UserError
+from dino_jax.storage import is_remote
 
 
 class ArraySource:
-    """Pictures in an array [N, H, W] or [N, H, W, C], with optional labels [N]."""
+    """Images in an array [N, H, W] or [N, H, W, C], with optional labels [N]."""
 
     def __init__(
         self,
@@ -73,7 +74,7 @@ def _load(path: str) -> tuple[np.ndarray, np.ndarray | None, list[str] | None]:
 
 
 def _load_npy(path: str) -> np.ndarray:
-    if "://" not in path:
+    if not is_remote(path):
         return np.load(path, mmap_mode="r", allow_pickle=False)
     with epath.Path(path).open("rb") as file:
         return np.load(file, allow_pickle=False)
@@ -81,7 +82,7 @@ def _load_npy(path: str) -> np.ndarray:
 
 def _map_member(path: str, member: str) -> np.ndarray | None:
     """Maps an array of a local, uncompressed .npz into memory without reading it; None where that is not possible."""
-    if "://" in path:
+    if is_remote(path):
         return None
     with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
         info = archive.getinfo(member)

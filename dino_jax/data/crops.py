@@ -1,9 +1,9 @@
 """Multi-crop augmentation: a sampler of parameters, and PIL's rendering of them.
 
-The two are apart so that a second renderer, on the accelerator, can share the sampler. The recipe is the paper's
+The sampler is apart, since a second renderer, on the accelerator, shares it. The recipe is the paper's
 (arXiv 2104.14294, section 3.1 and appendix), each operation as torchvision applies it to PIL images: random resized
-crop (bicubic), flip, colour jitter in random order, gray, Gaussian blur, solarise. K = 2 + n crops, globals first.
-Colour operations, blur and solarise need three channels (red, green, blue); other pictures are only cropped and
+crop (bicubic), flip, color jitter in random order, gray, Gaussian blur, solarize. K = 2 + n crops, globals first.
+Color operations, blur and solarize need three channels (red, green, blue); other images are only cropped and
 flipped.
 """
 
@@ -16,16 +16,16 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 NEUTRAL = (1.0, 1.0, 1.0, 0.0)  # factors of brightness, contrast, saturation, hue that change nothing
-TRIES = 10  # boxes drawn before the centre of the picture is taken
+TRIES = 10  # boxes drawn before the center of the image is taken
 
 
 class CropParams(NamedTuple):
-    """What to do to one picture to get its crops; every array has the leading axis K (and a batch one before it).
+    """What to do to one image to get its crops; every array has the leading axis K (and a batch one before it).
 
     box int32 [K, 4]: top, left, height, width in pixels. flip bool [K]: mirror left to right. order int32 [K, 4]: the
-    operations of the colour jitter as applied (0 brightness, 1 contrast, 2 saturation, 3 hue). factors float32 [K, 4]:
+    operations of the color jitter as applied (0 brightness, 1 contrast, 2 saturation, 3 hue). factors float32 [K, 4]:
     their strengths, by operation number; 1, 1, 1, 0 change nothing; the hue's is in turns. jitter bool [K]: whether the
-    colour jitter applies. gray bool [K]. blur float32 [K]: radius in pixels, 0 for none. solarize bool [K].
+    color jitter applies. gray bool [K]. blur float32 [K]: radius in pixels, 0 for none. solarize bool [K].
     """
 
     box: np.ndarray
@@ -38,19 +38,19 @@ class CropParams(NamedTuple):
     solarize: np.ndarray
 
 
-def draw_crops(rng: np.random.Generator, height: int, width: int, crops: Any, colour: bool = True) -> CropParams:
-    """Draws the parameters of every crop of one picture of `height` x `width` pixels.
+def draw_crops(rng: np.random.Generator, height: int, width: int, crops: Any, color: bool = True) -> CropParams:
+    """Draws the parameters of every crop of one image of `height` x `width` pixels.
 
     `crops` is `config.crops` or anything with its attributes. How many numbers are taken from `rng` depends on the
-    count of crops alone. With `colour` off (pictures that are not RGB) only box and flip come out of it.
+    count of crops alone. With `color` off (images that are not RGB) only box and flip are drawn.
     """
-    return CropParams(*(values[0] for values in draw_many([rng], np.array([[height, width]]), crops, colour)))
+    return CropParams(*(values[0] for values in draw_many([rng], np.array([[height, width]]), crops, color)))
 
 
-def draw_many(rngs: Sequence[np.random.Generator], sizes: np.ndarray, crops: Any, colour: bool = True) -> CropParams:
-    """`draw_crops` of several pictures, each from its own generator; every array has a leading axis for them.
+def draw_many(rngs: Sequence[np.random.Generator], sizes: np.ndarray, crops: Any, color: bool = True) -> CropParams:
+    """`draw_crops` of several images, each from its own generator; every array has a leading axis for them.
 
-    `sizes`: height and width of each picture [b, 2]. All at once, since NumPy's cost is in the number of its calls.
+    `sizes`: height and width of each image [b, 2]. All at once, since NumPy costs by the call.
     """
     count = 2 + crops.local_count
     draws = np.stack([rng.random((count, 4 * TRIES + 14)) for rng in rngs])  # [b, K, .] uniform in [0, 1)
@@ -60,12 +60,12 @@ def draw_many(rngs: Sequence[np.random.Generator], sizes: np.ndarray, crops: Any
     tries = draws[..., 14:].reshape(-1, TRIES, 4)
     box = draw_boxes(tries, height, width, np.tile(scale, (len(rngs), 1)), crops.ratio).reshape(-1, count, 4)
     flip = draws[..., 0] < crops.flip_prob
-    jitter = (draws[..., 1] < crops.jitter_prob) & colour
-    gray = (draws[..., 2] < crops.gray_prob) & colour
-    blurred = (draws[..., 3] < np.array(crops.blur_prob)[kinds]) & colour
+    jitter = (draws[..., 1] < crops.jitter_prob) & color
+    gray = (draws[..., 2] < crops.gray_prob) & color
+    blurred = (draws[..., 3] < np.array(crops.blur_prob)[kinds]) & color
     low, high = crops.blur_radius
     blur = np.where(blurred, low + (high - low) * draws[..., 4], 0).astype(np.float32)
-    solarize = (draws[..., 5] < np.array(crops.solarize_prob)[kinds]) & colour
+    solarize = (draws[..., 5] < np.array(crops.solarize_prob)[kinds]) & color
     order = draws[..., 6:10].argsort(axis=-1).astype(np.int32)  # a uniform permutation
     spread = np.array([crops.brightness, crops.contrast, crops.saturation, crops.hue])
     lower = np.array(NEUTRAL) - spread
@@ -86,11 +86,11 @@ def draw_boxes(
 
     Args:
       draws: uniform numbers in [0, 1) [K, tries, 4]: area, aspect ratio, vertical and horizontal place.
-      height, width: of the picture, or of each crop's picture [K].
+      height, width: of the image, or of each crop's image [K].
       scale: lowest and highest share of the area [K, 2].
       ratio: lowest and highest width / height, drawn log-uniformly.
     Returns:
-      int32 [K, 4]: top, left, height, width of the first try that fits, or the centre at the nearest allowed ratio.
+      int32 [K, 4]: top, left, height, width of the first try that fits, or the center at the nearest allowed ratio.
     """
     height, width = (np.broadcast_to(side, len(draws)) for side in (height, width))
     area = (height * width)[:, None] * (scale[:, :1] + (scale[:, 1:] - scale[:, :1]) * draws[..., 0])  # [K, tries]
@@ -105,12 +105,12 @@ def draw_boxes(
     left = (place[:, 3] * (width - wide + 1)).astype(np.int64)
     boxes = np.stack([top, left, tall, wide], axis=1)
     for crop in np.flatnonzero(~fits[pick]):
-        boxes[crop] = centre_box(int(height[crop]), int(width[crop]), ratio)
+        boxes[crop] = center_box(int(height[crop]), int(width[crop]), ratio)
     return boxes.astype(np.int32)
 
 
-def centre_box(height: int, width: int, ratio: tuple[float, float]) -> tuple[int, int, int, int]:
-    """The largest centred box whose width / height lies within `ratio`: top, left, height, width."""
+def center_box(height: int, width: int, ratio: tuple[float, float]) -> tuple[int, int, int, int]:
+    """The largest centered box whose width / height lies within `ratio`: top, left, height, width."""
     tall, wide = height, width
     if width / height < min(ratio):
         tall = round(width / min(ratio))
@@ -120,7 +120,7 @@ def centre_box(height: int, width: int, ratio: tuple[float, float]) -> tuple[int
 
 
 def render_crops(image: np.ndarray, params: CropParams, crops: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Renders the crops of one picture, uint8 [H, W, C], with PIL.
+    """Renders the crops of one image, uint8 [H, W, C], with PIL.
 
     Returns:
       global crops uint8 [2, *global_size, C] and local crops uint8 [n, *local_size, C].
@@ -133,26 +133,26 @@ def render_crops(image: np.ndarray, params: CropParams, crops: Any) -> tuple[np.
         if params.flip[i]:
             rendered = [flip(plane) for plane in rendered]
         if image.shape[-1] == 3:
-            out[:] = np.asarray(render_colour(rendered[0], CropParams(*(p[i] for p in params)), crops))
+            out[:] = np.asarray(render_color(rendered[0], CropParams(*(p[i] for p in params)), crops))
         else:
             out[:] = np.stack([np.asarray(plane) for plane in rendered], axis=-1)
     return large, small
 
 
-def render_colour(picture: Image.Image, params: CropParams, crops: Any) -> Image.Image:
-    """Jitter, gray, blur and solarise one RGB crop; `params` without the crop axis."""
+def render_color(image: Image.Image, params: CropParams, crops: Any) -> Image.Image:
+    """Jitter, gray, blur and solarize one RGB crop; `params` without the crop axis."""
     if params.jitter:
         for operation in params.order:
             factor = float(params.factors[operation])
             if factor != NEUTRAL[operation]:
-                picture = JITTER[operation](picture, factor)
+                image = JITTER[operation](image, factor)
     if params.gray:
-        picture = gray(picture)
+        image = gray(image)
     if params.blur > 0:
-        picture = blur(picture, float(params.blur))
+        image = blur(image, float(params.blur))
     if params.solarize:
-        picture = solarize(picture, crops.solarize_threshold)
-    return picture
+        image = solarize(image, crops.solarize_threshold)
+    return image
 
 
 def to_pil(image: np.ndarray) -> list[Image.Image]:
@@ -162,57 +162,57 @@ def to_pil(image: np.ndarray) -> list[Image.Image]:
     return [Image.fromarray(np.ascontiguousarray(plane)) for plane in np.moveaxis(image, -1, 0)]
 
 
-def crop_resize(picture: Image.Image, box: Sequence[int] | np.ndarray, size: tuple[int, int]) -> Image.Image:
+def crop_resize(image: Image.Image, box: Sequence[int] | np.ndarray, size: tuple[int, int]) -> Image.Image:
     """Cuts out the box (top, left, height, width), then resizes it to `size` (height, width), bicubic and antialiased.
 
     The cut comes first, as in torchvision: pixels beyond the box have no influence.
     """
     top, left, height, width = (int(value) for value in box)
-    cut = picture.crop((left, top, left + width, top + height))
+    cut = image.crop((left, top, left + width, top + height))
     return cut.resize((size[1], size[0]), Image.Resampling.BICUBIC)
 
 
-def flip(picture: Image.Image) -> Image.Image:
+def flip(image: Image.Image) -> Image.Image:
     """Mirrors left to right."""
-    return picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
 
 
-def brightness(picture: Image.Image, factor: float) -> Image.Image:
-    """Blends with black: factor 0 is black, 1 the picture."""
-    return ImageEnhance.Brightness(picture).enhance(factor)
+def brightness(image: Image.Image, factor: float) -> Image.Image:
+    """Blends with black: factor 0 is black, 1 the image."""
+    return ImageEnhance.Brightness(image).enhance(factor)
 
 
-def contrast(picture: Image.Image, factor: float) -> Image.Image:
-    """Blends with the flat gray of the picture's mean luma, rounded to a whole level."""
-    return ImageEnhance.Contrast(picture).enhance(factor)
+def contrast(image: Image.Image, factor: float) -> Image.Image:
+    """Blends with the flat gray of the image's mean luma, rounded to a whole level."""
+    return ImageEnhance.Contrast(image).enhance(factor)
 
 
-def saturation(picture: Image.Image, factor: float) -> Image.Image:
-    """Blends with the picture's luma."""
-    return ImageEnhance.Color(picture).enhance(factor)
+def saturation(image: Image.Image, factor: float) -> Image.Image:
+    """Blends with the image's luma."""
+    return ImageEnhance.Color(image).enhance(factor)
 
 
-def hue(picture: Image.Image, shift: float) -> Image.Image:
+def hue(image: Image.Image, shift: float) -> Image.Image:
     """Turns the hue by `shift` turns in PIL's 8-bit HSV; the shift is cut to whole 255ths toward zero (torchvision)."""
     steps = int(shift * 255)
-    channels = picture.convert("HSV").split()
+    channels = image.convert("HSV").split()
     turned = channels[0].point([(level + steps) % 256 for level in range(256)])
     return Image.merge("HSV", (turned, *channels[1:])).convert("RGB")
 
 
-def gray(picture: Image.Image) -> Image.Image:
+def gray(image: Image.Image) -> Image.Image:
     """The luma (ITU-R 601-2) in all three channels."""
-    return picture.convert("L").convert("RGB")
+    return image.convert("L").convert("RGB")
 
 
-def blur(picture: Image.Image, radius: float) -> Image.Image:
+def blur(image: Image.Image, radius: float) -> Image.Image:
     """PIL's Gaussian blur: three box blurs whose joint standard deviation is `radius` pixels."""
-    return picture.filter(ImageFilter.GaussianBlur(radius=radius))
+    return image.filter(ImageFilter.GaussianBlur(radius=radius))
 
 
-def solarize(picture: Image.Image, threshold: int) -> Image.Image:
+def solarize(image: Image.Image, threshold: int) -> Image.Image:
     """Inverts the levels at or above `threshold` (0 to 255)."""
-    return ImageOps.solarize(picture, threshold)
+    return ImageOps.solarize(image, threshold)
 
 
 JITTER = (brightness, contrast, saturation, hue)

@@ -1,10 +1,10 @@
-"""From what a source stores to uint8 pixels, or a `BadImage` with the reason.
+"""Decoding: encoded bytes or arrays to uint8 pixels, or a `BadImage` with the reason.
 
-PIL decodes, except RGB JPEGs at full size: for those `simplejpeg` gives the same pixels to the bit (both are
+PIL decodes, except RGB JPEGs at full size: for those `simplejpeg` gives the same pixels bit for bit (both are
 libjpeg-turbo) in about 0.7 of the time (docs/benchmarks.md). The content decides the format, not the file's name.
 Conversions, chosen so that the pixels are what a viewer shows:
-- EXIF orientation is applied (torchvision's ImageFolder does not; ImageNet has next to no rotated pictures).
-- Transparent pictures are laid over white; CMYK, palette and gray become RGB; an animation gives its first frame.
+- EXIF orientation is applied (torchvision's ImageFolder does not; few images of ImageNet are rotated).
+- Transparent images are laid over white; CMYK, palette and gray become RGB; an animation gives its first frame.
 - 16 bits a channel become 8 by dropping the lower byte; floating-point pixels must lie in 0..1.
 - `.npy` files hold [H, W] or [H, W, C]. TIFFs that PIL cannot read (many channels) are read by `tifffile`, if there.
 """
@@ -31,7 +31,7 @@ TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
 class BadImage(Exception):
-    """A picture that cannot be used; the message is the reason in a few words, `name` the picture's, where known."""
+    """An image that cannot be used; the message is the reason in a few words, `name` the image's, where known."""
 
     name: str = ""
 
@@ -39,9 +39,9 @@ class BadImage(Exception):
 def decode(image: bytes | np.ndarray, channels: int = 3, limit: int | None = None) -> np.ndarray:
     """Encoded bytes, or an array [H, W] or [H, W, C], to uint8 [H, W, channels].
 
-    With `limit`, a picture whose longer side exceeds it is shrunk to it (bicubic, antialiased; a JPEG first by its
+    With `limit`, an image whose longer side exceeds it is shrunk to it (bicubic, antialiased; a JPEG first by its
     decoder to the nearest half, quarter or eighth that is not smaller). Raises `BadImage` for whatever cannot be
-    decoded or has another number of channels; gray and colour convert into each other.
+    decoded or has another number of channels; gray and color convert into each other.
     """
     try:
         pixels = _from_array(image, channels) if isinstance(image, np.ndarray) else _from_bytes(image, channels, limit)
@@ -50,7 +50,7 @@ def decode(image: bytes | np.ndarray, channels: int = 3, limit: int | None = Non
     except Image.DecompressionBombError as error:
         raise BadImage("decompression bomb: more pixels than PIL's limit") from error
     except UnidentifiedImageError as error:
-        raise BadImage("not a picture in a known format") from error
+        raise BadImage("not an image in a known format") from error
     except Exception as error:  # damaged files raise nearly anything inside PIL's plug-ins
         raise BadImage("damaged: " + (" ".join(str(error).split()) or type(error).__name__)) from error
     if 0 in pixels.shape:
@@ -79,46 +79,46 @@ def _from_bytes(data: bytes, channels: int, limit: int | None) -> np.ndarray:
     if data[:6] == b"\x93NUMPY":
         return _from_array(np.load(io.BytesIO(data), allow_pickle=False), channels)
     try:
-        picture = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data))
     except UnidentifiedImageError:
         if data[:4] in TIFF_MAGIC:
             return _from_array(_read_tiff(data), channels)
         raise
-    if limit and picture.format == "JPEG" and max(picture.size) > limit:
-        scale = limit / max(picture.size)
-        picture.draft(None, (max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))
-    elif picture.format == "JPEG" and picture.mode == "RGB" and channels == 3 and _turn(picture) is None:
+    if limit and image.format == "JPEG" and max(image.size) > limit:
+        scale = limit / max(image.size)
+        image.draft(None, (max(1, round(image.width * scale)), max(1, round(image.height * scale))))
+    elif image.format == "JPEG" and image.mode == "RGB" and channels == 3 and _turn(image) is None:
         try:
             return simplejpeg.decode_jpeg(data)
         except ValueError:
-            pass  # damaged: PIL says whether it can be used, and if not, why
-    picture.load()
-    turn = _turn(picture)
-    return _from_pil(picture if turn is None else picture.transpose(turn), channels)
+            pass  # damaged: PIL may still read it, or says why not
+    image.load()
+    turn = _turn(image)
+    return _from_pil(image if turn is None else image.transpose(turn), channels)
 
 
-def _turn(picture: Image.Image) -> Image.Transpose | None:
-    """What puts the picture upright, by its EXIF orientation; unreadable EXIF data says nothing."""
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What turns the image upright, by its EXIF orientation; None where nothing does or EXIF cannot be read."""
     try:
-        return UPRIGHT.get(picture.getexif().get(ORIENTATION, 1))
-    except Exception:  # EXIF blocks of any kind of garbage exist in the wild
+        return UPRIGHT.get(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # EXIF data can be damaged in any way
         return None
 
 
-def _from_pil(picture: Image.Image, channels: int) -> np.ndarray:
-    if picture.mode.startswith("I"):  # 16 bits; mode I is how PIL holds 16-bit PGM and PNG
-        return _from_array(np.asarray(picture).clip(0, 65535).astype(np.uint16), channels)
-    if picture.mode == "F":
-        return _from_array(np.asarray(picture), channels)
+def _from_pil(image: Image.Image, channels: int) -> np.ndarray:
+    if image.mode.startswith("I"):  # 16 bits; mode I is how PIL holds 16-bit PGM and PNG
+        return _from_array(np.asarray(image).clip(0, 65535).astype(np.uint16), channels)
+    if image.mode == "F":
+        return _from_array(np.asarray(image), channels)
     if channels not in (1, 3):
-        return _from_array(np.asarray(picture), channels)
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(white, picture)
+        return _from_array(np.asarray(image), channels)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
     mode = "RGB" if channels == 3 else "L"
-    picture = picture if picture.mode == mode else picture.convert(mode)
-    return np.asarray(picture).reshape(picture.height, picture.width, channels)
+    image = image if image.mode == mode else image.convert(mode)
+    return np.asarray(image).reshape(image.height, image.width, channels)
 
 
 def _from_array(array: np.ndarray, channels: int) -> np.ndarray:

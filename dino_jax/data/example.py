@@ -8,7 +8,7 @@ import numpy as np
 
 
 class Example(NamedTuple):
-    """A picture as a source stores it.
+    """An image as a source stores it.
 
     image: encoded bytes, or uint8 [H, W, C]. label: class index, -1 where unknown. name: unique and readable.
     """

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from typing import Any
 
 from dino_jax.data.decode import BadImage
 from dino_jax.data.example import Example
-from dino_jax.errors import UserError
+from dino_jax.errors import UserError, did_you_mean
 
 
 class TfdsSource:
     """A prepared data set of TensorFlow Datasets, read at random through `tfds.data_source`.
 
     `spec` is NAME[/CONFIG][:VERSION]:SPLIT; the split may be a slice such as train[:10%]. The files must be in the
-    array_record format (`tfds build NAME --file_format=array_record`). Pictures stay encoded.
+    array_record format (`tfds build NAME --file_format=array_record`). Images stay encoded.
     """
 
     def __init__(self, spec: str, data_dir: str | None = None, image: str = "image", label: str = "label"):
@@ -29,7 +28,7 @@ class TfdsSource:
         builder = self._builder(tfds, name, data_dir)
         features = dict(builder.info.features.items())
         if not isinstance(features.get(image), tfds.features.Image):
-            raise UserError(f"{self.where}: no picture {image!r} in {', '.join(features)}; say which: ?image=KEY")
+            raise UserError(f"{self.where}: no image {image!r} in {', '.join(features)}; say which: ?image=KEY")
         if label not in features and label != "label":
             raise UserError(f"{self.where}: no {label!r} in {', '.join(features)}")
         self.class_names = tuple(features[label].names or ()) or None if label in features else None
@@ -43,10 +42,9 @@ class TfdsSource:
     def _builder(self, tfds: Any, name: str, data_dir: str | None) -> Any:
         try:
             builder = tfds.builder(name, data_dir=data_dir)
-        except Exception as error:  # unknown names, versions and configs each have an exception of their own
+        except Exception as error:  # unknown names, versions and configs: each its own type
             known = tfds.list_builders(with_community_datasets=False)
-            close = difflib.get_close_matches(re.split("[/:]", name)[0], known, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
+            hint = did_you_mean(re.split("[/:]", name)[0], known)
             raise UserError(f"{self.where}: {_line(error)}{hint}") from error
         if not builder.is_prepared():
             raise UserError(
@@ -71,7 +69,7 @@ class TfdsSource:
 
 
 class HfSource:
-    """A data set of Hugging Face `datasets` by name, or a folder of its `save_to_disk`. Pictures stay encoded."""
+    """A data set of Hugging Face `datasets` by name, or a folder of its `save_to_disk`. Images stay encoded."""
 
     def __init__(self, spec: str, config: str | None = None, image: str | None = None, label: str | None = None):
         try:
@@ -83,7 +81,7 @@ class HfSource:
         rows = self._load(datasets, name, config)
         self.image = image or self._find(rows, datasets.Image, "image")
         if not isinstance(rows.features.get(self.image), datasets.Image):
-            raise UserError(f"{self.where}: no picture {self.image!r} in {', '.join(rows.features)}; say ?image=KEY")
+            raise UserError(f"{self.where}: no image {self.image!r} in {', '.join(rows.features)}; say ?image=KEY")
         self.label = label or self._find(rows, datasets.ClassLabel, "label")
         if label and label not in rows.features:
             raise UserError(f"{self.where}: no {label!r} in {', '.join(rows.features)}")
@@ -99,7 +97,7 @@ class HfSource:
             return datasets.load_dataset(name, config, split=self.split)
         except KeyError as error:
             raise UserError(f"{self.where}: no split {self.split!r} (splits: {', '.join(loaded)})") from error
-        except Exception as error:  # missing names, no network, unknown configs: each an exception of its own
+        except Exception as error:  # missing names, no network, unknown configs: each its own type
             raise UserError(f"{self.where}: {_line(error)}") from error
 
     @staticmethod
@@ -112,12 +110,12 @@ class HfSource:
 
     def __getitem__(self, index: int) -> Example:
         row = self._rows[index]
-        picture, label = row[self.image], row.get(self.label, -1)
-        name = os.path.basename(picture["path"] or "") or f"{self.split}-{index:07d}"
-        if picture["bytes"] is None:
-            with open(picture["path"], "rb") as file:
+        image, label = row[self.image], row.get(self.label, -1)
+        name = os.path.basename(image["path"] or "") or f"{self.split}-{index:07d}"
+        if image["bytes"] is None:
+            with open(image["path"], "rb") as file:
                 return Example(file.read(), -1 if label is None else int(label), name)
-        return Example(picture["bytes"], -1 if label is None else int(label), name)
+        return Example(image["bytes"], -1 if label is None else int(label), name)
 
 
 def split_name(kind: str, spec: str) -> tuple[str, str]:

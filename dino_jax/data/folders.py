@@ -1,4 +1,4 @@
-"""Pictures in files: a folder tree, or a text list of paths."""
+"""Images in files: a folder tree, or a text list of paths."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from etils import epath
 from dino_jax.data.decode import BadImage
 from dino_jax.data.example import Example
 from dino_jax.errors import UserError
+from dino_jax.storage import is_remote
 
 SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".jp2", ".gif"),
@@ -23,7 +24,7 @@ _log = logging.getLogger(__name__)
 
 
 class Files:
-    """Pictures by path under one root, with labels. Kept as arrays, so that a million names pickle in a moment."""
+    """Images by path under one root, with labels. Kept as arrays, so that a million names pickle quickly."""
 
     def __init__(self, root: str, names: Sequence[str], labels: Sequence[int], class_names: Sequence[str] | None):
         self.root = root
@@ -44,11 +45,11 @@ class Files:
 
 
 class FolderSource(Files):
-    """A tree of class folders, or a flat folder of unlabelled pictures.
+    """A tree of class folders, or a flat folder of unlabelled images.
 
-    Where sub-folders hold pictures (at any depth), each sub-folder is a class, numbered in sorted order as in
-    torchvision's ImageFolder, empty ones included; pictures beside the class folders are left out, with a notice. Names
-    that start with a dot are skipped, links are followed, and a broken link is a picture that cannot be read.
+    Where sub-folders hold images (at any depth), each sub-folder is a class, numbered in sorted order as in
+    torchvision's ImageFolder, empty ones included; images beside the class folders are left out, with a notice. Names
+    that start with a dot are skipped, links are followed, and a broken link is an image that cannot be read.
     """
 
     def __init__(self, path: str):
@@ -69,15 +70,15 @@ class FolderSource(Files):
             super().__init__(str(path), sorted(flat), [-1] * len(flat), None)
         else:
             empty = not folders and not any(root.iterdir())
-            what = "the folder is empty" if empty else f"no pictures in it ({' '.join(SUFFIXES)})"
-            raise UserError(f"{path}: {what}; put pictures there or name another folder")
+            what = "the folder is empty" if empty else f"no images in it ({' '.join(SUFFIXES)})"
+            raise UserError(f"{path}: {what}; put images there or name another folder")
 
     @staticmethod
     def _notice(path: str, flat: list[str], empty: list[str]) -> None:
         if flat:
-            _log.warning("%s: %d pictures beside the class folders are left out", path, len(flat))
+            _log.warning("%s: %d images beside the class folders are left out", path, len(flat))
         if empty:
-            _log.warning("%s: no pictures in %d class folders, such as %s", path, len(empty), empty[0])
+            _log.warning("%s: no images in %d class folders, such as %s", path, len(empty), empty[0])
 
 
 class ListSource(Files):
@@ -90,7 +91,7 @@ class ListSource(Files):
         lines = [line.strip() for line in file.read_bytes().decode("utf-8-sig", "surrogateescape").split("\n")]
         entries = [_entry(line) for line in lines if line and not line.startswith("#")]
         if not entries:
-            raise UserError(f"{path}: the list names no pictures")
+            raise UserError(f"{path}: the list names no images")
         names, labels = zip(*entries, strict=True)
         root = str(file.parent)
         self._require(path, root, names)
@@ -98,9 +99,9 @@ class ListSource(Files):
 
     @staticmethod
     def _require(path: str, root: str, names: Sequence[str]) -> None:
-        if "://" in root:
-            return  # one request for every file: left to the reading
-        missing = [name for name in names if "://" not in name and not os.path.lexists(join(root, name))]
+        if is_remote(root):
+            return  # a request for every file: found out when it is read
+        missing = [name for name in names if not is_remote(name) and not os.path.lexists(join(root, name))]
         if missing:
             raise UserError(
                 f"{path}: {len(missing)} of {len(names)} files are missing, first {printable(missing[0])} "
@@ -122,9 +123,7 @@ def numbered(path: str, labels: Sequence[str]) -> tuple[list[int], list[str] | N
     if not any(labels):
         return [-1] * len(labels), None
     if not all(labels):
-        raise UserError(
-            f"{path}: {labels.count('')} of {len(labels)} pictures have no label; label all of them or none"
-        )
+        raise UserError(f"{path}: {labels.count('')} of {len(labels)} images have no label; label all of them or none")
     if all(re.fullmatch(r"-?\d+", label) for label in labels):
         return [int(label) for label in labels], None
     names = sorted(set(labels))
@@ -133,7 +132,7 @@ def numbered(path: str, labels: Sequence[str]) -> tuple[list[int], list[str] | N
 
 
 def _walk(path: str, prefix: str, above: tuple[str, ...]) -> Iterator[str]:
-    """Names of all pictures below `path`, each starting with `prefix`; links to a folder above are not followed."""
+    """Names of all images below `path`, each starting with `prefix`; links to a folder above are not followed."""
     here = os.path.realpath(path)
     if here in above:
         return
@@ -145,16 +144,16 @@ def _walk(path: str, prefix: str, above: tuple[str, ...]) -> Iterator[str]:
 
 
 def _entries(path: str) -> tuple[list[str], list[str]]:
-    """Names of the sub-folders and of the pictures in a folder, without hidden ones."""
+    """Names of the sub-folders and of the images in a folder, without hidden ones."""
     folders, names = [], []
-    if "://" in path:  # asking whether it is a folder is a request: spare it for names of pictures
+    if is_remote(path):  # is_dir is a request: left out for names of images
         found = ((entry.name, entry.is_dir) for entry in epath.Path(path).iterdir())
     else:
         found = ((entry.name, entry.is_dir) for entry in os.scandir(path))
     for name, is_folder in found:
         if name.startswith("."):
             continue
-        if os.path.splitext(name)[1].lower() in SUFFIXES and ("://" in path or not is_folder()):
+        if os.path.splitext(name)[1].lower() in SUFFIXES and (is_remote(path) or not is_folder()):
             names.append(name)
         elif is_folder():
             folders.append(name)
@@ -163,7 +162,7 @@ def _entries(path: str) -> tuple[list[str], list[str]]:
 
 def join(root: str, name: str) -> str:
     """`name` under `root`, unless it is absolute or a URL itself."""
-    return name if "://" in name else os.path.join(root, name)
+    return name if is_remote(name) else os.path.join(root, name)
 
 
 def printable(name: str) -> str:
@@ -174,7 +173,7 @@ def printable(name: str) -> str:
 def read_bytes(path: str) -> bytes:
     """The whole file, local or remote. Raises `BadImage` if it cannot be read."""
     try:
-        if "://" in path:
+        if is_remote(path):
             return epath.Path(path).read_bytes()
         with open(path, "rb") as file:
             return file.read()

@@ -1,8 +1,8 @@
-"""Memory for the pixels of batches, used again and again.
+"""Reused memory for the pixels of batches.
 
-Fresh pages cost more than writing pixels to them, and more still with many threads; so the memory of a batch returns
-when the last array on it is gone. Threads of one process write the chunks of a batch into their places in it; chunks
-that come from other processes are copied there once.
+Allocating fresh pages costs more than writing pixels to them, above all with many threads. So the memory of a batch is
+used again once no array holds it. Threads of one process write their chunks straight into the batch; chunks from other
+processes are copied there once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Pixels = dict[str, np.ndarray]  # name -> uint8 [rows, ...]
 
 
 class BatchMemory:
-    """Where the pixels of batches lie.
+    """The pixel arrays of batches and of the chunks that make them.
 
     Args:
       layout: name -> shape of one row.
@@ -47,7 +47,7 @@ class BatchMemory:
         return slice(part * self.rows // self.parts, (part + 1) * self.rows // self.parts)
 
     def chunk(self, batch: int, part: int) -> Pixels:
-        """The arrays [rows of the part, ...] for one chunk; what they hold is left from before."""
+        """The arrays [rows of the part, ...] for one chunk; their content is old."""
         rows = self.part_rows(part)
         if not self.together:
             return self._take(rows.stop - rows.start)
@@ -72,12 +72,12 @@ class BatchMemory:
         return {name: self._array((rows, *shape)) for name, shape in self.layout.items()}
 
     def _array(self, shape: tuple[int, ...]) -> np.ndarray:
-        """An array whose memory is free for others when neither it nor a view of it exists any more."""
+        """An array whose memory is used again once neither it nor a view of it exists."""
         free = self._free.setdefault(math.prod(shape), [])
         try:
             memory = free.pop()
         except IndexError:
             memory = np.empty(math.prod(shape), np.uint8)
-        array = np.frombuffer(memory.data, np.uint8)  # the base of its views, since its own is not an array
+        array = np.frombuffer(memory.data, np.uint8)  # views keep this one alive: its own base is no array
         weakref.finalize(array, free.append, memory).atexit = False
         return array.reshape(shape)

@@ -1,8 +1,8 @@
-"""`dino-jax pack`: any source to ArrayRecord shards, in parallel; killed at any moment, the same command goes on.
+"""`dino-jax pack`: any source to ArrayRecord shards, in parallel. After a kill the same command resumes.
 
-A shard is written under a passing name, read back, and renamed; its summary lies beside it until the manifest holds
-all of them. `packing.json` says what is being packed, so that another source or other settings do not mix with it. A
-finished folder is checked when it is packed again: damaged shards are made anew.
+A shard is written under a temporary name, read back, and renamed. Its summary lies beside it until the manifest is
+written. `packing.json` records the source and the settings, so that others do not mix with them. Packing into a
+finished folder checks it and makes damaged shards again.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from dino_jax.data.shards import Shards, Summary, begin_worker, intact, make_in_
 from dino_jax.data.sources import open_source
 from dino_jax.errors import UserError
 from dino_jax.progress import Progress
+from dino_jax.storage import write_atomically
 
 UNFINISHED = "packing.json"
-SHARD_SIZE = 1000  # pictures: about 110 MB of ImageNet
+SHARD_SIZE = 1000  # images: about 110 MB of ImageNet
 
 
 def pack(
@@ -39,12 +40,12 @@ def pack(
 ) -> dict[str, Any]:
     """Packs the data set `spec` (as for `open_source`) into the folder `out`, and returns its manifest.
 
-    Pictures keep their bytes, unless their shorter side exceeds `shorter_side` pixels: those are shrunk to it and
+    Images keep their bytes, unless their shorter side exceeds `shorter_side` pixels: those are shrunk to it and
     stored as JPEG (quality 95) if they were JPEG, else without loss. Each is decoded once; those that cannot be are
     left out and listed in the manifest. `workers`: processes; None: one for each core.
 
     Raises `UserError` for a source that cannot be read, a folder that cannot be written or holds something else, a full
-    disk, and more than `max_bad_share` bad pictures.
+    disk, and more than `max_bad_share` bad images.
     """
     for name, value, least in (
         ("shorter-side", shorter_side, 0),
@@ -64,17 +65,10 @@ def pack(
         "shard_size": shard_size,
     }
     workers = min(workers or os.cpu_count() or 1, len(shards))
-    bar = Progress(len(source), 0, "pack", active=progress)
-    if claim(out, settings):
-        return _mend(shards, workers, bar)
-    done = {shard: summary for shard in range(len(shards)) if (summary := shards.finished(shard)) is not None}
-    if done:
-        bar.note(f"{out}: {len(done)} of {len(shards)} shards are there already")
-    for shard, summary in _make(shards, [shard for shard in range(len(shards)) if shard not in done], workers):
-        done[shard] = summary
-        bad = _check_bad(spec, done, len(source), max_bad_share)
-        bar.update(sum(len(shards.indices(one)) for one in done), shards=f"{len(done)}/{len(shards)}", bad=bad)
-    _check_bad(spec, done, len(source), max_bad_share)
+    with Progress(len(source), 0, "pack", unit="images", active=progress) as bar:
+        if claim(out, settings):
+            return _repair(shards, workers, bar)
+        done = _pack(spec, shards, workers, max_bad_share, bar)
     names = list(source.class_names) if source.class_names is not None else None
     about = {"format": FORMAT, "version": VERSION, "packed": settings, "class_names": names}
     manifest = about | merged([done[shard] for shard in range(len(shards))])
@@ -82,19 +76,32 @@ def pack(
     return manifest
 
 
+def _pack(spec: str, shards: Shards, workers: int, max_bad_share: float, bar: Progress) -> dict[int, Summary]:
+    """Makes the shards that are not there yet; returns the summaries of all by number."""
+    done = {shard: summary for shard in range(len(shards)) if (summary := shards.finished(shard)) is not None}
+    if done:
+        bar.note(f"{shards.out}: {len(done)} of {len(shards)} shards are there already")
+    for shard, summary in _make(shards, [shard for shard in range(len(shards)) if shard not in done], workers):
+        done[shard] = summary
+        bad = _check_bad(spec, shards, done, max_bad_share)
+        bar.update(sum(len(shards.indices(one)) for one in done), shards=f"{len(done)}/{len(shards)}", bad=bad)
+    _check_bad(spec, shards, done, max_bad_share)
+    return done
+
+
 def report(out: str, manifest: dict[str, Any]) -> str:
-    """A few lines for people."""
+    """The two lines that `dino-jax pack` prints at the end."""
     size = sum(shard["bytes"] for shard in manifest["shards"])
-    bad = f", {len(manifest['bad'])} bad pictures left out (listed in {MANIFEST})" if manifest["bad"] else ""
+    bad = f", {len(manifest['bad'])} bad images left out (listed in {MANIFEST})" if manifest["bad"] else ""
     mean, std = (",".join(f"{value:.4g}" for value in manifest[key]) for key in ("mean", "std"))
     return (
-        f"{out}: {manifest['count']} pictures in {len(manifest['shards'])} shards, {size / 1e6:.1f} MB{bad}\n"
+        f"{out}: {manifest['count']} images in {len(manifest['shards'])} shards, {size / 1e6:.1f} MB{bad}\n"
         f"train on it: --config.data.train=arrayrecord:{out}; its own mean and std per channel: ({mean}) and ({std})"
     )
 
 
 def claim(out: str, settings: dict[str, Any]) -> bool:
-    """Makes sure that `out` is for this source with these settings; returns whether it is finished."""
+    """Reserves `out` for this source and these settings; returns whether it is finished already."""
     folder = epath.Path(out)
     try:
         if (folder / MANIFEST).exists():
@@ -107,7 +114,7 @@ def claim(out: str, settings: dict[str, Any]) -> bool:
         folder.mkdir(parents=True, exist_ok=True)
         for left in folder.glob("*.part"):  # of a run that was killed
             left.unlink()
-        (folder / UNFINISHED).write_text(json.dumps(settings))
+        write_atomically(folder / UNFINISHED, json.dumps(settings))
     except OSError as error:
         raise UserError(f"--out={out}: cannot write there: {error.strerror or error}") from error
     return False
@@ -131,8 +138,8 @@ def _compare(path: epath.Path, saved: Any, settings: dict[str, Any]) -> None:
             )
 
 
-def _mend(shards: Shards, workers: int, bar: Progress) -> dict[str, Any]:
-    """Makes the damaged shards of a finished folder anew; they must be as they were."""
+def _repair(shards: Shards, workers: int, bar: Progress) -> dict[str, Any]:
+    """Makes the damaged shards of a finished folder again, with the same content."""
     manifest = read_manifest(shards.out)
     damaged = []
     for shard, about in enumerate(manifest["shards"]):
@@ -142,32 +149,29 @@ def _mend(shards: Shards, workers: int, bar: Progress) -> dict[str, Any]:
     for shard, summary in _make(shards, damaged, workers):
         shards.summary_path(shard).unlink()
         if summary["crc32"] != manifest["shards"][shard]["crc32"]:
-            raise UserError(
-                f"{shards.path(shard)}: made anew it differs from what it was: the source changed; name another --out"
-            )
-    bar.note(f"{shards.out}: was packed already; {len(damaged)} of {len(shards)} shards were damaged and made anew")
+            raise UserError(f"{shards.path(shard)}: made again, it differs: the source has changed; name another --out")
+    bar.note(f"{shards.out}: was packed already; {len(damaged)} of {len(shards)} shards were damaged and made again")
     return manifest
 
 
-def _check_bad(spec: str, done: dict[int, Summary], total: int, share: float) -> int:
-    """The number of bad pictures; more than a share of the whole are a `UserError`, and so are all."""
+def _check_bad(spec: str, shards: Shards, done: dict[int, Summary], share: float) -> int:
+    """The number of bad images. Raises `UserError` where they are more than a share of all, or all."""
+    total = len(shards.source)
     bad = [entry for summary in done.values() for entry in summary["bad"]]
     if len(bad) > share * total or len(bad) == total:
         first = ", ".join(f"{name} ({reason})" for name, reason in bad[:3])
         raise UserError(
-            f"{spec}: at least {len(bad)} of {total} pictures cannot be read, more than --max-bad-share={share:g}; "
-            f"first {first}; mend or remove them, or raise --max-bad-share"
+            f"{spec}: at least {len(bad)} of {total} images cannot be read, more than --max-bad-share={share:g}; "
+            f"first {first}; fix or remove them, or raise --max-bad-share"
         )
     return len(bad)
 
 
 def _finish(shards: Shards, manifest: dict[str, Any]) -> None:
-    """Writes the manifest, then removes what only an unfinished folder needs."""
+    """Writes the manifest and removes the files of an unfinished folder."""
     folder = epath.Path(shards.out)
     try:
-        fresh = folder / (MANIFEST + ".part")
-        fresh.write_text(json.dumps(manifest, indent=1, ensure_ascii=False))
-        fresh.replace(folder / MANIFEST)
+        write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False))
         for shard in range(len(shards)):
             shards.summary_path(shard).unlink(missing_ok=True)
         (folder / UNFINISHED).unlink(missing_ok=True)
@@ -190,7 +194,7 @@ def _make(shards: Shards, wanted: Sequence[int], workers: int) -> Iterator[tuple
             yield futures[future], future.result()
     except concurrent.futures.process.BrokenProcessPool as error:
         raise UserError(
-            f"{shards.out}: a worker process was killed (out of memory?); fewer --workers; it goes on from here"
+            f"{shards.out}: a worker process was killed (out of memory?): lower --workers and run it again: it resumes"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)

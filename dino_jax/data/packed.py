@@ -1,9 +1,9 @@
 """The format of `dino-jax pack`: ArrayRecord shards beside a manifest, and the source that reads them.
 
 A record is msgpack: [image, label, name], the image as encoded bytes (arrays as .npy). `manifest.json` holds at least
-`format` ("dino-jax"), `version` (1), `count` (pictures), `shards` (list of {"file", "count"}, in order) and
-`class_names` (list or null); the other keys are for people. Shards are written with group_size 1, so that every record
-is read alone, and uncompressed, since pictures are compressed already.
+`format` ("dino-jax"), `version` (1), `count` (images), `shards` (list of {"file", "count"}, in order) and
+`class_names` (list or null); the other keys inform. Shards are written with group_size 1, so that every record
+is read alone, and uncompressed, since images are compressed already.
 """
 
 from __future__ import annotations

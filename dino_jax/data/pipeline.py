@@ -1,31 +1,31 @@
-"""From a source to batches: grain, random access by one integer, the same batches on any number of workers.
+"""The input pipeline, by grain: a source to batches, the same ones with any number of workers.
 
 The data position is the number of examples that the whole run has consumed. An epoch is `N // batch_size` steps; its
 order is a permutation drawn from (seed, epoch), of which the last `N % batch_size` examples are left out. Every random
 draw for an example comes from a counter-based generator keyed by (seed, salt, epoch, example index), so a pipeline
-rebuilt at a position goes on exactly where another stopped, on any number of processes, workers or threads.
+rebuilt at a position resumes exactly, on any number of processes, workers or threads.
 
 A batch is a dict. b: the rows of this process; n: `crops.local_count`; C: channels; K = 2 + n crops; S: `data.canvas`.
 
 `data.render = "host"`: crops rendered by PIL
     globals   uint8 [b, 2, H, W, C]
     locals    uint8 [b, n, h, w, C]
-`data.render = "device"`: crops left to the accelerator
-    canvas    uint8 [b, S, S, C]   the picture in the top left corner, zeros elsewhere
-    size      int32 [b, 2]         its true height and width on the canvas
+`data.render = "device"`: crops to be rendered on the accelerator
+    canvas    uint8 [b, S, S, C]   the image in the top left corner, zeros elsewhere
+    size      int32 [b, 2]         its height and width on the canvas
     params    `crops.CropParams` with a leading axis b: box int32 [b, K, 4] (top, left, height, width in canvas
               pixels), flip bool [b, K], order int32 [b, K, 4], factors float32 [b, K, 4], jitter bool [b, K],
               gray bool [b, K], blur float32 [b, K], solarize bool [b, K]
 in both
     label     int32 [b]            -1: unknown
     index     int64 [b]            the example that was read
-    bad       list of (index, name, reason): pictures of this batch that could not be read and were replaced; plain
+    bad       list of (index, name, reason): images of this batch that could not be read and were replaced; plain
               Python, so take it out (`batch.pop("bad")`) before sending the rest to a device
 
-A picture whose longer side exceeds the canvas is first shrunk to it (JPEG: partly by the decoder), and its boxes are
-drawn on the shrunk picture: they are whole pixels of the canvas, and the same share of the picture up to that rounding.
+An image whose longer side exceeds the canvas is first shrunk to it (JPEG: partly by the decoder), and its boxes are
+drawn on the shrunk image, in whole pixels of the canvas.
 Evaluation batches (`make_eval_dataset`) hold image uint8 [b, H, W, C], label, index, valid bool [b] (False: padding of
-the last batch, or an unreadable picture) and bad.
+the last batch, or an unreadable image) and bad.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from dino_jax.data.reader import Reader, mixed_word, shuffled
 from dino_jax.data.sources import Source
 from dino_jax.errors import UserError
 
-CHUNK = 16  # examples that one thread prepares at a time; a batch is put together from such chunks
+CHUNK = 16  # examples that one thread prepares at a time; a batch is made of such chunks
 
 Batch = dict[str, Any]
 Rows = slice | Sequence[int] | np.ndarray  # of the global batch
@@ -63,7 +63,7 @@ _log = logging.getLogger(__name__)
 def steps_per_epoch(examples: int, batch_size: int) -> int:
     """N // batch_size; `UserError` where the data set does not fill one batch."""
     if batch_size > examples:
-        raise UserError(f"batch_size = {batch_size} is more than the {examples} pictures of data.train; lower it")
+        raise UserError(f"batch_size = {batch_size} is more than the {examples} images of data.train; lower it")
     return examples // batch_size
 
 
@@ -76,7 +76,7 @@ def make_dataset(
       config: the whole configuration; `seed batch_size crops data model.in_chans` decide what the batches hold, and
         `run.workers` and `run.threads` only how fast.
       position: examples consumed so far, a multiple of `batch_size`.
-      salt: changes every draw but not the order of the examples, for another try after a rewind.
+      salt: changes every draw but not the order of the examples, for the retry after a rewind.
       batch_slice: the rows of the global batch that this process needs, a slice or their numbers.
     Raises `UserError` where the batch is larger than the data set, nothing in it can be read, or (while iterating) more
     than `data.max_bad_share` of it cannot. Close the iterator to end its workers.
@@ -85,7 +85,7 @@ def make_dataset(
     if position % config.batch_size:
         raise ValueError(f"position {position} is not a multiple of the batch size {config.batch_size}")
     if config.model.in_chans != 3:
-        _log.warning("model.in_chans = %d: crops are cut and flipped, without colour operations", config.model.in_chans)
+        _log.warning("model.in_chans = %d: crops are cut and flipped, without color operations", config.model.in_chans)
     steps = steps_per_epoch(len(source), config.batch_size)
     limit = config.data.canvas if config.data.render == "device" else None
     reader = Reader(source, config.model.in_chans, limit, config.seed, config.data.max_bad_share, config.data.train)
@@ -107,9 +107,9 @@ def make_eval_dataset(
     workers: int = 0,
     threads: int = 2,
 ) -> Generator[Batch, None, None]:
-    """Every picture once, in order, in ceil(N / batch_size) batches; the last is padded (valid False, index -1).
+    """Every image once, in order, in ceil(N / batch_size) batches; the last is padded (valid False, index -1).
 
-    The shorter side becomes `resize` pixels (bicubic, antialiased; 0: left as it is), then the centre `crop` is taken,
+    The shorter side becomes `resize` pixels (bicubic, antialiased; 0: left as it is), then the center `crop` is taken,
     as by torchvision's Resize and CenterCrop. `rows`: those of the batch that this process needs.
     """
     reader = Reader(source, channels, None, 0, 1.0, "the data set")
@@ -124,13 +124,13 @@ def make_eval_dataset(
 def _iterate(chunks: Chunks, workers: int, threads: int) -> Generator[Batch, None, None]:
     """Runs the chunks through grain: threads, or processes with threads, keeping about two batches ready."""
     parts = chunks.memory.parts
-    share = math.ceil(parts / max(workers, 1))  # chunks of a batch that fall to each process
+    share = math.ceil(parts / max(workers, 1))  # chunks of a batch for each process
     ahead = share if workers else 2 * share
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, ahead))
     dataset = grain.MapDataset.source(chunks).to_iter_dataset(options)
     if workers:
         _require_shared_memory(workers * (share + 2) * CHUNK * chunks.memory.row_bytes)
-        if not flags.FLAGS.is_parsed():  # grain looks at flags of its own, which no one else parses here
+        if not flags.FLAGS.is_parsed():  # grain reads flags of its own, which nothing else parses here
             flags.FLAGS.mark_as_parsed()
         dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(workers, per_worker_buffer_size=share))
     merged = dataset.batch(parts, batch_fn=functools.partial(_merge, chunks.memory))
@@ -138,7 +138,7 @@ def _iterate(chunks: Chunks, workers: int, threads: int) -> Generator[Batch, Non
 
 
 def _require_shared_memory(needed: int) -> None:
-    """Worker processes hand over chunks in shared memory: a `UserError` where so many bytes are not free."""
+    """Raises `UserError` unless /dev/shm has `needed` bytes free: worker processes pass chunks through it."""
     if not os.path.isdir("/dev/shm"):
         return
     free = shutil.disk_usage("/dev/shm").free
@@ -150,7 +150,7 @@ def _require_shared_memory(needed: int) -> None:
 
 
 def _checked(batches: Any, reader: Reader) -> Generator[Batch, None, None]:
-    """Counts the unreadable pictures over all workers."""
+    """The batches; counts the unreadable images of all workers."""
     try:
         for batch in batches:
             for entry in batch["bad"]:
@@ -199,25 +199,25 @@ class TrainChunks(Chunks):
         places = step * self.config.batch_size + self.rows[self.memory.part_rows(part)]
         wanted = epoch_order(len(self.reader.source), self.config.seed, epoch, places)
         pixels = self.memory.chunk(batch, part)
-        rows, pictures = [], []
+        rows, images = [], []
         for row, index in enumerate(wanted):
-            picture, *read = self.reader.read_or_replace(index)
-            rows.append((picture.shape[:2], *read))
+            image, *read = self.reader.read_or_replace(index)
+            rows.append((image.shape[:2], *read))
             if "canvas" in pixels:
-                _place(pixels["canvas"][row], picture)
+                _place(pixels["canvas"][row], image)
             else:
-                pictures.append(picture)
+                images.append(image)
         sizes, labels, indices, met = zip(*rows, strict=True)
         rngs = [example_rng(self.config.seed, self.salt, epoch, index) for index in wanted]
-        size, colour = np.array(sizes, np.int32), self.config.model.in_chans == 3
-        params = draw_many(rngs, size, self.config.crops, colour)
-        for row, picture in enumerate(pictures):
+        size, color = np.array(sizes, np.int32), self.config.model.in_chans == 3
+        params = draw_many(rngs, size, self.config.crops, color)
+        for row, image in enumerate(images):
             one = CropParams(*(values[row] for values in params))
-            pixels["globals"][row], pixels["locals"][row] = render_crops(picture, one, self.config.crops)
+            pixels["globals"][row], pixels["locals"][row] = render_crops(image, one, self.config.crops)
         return {
             "batch": batch,
             "pixels": pixels,
-            **({} if pictures else {"size": size, "params": params}),
+            **({} if images else {"size": size, "params": params}),
             "label": np.array(labels, np.int32),
             "index": np.array(indices, np.int64),
             "bad": list(itertools.chain.from_iterable(met)),
@@ -245,8 +245,8 @@ class EvalChunks(Chunks):
             if not valid[row]:
                 continue
             try:
-                picture, label[row] = self.reader.read(int(index[row]))
-                image[:] = centre_crop(resize_shorter(picture, self.resize), image.shape[:2])
+                read, label[row] = self.reader.read(int(index[row]))
+                image[:] = center_crop(resize_shorter(read, self.resize), image.shape[:2])
             except BadImage as error:
                 valid[row] = False
                 bad.append((int(index[row]), error.name, str(error)))
@@ -269,10 +269,10 @@ def _layout(config: Any) -> dict[str, tuple[int, ...]]:
     return layouts[config.data.render]
 
 
-def _place(canvas: np.ndarray, picture: np.ndarray) -> None:
-    """Puts a picture into the canvas's top left corner, and zeros around it."""
-    height, width = picture.shape[:2]
-    canvas[:height, :width] = picture
+def _place(canvas: np.ndarray, image: np.ndarray) -> None:
+    """Puts an image into the canvas's top left corner, and zeros around it."""
+    height, width = image.shape[:2]
+    canvas[:height, :width] = image
     canvas[:height, width:] = 0
     canvas[height:] = 0
 
@@ -291,7 +291,7 @@ def example_rng(seed: int, salt: int, epoch: int, index: int) -> np.random.Gener
 def resize_shorter(pixels: np.ndarray, shorter: int) -> np.ndarray:
     """torchvision's Resize(shorter, bicubic) of uint8 [H, W, C]; 0 leaves it.
 
-    Of pictures more than 16 times as long as wide only the centre is kept, so that no picture needs endless memory.
+    Of images more than 16 times as long as wide only the center is kept, to bound the memory.
     """
     height, width = pixels.shape[:2]
     if not shorter or min(height, width) == shorter:
@@ -305,8 +305,8 @@ def resize_shorter(pixels: np.ndarray, shorter: int) -> np.ndarray:
     return planes[0] if pixels.shape[-1] == 3 else np.stack(planes, axis=-1)
 
 
-def centre_crop(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """torchvision's CenterCrop of uint8 [H, W, C]: black is put around a picture that is smaller than `size`."""
+def center_crop(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """torchvision's CenterCrop of uint8 [H, W, C]: black is put around an image that is smaller than `size`."""
     lacks = [max(0, side - have) for side, have in zip(size, pixels.shape[:2], strict=True)]
     pixels = np.pad(pixels, [(lack // 2, (lack + 1) // 2) for lack in lacks] + [(0, 0)])
     top, left = (round((have - side) / 2) for side, have in zip(size, pixels.shape[:2], strict=True))

@@ -1,7 +1,7 @@
-"""The textures and the painter behind `scenes`: NumPy for the colours, PIL for the polygons.
+"""The textures and the painter behind `scenes`: NumPy for the colors, PIL for the polygons.
 
-A scene is described without pixels: lengths are in units of sqrt(height * width), centres are fractions of the picture.
-So the same scene can be painted at any size. x points right, y down.
+A scene is described without pixels: lengths are in units of sqrt(height * width), centers are fractions of the image.
+So a scene can be painted at any size. x points right, y down.
 """
 
 from __future__ import annotations
@@ -20,38 +20,38 @@ SUPERSAMPLE = 8  # subpixels per pixel side when a polygon's coverage is measure
 
 
 class Pattern(NamedTuple):
-    """A two-tone texture: which, and where it lies in the frame of the thing that wears it."""
+    """A two-tone texture and its place in the coordinates of its piece."""
 
     texture: str  # a key of TEXTURES
     frequency: float  # periods per unit length
     angle: float  # radians
     phase: tuple[float, float]  # periods, within +-0.5
     cell: int  # which part of the noise table, for the random textures
-    colours: np.ndarray  # float32 [2, 3, 1, 1] in 0..1
+    colors: np.ndarray  # float32 [2, 3, 1, 1] in 0..1
 
 
 class Piece(NamedTuple):
-    """A textured polygon. A point p of the outline lies at `centre + matrix @ p`."""
+    """A textured polygon. A point p of the outline lies at `center + matrix @ p`."""
 
     outline: Outline  # area 1, centroid 0
     matrix: np.ndarray  # float [2, 2]: rotation, shear, aspect, scale
-    centre: tuple[float, float]  # fractions of (width, height)
+    center: tuple[float, float]  # fractions of (width, height)
     pattern: Pattern
-    owner: int  # value in the index mask: 0 for clutter
+    owner: int  # value in the object mask: 0 for clutter
 
 
 class Background(NamedTuple):
-    """Multi-octave noise between two colours under a faint pattern that a soft blob mask lets through."""
+    """Multi-octave noise between two colors, under a faint pattern that shows through a soft blob mask."""
 
-    colours: np.ndarray  # float32 [2, 3, 1, 1] in 0..1
-    ramp: tuple[float, float]  # slope of the mixture over the picture
+    colors: np.ndarray  # float32 [2, 3, 1, 1] in 0..1
+    ramp: tuple[float, float]  # slope of the mixture over the image
     noise: np.ndarray  # float32 lattice, added to the mixture
     blobs: np.ndarray  # float32 lattice: where the pattern shows
     pattern: Pattern
 
 
 class Scene(NamedTuple):
-    """All that is needed to paint a picture."""
+    """The description of an image."""
 
     background: Background
     pieces: tuple[Piece, ...]  # back to front
@@ -156,32 +156,32 @@ TEXTURES: dict[str, Callable[[np.ndarray, np.ndarray, int], np.ndarray]] = {
 
 
 def _blend(pattern: Pattern, x: np.ndarray, y: np.ndarray, pixel: float) -> np.ndarray:
-    """The pattern's colour, float32 [3, h, w], at the coordinates x, y; `pixel` is a pixel's side there."""
+    """The pattern's color, float32 [3, h, w], at the coordinates x, y; `pixel` is a pixel's side there."""
     c, s = pattern.frequency * math.cos(pattern.angle), pattern.frequency * math.sin(pattern.angle)
     field = TEXTURES[pattern.texture](
         c * x + (pattern.phase[0] - s * y), s * x + (pattern.phase[1] + c * y), pattern.cell
     )
     field *= 1 / (pixel * pattern.frequency)
     field += 0.5
-    return _mix(pattern.colours, field)
+    return _mix(pattern.colors, field)
 
 
-def _mix(colours: np.ndarray, share: np.ndarray) -> np.ndarray:
-    """From the first colour, at share <= 0, to the second, at share >= 1: float32 [3, h, w]."""
-    return colours[0] + (colours[1] - colours[0]) * np.minimum(np.maximum(share, 0), 1)
+def _mix(colors: np.ndarray, share: np.ndarray) -> np.ndarray:
+    """From the first color, at share <= 0, to the second, at share >= 1: float32 [3, h, w]."""
+    return colors[0] + (colors[1] - colors[0]) * np.minimum(np.maximum(share, 0), 1)
 
 
 # --------------------------------------------------------------------------------------------------------- painting
 
 
 def coverage(
-    outline: Outline, matrix: np.ndarray, centre: np.ndarray, height: int, width: int
+    outline: Outline, matrix: np.ndarray, center: np.ndarray, height: int, width: int
 ) -> tuple[tuple[slice, slice], np.ndarray] | None:
     """What a piece covers: its window (two slices) and the covered share of each pixel, float32 [h, w]; None if unseen.
 
-    matrix: local units to pixels. centre: pixels.
+    matrix: local units to pixels. center: pixels.
     """
-    polygons = [polygon @ matrix.T + centre for polygon in outline]
+    polygons = [polygon @ matrix.T + center for polygon in outline]
     (left, top), (right, bottom) = polygons[0].min(0).tolist(), polygons[0].max(0).tolist()
     left, top = max(math.floor(left), 0), max(math.floor(top), 0)
     right, bottom = min(math.ceil(right), width), min(math.ceil(bottom), height)
@@ -207,7 +207,7 @@ def _paint_background(background: Background, height: int, width: int) -> np.nda
     y = (np.arange(height, dtype=np.float32) - (height - 1) / 2)[:, None] / unit
     mixture = background.ramp[0] * x + (background.ramp[1] * y + 0.5)
     mixture += enlarge(background.noise, height, width)
-    canvas = _mix(background.colours, mixture)
+    canvas = _mix(background.colors, mixture)
     shown = np.clip(enlarge(background.blobs, height, width), 0, 1)
     canvas += shown * (_blend(background.pattern, x, y, 1 / unit) - canvas)
     return canvas
@@ -216,7 +216,7 @@ def _paint_background(background: Background, height: int, width: int) -> np.nda
 def _paint(canvas: np.ndarray, owner: np.ndarray, piece: Piece, light: tuple[float, float]) -> None:
     height, width = owner.shape
     matrix = piece.matrix * math.sqrt(height * width)
-    x, y = piece.centre[0] * width, piece.centre[1] * height
+    x, y = piece.center[0] * width, piece.center[1] * height
     seen = coverage(piece.outline, matrix, np.array([x, y]), height, width)
     if seen is None:
         return
@@ -226,15 +226,15 @@ def _paint(canvas: np.ndarray, owner: np.ndarray, piece: Piece, light: tuple[flo
     (a, b), (c, d) = matrix.tolist()
     det = a * d - b * c
     size = math.sqrt(abs(det))  # pixels per local unit
-    colour = _blend(piece.pattern, dx * (d / det) - dy * (b / det), dy * (a / det) - dx * (c / det), 1 / size)
-    colour *= dx * (light[0] / size) + (dy * (light[1] / size) + 1)
+    color = _blend(piece.pattern, dx * (d / det) - dy * (b / det), dy * (a / det) - dx * (c / det), 1 / size)
+    color *= dx * (light[0] / size) + (dy * (light[1] / size) + 1)
     under = canvas[:, rows, columns]
-    under += share * (colour - under)
+    under += share * (color - under)
     owner[rows, columns][share >= 0.5] = piece.owner
 
 
 def render(scene: Scene, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """The picture, uint8 [H, W, 3], and who owns each pixel, uint8 [H, W]: the `owner` of the front-most piece."""
+    """The image, uint8 [H, W, 3], and the `owner` of each pixel's front-most piece, uint8 [H, W]."""
     canvas = _paint_background(scene.background, height, width)  # [3, H, W]
     owner = np.zeros((height, width), np.uint8)
     for piece in scene.pieces:

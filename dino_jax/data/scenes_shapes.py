@@ -12,7 +12,7 @@ Outline = tuple[np.ndarray, ...]  # closed polygons, float [n, 2] of (x, y): the
 
 
 class Dice:
-    """Uniform numbers from a generator, drawn in bulk and handed out one by one."""
+    """Uniform random numbers, drawn from a generator in bulk."""
 
     def __init__(self, rng: np.random.Generator) -> None:
         self.rng = rng
@@ -53,7 +53,7 @@ def _ring(dice: Dice) -> Outline:
 
 
 def _crescent(dice: Dice) -> Outline:
-    # The unit disk less a disk of radius r about (shift, 0): two arcs between the points where the circles meet.
+    # The unit disk without a disk of radius r about (shift, 0): two arcs between the points where the circles meet.
     r, shift = dice.uniform(0.75, 0.9), dice.uniform(0.5, 0.62)
     x = (1 - r * r + shift * shift) / (2 * shift)
     outer, inner = math.acos(x), math.atan2(math.sqrt(1 - x * x), x - shift)
@@ -143,7 +143,7 @@ def moments(polygon: np.ndarray) -> np.ndarray:
     return np.array([*(cross @ (polygon + after) / 6), area]) * (1 if area > 0 else -1)
 
 
-def normalise(outline: Outline) -> Outline:
-    """The outline moved and scaled to centroid 0 and area 1, holes counted: no class is larger or off centre."""
+def normalize(outline: Outline) -> Outline:
+    """The outline moved and scaled to centroid 0 and area 1, holes counted: the same for every class."""
     x, y, area = moments(outline[0]) - sum(moments(hole) for hole in outline[1:])
     return tuple((polygon - (x / area, y / area)) / math.sqrt(area) for polygon in outline)

@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import pathlib
 import signal
-import tempfile
 import threading
 import zlib
 from collections.abc import Iterator, Sequence
@@ -25,41 +24,42 @@ from dino_jax.data.example import Example
 from dino_jax.data.packed import WRITER_OPTIONS, encode_record
 from dino_jax.data.sources import Source
 from dino_jax.errors import UserError
+from dino_jax.storage import is_remote, new_file, write_atomically
 
 JPEG_QUALITY = 95  # of JPEGs that were shrunk
 
-Summary = dict[str, Any]  # what `Shards.make` finds out, as JSON
+Summary = dict[str, Any]  # of a shard, as JSON
 
 _shards: Shards  # of a worker process
 
 
 @dataclasses.dataclass(frozen=True)
 class Shards:
-    """The shards of one data set: shard k holds the pictures k * size to (k + 1) * size, less those that are bad."""
+    """The shards of one data set: shard k holds the images k * size to (k + 1) * size, without the bad ones."""
 
     source: Source
     out: str
-    size: int  # pictures
-    shorter_side: int  # pixels; larger pictures are shrunk to it; 0: none are
+    size: int  # images
+    shorter_side: int  # pixels; larger images are shrunk to it; 0: none are
     channels: int
 
     def __len__(self) -> int:
         return math.ceil(len(self.source) / self.size)
 
     def indices(self, shard: int) -> range:
-        """The pictures of a shard."""
+        """The images of a shard."""
         return range(shard * self.size, min((shard + 1) * self.size, len(self.source)))
 
     def path(self, shard: int) -> epath.Path:
-        """Where a shard goes."""
+        """The file of a shard."""
         return epath.Path(self.out) / f"pictures-{shard:05d}-of-{len(self):05d}.array_record"
 
     def summary_path(self, shard: int) -> epath.Path:
-        """Where its summary waits for the manifest."""
+        """The file of its summary, until the manifest is written."""
         return self.path(shard).with_suffix(".json")
 
     def finished(self, shard: int) -> Summary | None:
-        """The summary of a shard that an earlier run finished; None if there is none or the shard is damaged."""
+        """The summary of a shard that an earlier run finished; None where there is none or the shard is damaged."""
         try:
             summary = json.loads(self.summary_path(shard).read_text())
         except (OSError, ValueError):
@@ -69,30 +69,21 @@ class Shards:
     def make(self, shard: int) -> Summary:
         """Writes a shard and its summary. Raises `UserError` where they cannot be written."""
         path, tally = self.path(shard), Tally()
-        scratch = tempfile.mkdtemp() if "://" in self.out else self.out
-        part = pathlib.Path(scratch) / f"{path.name}.{os.getpid()}.part"
         try:
-            about = write(part, self._records(shard, tally))
-            if not intact(part, about):
-                raise UserError(f"{path}: what was written does not read back; is the disk sound? Run it again")
-            if "://" in self.out:
-                epath.Path(part).copy(path, overwrite=True)
-            else:
-                part.replace(path)
+            with new_file(path) as local:
+                about = write(local, self._records(shard, tally))
+                if not intact(local, about):
+                    raise UserError(f"{path}: what was written does not read back: check the disk and run it again")
             summary = {"file": path.name, **about, **tally.summary()}
-            _write_whole(self.summary_path(shard), json.dumps(summary))
+            write_atomically(self.summary_path(shard), json.dumps(summary))
         except (OSError, RuntimeError) as error:  # RuntimeError: of ArrayRecord's writer
             reason = " ".join(str(error).split())
-            raise UserError(f"{path}: cannot be written: {reason}; then run it again: it goes on from here") from error
-        finally:
-            part.unlink(missing_ok=True)
-            if scratch != self.out:
-                os.rmdir(scratch)
+            raise UserError(f"{path}: cannot be written: {reason}; fix that and run it again: it resumes") from error
         return summary
 
     def _records(self, shard: int, tally: Tally) -> Iterator[bytes]:
         for index in self.indices(shard):
-            name = f"picture {index}"
+            name = f"image {index}"
             try:
                 example = self.source[index]
                 name = example.name
@@ -109,18 +100,16 @@ class Shards:
 
 
 class Tally:
-    """What is worth knowing of the pictures of a shard. Every picture weighs the same in mean and mean square."""
+    """Statistics of the images of a shard. Each image has the same weight in mean and mean square."""
 
     def __init__(self) -> None:
         self.bad: list[list[str]] = []  # name, reason
         self.labels: dict[int, int] = {}
         self.sizes: list[tuple[int, int]] = []  # height, width
-        self.moments: list[
-            tuple[np.ndarray, np.ndarray]
-        ] = []  # mean and mean square of each channel, of values in 0..1
+        self.moments: list[tuple[np.ndarray, np.ndarray]] = []  # mean and mean square by channel, of values in 0..1
 
     def add(self, example: Example, pixels: np.ndarray) -> None:
-        """Takes in a picture, uint8 [H, W, C]."""
+        """Adds an image, uint8 [H, W, C]."""
         self.labels[example.label] = self.labels.get(example.label, 0) + 1
         self.sizes.append(pixels.shape[:2])
         levels = np.arange(256) / 255
@@ -129,7 +118,7 @@ class Tally:
         self.moments.append((shares @ levels, shares @ levels**2))
 
     def summary(self) -> Summary:
-        """The same for JSON: sums over the pictures."""
+        """The statistics for JSON, as sums over the images."""
         sums = np.sum(self.moments, axis=0).tolist() if self.moments else [[], []]
         return {
             "bad": self.bad,
@@ -165,8 +154,8 @@ def intact(path: epath.Path | pathlib.Path, about: Summary) -> bool:
     here = epath.Path(path)
     if not here.exists() or here.stat().length != about["bytes"]:
         return False
-    if "://" in str(path):
-        return True  # as many bytes as were verified before they were sent
+    if is_remote(path):
+        return True  # it was verified before it was sent
     try:
         reader = array_record_module.ArrayRecordReader(str(path))
         checksum, count = 0, reader.num_records()
@@ -185,14 +174,14 @@ def shorter_to(limit: int, height: int, width: int) -> tuple[int, int]:
 
 
 def encode_again(before: bytes | np.ndarray, pixels: np.ndarray) -> bytes | np.ndarray:
-    """Pixels as the picture was stored: JPEG for a JPEG, an array for an array, else PNG where it can hold them."""
+    """Pixels as the image was stored: JPEG for a JPEG, an array for an array, else PNG where it can hold them."""
     if isinstance(before, np.ndarray) or pixels.shape[-1] not in (1, 3):
         return pixels
-    picture, file = Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels), io.BytesIO()
+    image, file = Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels), io.BytesIO()
     if before[:2] == b"\xff\xd8":
-        picture.save(file, "JPEG", quality=JPEG_QUALITY)
+        image.save(file, "JPEG", quality=JPEG_QUALITY)
     else:
-        picture.save(file, "PNG")
+        image.save(file, "PNG")
     return file.getvalue()
 
 
@@ -223,18 +212,8 @@ def merged(summaries: Sequence[Summary]) -> Summary:
     }
 
 
-def _write_whole(path: epath.Path, text: str) -> None:
-    """Writes a file that is either absent or complete, at any moment."""
-    if "://" in str(path):
-        path.write_text(text)
-    else:
-        fresh = path.with_name(path.name + ".part")
-        fresh.write_text(text)
-        fresh.replace(path)
-
-
 def begin_worker(shards: Shards) -> None:
-    """Makes a process ready for `make_in_worker`. It ends with its parent, even with one that was killed."""
+    """Prepares a worker process for `make_in_worker`. It ends with its parent, even where that is killed."""
     global _shards
     _shards = shards
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends its workers
@@ -242,7 +221,7 @@ def begin_worker(shards: Shards) -> None:
 
 
 def make_in_worker(shard: int) -> Summary:
-    """`Shards.make` of the shards that `begin_worker` got."""
+    """`Shards.make` in a worker process."""
     return _shards.make(shard)
 
 

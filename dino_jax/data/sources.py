@@ -1,10 +1,10 @@
-"""Where pictures come from: one grammar, `open_source(spec)`, used wherever a data set is named.
+"""Where images come from: one grammar, `open_source(spec)`, used wherever a data set is named.
 
-    folder:PATH              class folders if sub-folders hold pictures, else flat and unlabelled
+    folder:PATH              class folders if sub-folders hold images, else flat and unlabelled
     list:FILE                one path a line, relative to the file's folder, then optionally a tab, comma or blank and a
                              whole-number label (or a tab and a class name); # starts a comment
     arrays:FILE.npz          `images` uint8 [N, H, W] or [N, H, W, C] and optionally `labels` [N]; or a bare .npy stack
-    scenes:SPLIT?size=N&seed=S&image_size=P        rendered pictures, nothing on disk
+    scenes:SPLIT?size=N&seed=S&image_size=P        rendered images, nothing on disk
     arrayrecord:DIR          shards written by `dino-jax pack`
     tar:PATH                 a .tar file, a folder of them, or a pattern (* or {000..146}), as WebDataset writes them
     tfds:NAME[/CONFIG][:VERSION]:SPLIT[?data_dir=DIR&image=KEY&label=KEY]       TensorFlow Datasets, array_record format
@@ -16,11 +16,10 @@ picklable, and cheap to pickle: worker processes get copies.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 from urllib.parse import parse_qsl
 
@@ -33,11 +32,11 @@ from dino_jax.data.example import Example
 from dino_jax.data.folders import FolderSource, ListSource
 from dino_jax.data.packed import MANIFEST, PackedSource
 from dino_jax.data.tars import TarSource
-from dino_jax.errors import UserError
+from dino_jax.errors import UserError, did_you_mean
 
 
 class Source(Protocol):
-    """A finite, random-access collection of pictures."""
+    """A finite, random-access collection of images."""
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
@@ -50,7 +49,7 @@ class Source(Protocol):
 
 
 def open_source(spec: str) -> Source:
-    """Opens the data set that `spec` names (grammar above). Raises `UserError` naming what is wrong and the mend."""
+    """Opens the data set that `spec` names (grammar above). Raises `UserError` with the fix."""
     kind, rest, options = split_spec(spec)
     opener, allowed = KINDS[kind]
     for key in options:
@@ -65,7 +64,7 @@ def open_source(spec: str) -> Source:
 
 
 def fingerprint(source: Source, count: int = 16) -> str:
-    """A short name of what a source holds, from `count` of its examples spread evenly: pictures, labels and names."""
+    """A short name of what a source holds, from `count` of its examples spread evenly."""
     digest = hashlib.sha256(str(len(source)).encode())
     for index in sorted({i * (len(source) - 1) // max(count - 1, 1) for i in range(count)}):
         try:
@@ -108,11 +107,9 @@ def detect(path: str) -> str:
     raise UserError(f"{path}: not a folder, a list (.txt) or arrays (.npz); say which kind, as in list:{path}")
 
 
-def _unknown(what: str, name: str, known: object) -> str:
-    names = sorted(known)  # type: ignore[call-overload]
-    close = difflib.get_close_matches(name, names, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    return f"unknown {what} {name!r} (known: {', '.join(names) or 'none'}){hint}"
+def _unknown(what: str, name: str, known: Iterable[str]) -> str:
+    names = sorted(known)
+    return f"unknown {what} {name!r} (known: {', '.join(names) or 'none'}){did_you_mean(name, names)}"
 
 
 def _open_scenes(split: str, **options: str) -> Source:

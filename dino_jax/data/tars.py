@@ -1,4 +1,4 @@
-"""Pictures in tar files, as WebDataset writes them."""
+"""Images in tar files, as WebDataset writes them."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from dino_jax.data.decode import BadImage
 from dino_jax.data.example import Example
 from dino_jax.data.folders import SUFFIXES, numbered, printable
 from dino_jax.errors import UserError
+from dino_jax.storage import is_remote
 
 LABEL_KEYS = ("label", "cls", "class")  # of .json members, the first that is there
 
@@ -24,9 +25,9 @@ LABEL_KEYS = ("label", "cls", "class")  # of .json members, the first that is th
 class TarSource:
     """Uncompressed tar files: members whose names agree up to the first dot of the last part make one example.
 
-    It has one picture and optionally a label: a `.cls` member with a number or a class name, or a `.json` member with
-    `label`, `cls` or `class`. `spec` is a tar file, a folder of them, or a pattern with `*` or `{000..146}`. At opening
-    all headers are read, once; then pictures are read at random.
+    It has one image and optionally a label: a `.cls` member with a number or a class name, or a `.json` member with
+    `label`, `cls` or `class`. `spec` is a tar file, a folder of them, or a pattern with `*` or `{000..146}`. The
+    headers are read once, at the start; images are then read at random.
     """
 
     def __init__(self, spec: str):
@@ -84,16 +85,16 @@ def _matches(spec: str) -> list[str]:
         return [spec]
     if "*" not in spec:
         raise UserError(f"{spec}: no such tar file")
-    return sorted(str(path) for path in here.parent.glob(here.name)) if "://" in spec else sorted(glob.glob(spec))
+    return sorted(str(path) for path in here.parent.glob(here.name)) if is_remote(spec) else sorted(glob.glob(spec))
 
 
 def _open(path: str) -> BinaryIO:
-    return epath.Path(path).open("rb") if "://" in path else open(path, "rb")
+    return epath.Path(path).open("rb") if is_remote(path) else open(path, "rb")
 
 
 def _examples(path: str) -> Iterator[tuple[str, str, int, int]]:
-    """Name of the picture, label as written or '', and where its bytes are: offset and size."""
-    pictures: dict[str, tuple[str, int, int]] = {}  # by the examples' keys, in the order of the tar
+    """Name of the image, label as written or '', and where its bytes are: offset and size."""
+    images: dict[str, tuple[str, int, int]] = {}  # by the examples' keys, in the order of the tar
     labels: dict[str, str] = {}
     try:
         with _open(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
@@ -103,8 +104,8 @@ def _examples(path: str) -> Iterator[tuple[str, str, int, int]]:
                 key, kind = f"{folder}/{stem}", "." + suffix.rpartition(".")[2].lower()
                 if not member.isfile() or base.startswith("."):
                     continue
-                if kind in SUFFIXES and key not in pictures:
-                    pictures[key] = member.name, member.offset_data, member.size
+                if kind in SUFFIXES and key not in images:
+                    images[key] = member.name, member.offset_data, member.size
                 elif kind in (".cls", ".json"):
                     data = tar.extractfile(member)
                     labels[key] = _label(path, member.name, data.read() if data else b"") or labels.get(key, "")
@@ -113,7 +114,7 @@ def _examples(path: str) -> Iterator[tuple[str, str, int, int]]:
         raise UserError(f"{path}: cannot be read as a tar file ({error}): {hint}") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
-    for key, (name, offset, size) in pictures.items():
+    for key, (name, offset, size) in images.items():
         yield name, labels.get(key, ""), offset, size
 
 

@@ -11,6 +11,7 @@ from etils import epath
 from PIL import Image
 
 from dino_jax.eval.images import resize
+from dino_jax.storage import write_atomically
 
 GREEN, RED, GRAY, ORANGE = (60, 180, 75), (230, 50, 40), (150, 150, 150), (245, 160, 30)
 SHOWN = 6  # rows of a picture
@@ -59,6 +60,4 @@ def save_rows(path: epath.PathLike, rows: Sequence[Sequence[np.ndarray]], gap: i
             canvas[top : top + side, left : left + side] = piece
     buffer = io.BytesIO()
     Image.fromarray(canvas).save(buffer, "PNG")
-    path = epath.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(buffer.getvalue())
+    write_atomically(path, buffer.getvalue())

@@ -1,7 +1,7 @@
-"""Frozen features: a network that is only looked at, run over pictures, jitted, batched and spread over the devices.
+"""Features of a model: run over pictures, jitted, batched and spread over the devices.
 
-Every protocol builds on what is here: `Frozen`, a backbone with its weights; `run`, which maps a view of the backbone
-(`Cls`, `Pooled`, ...) over batches of pictures; `extract`, which collects the features and labels of a data set; and
+Every protocol builds on what is here: `run`, which maps a view of the backbone (`Cls`, `Pooled`, ...) over batches of
+pictures; `extract`, which collects the features and labels of a data set; and
 `dataset_features`, which also opens the data set and keeps the features for the next protocol.
 
 Legend: B batch, N tokens, D width, H heads, n blocks.
@@ -14,9 +14,8 @@ import functools
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,38 +24,23 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from dino_jax.data.pipeline import make_eval_dataset
 from dino_jax.data.sources import Source, open_source
 from dino_jax.errors import UserError
 from dino_jax.eval.results import load_arrays, save_arrays
+from dino_jax.inference.model import Forward, Model
+from dino_jax.models import Backbone
+from dino_jax.progress import Progress
 
 Batch = dict[str, Any]
-View = Callable[[nn.Module, jax.Array], Any]
+View = Callable[[Backbone, jax.Array], Any]
 MAX_BAD_SHARE = 0.01  # unreadable pictures beyond this share of a data set are an error
 
 _log = logging.getLogger(__name__)
 
 
-class Frozen(NamedTuple):
-    """A backbone and its weights; `variables` is `{"params": ..., "batch_stats": ...}`, mean and std are of 0..1."""
-
-    backbone: nn.Module
-    variables: Any
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
-
-
-class Net(NamedTuple):
-    """What of a `Frozen` decides the compiled programs; hashable."""
-
-    backbone: nn.Module
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-
-def whole_patches(model: Frozen, size: int) -> int:
+def whole_patches(model: Model, size: int) -> int:
     """`size` pixels cut down to whole patches; `UserError` where it holds none."""
     patch = model.backbone.patch_size
     if size < patch:
@@ -64,16 +48,11 @@ def whole_patches(model: Frozen, size: int) -> int:
     return size // patch * patch
 
 
-def net_of(model: Frozen) -> Net:
-    """The model without its weights."""
-    return Net(model.backbone, tuple(model.mean), tuple(model.std))
-
-
 @dataclasses.dataclass(frozen=True)
 class Cls:
     """The output of the backbone, [B, D]: CLS after the final norm, or the pooled map of a ResNet."""
 
-    def __call__(self, backbone: nn.Module, images: jax.Array) -> jax.Array:
+    def __call__(self, backbone: Backbone, images: jax.Array) -> jax.Array:
         return backbone(images)
 
 
@@ -86,22 +65,20 @@ class Pooled:
 
     n: int = 4
 
-    def __call__(self, backbone: nn.Module, images: jax.Array) -> dict[str, jax.Array]:
+    def __call__(self, backbone: Backbone, images: jax.Array) -> dict[str, jax.Array]:
         if backbone.patch_size is None:
             pooled = backbone(images)
             return {"cls": pooled[:, None], "mean": pooled}
-        tokens = backbone.tokens(images, self.n)  # [n, B, N, D]
-        return {"cls": jnp.moveaxis(tokens[:, :, 0], 0, 1), "mean": jnp.mean(tokens[-1, :, 1:], axis=1)}
+        tokens = backbone.tokens(images, self.n)  # [n, B, ...]
+        return {"cls": jnp.moveaxis(tokens.cls, 0, 1), "mean": jnp.mean(tokens.flat_patches[-1], axis=1)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Patches:
     """Patch tokens of the last block after the final norm, [B, h, w, D]."""
 
-    def __call__(self, backbone: nn.Module, images: jax.Array) -> jax.Array:
-        tokens = backbone.tokens(images, 1)[0]  # [B, N, D]
-        size = backbone.patch_size
-        return tokens[:, 1:].reshape(len(images), images.shape[1] // size, images.shape[2] // size, -1)
+    def __call__(self, backbone: Backbone, images: jax.Array) -> jax.Array:
+        return backbone.tokens(images).patches[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,11 +87,8 @@ class ClsAttention:
 
     block: int = -1
 
-    def __call__(self, backbone: nn.Module, images: jax.Array) -> jax.Array:
-        attention = backbone.attention(images, self.block)  # [B, H, N, N]
-        size = backbone.patch_size
-        grid = images.shape[1] // size, images.shape[2] // size
-        return attention[:, :, 0, -grid[0] * grid[1] :].reshape(*attention.shape[:2], *grid)
+    def __call__(self, backbone: Backbone, images: jax.Array) -> jax.Array:
+        return backbone.cls_attention(images, self.block)
 
 
 def linear_input(pooled: dict[str, jax.Array], n: int, avgpool: bool) -> jax.Array:
@@ -133,7 +107,7 @@ def linear_input(pooled: dict[str, jax.Array], n: int, avgpool: bool) -> jax.Arr
 
 
 def run(
-    model: Frozen, view: View, batches: Iterable[Batch], *, devices: Sequence[jax.Device] | None = None
+    model: Model, view: View, batches: Iterable[Batch], *, devices: Sequence[jax.Device] | None = None
 ) -> Iterator[tuple[Any, Batch]]:
     """Yields (view(backbone, normalised images), batch) for each batch, in order, as NumPy arrays.
 
@@ -142,7 +116,7 @@ def run(
     Each process runs its own batches on its own devices.
     """
     mesh = Mesh(np.array(jax.local_devices() if devices is None else devices), ("data",))
-    forward = _forward(net_of(model), view, mesh)
+    forward = _compiled(model.forward, view, mesh)
     variables = jax.device_put(jax.tree.map(_local, model.variables), NamedSharding(mesh, P()))
     waiting: tuple[Any, Batch] | None = None
     largest: dict[tuple[int, ...], int] = {}
@@ -160,11 +134,6 @@ def run(
         yield _fetch(*waiting)
 
 
-def normalise(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
-    """Pixels of 0..255 [..., C] to float32 of mean 0 and deviation 1 over ImageNet."""
-    return (images.astype(jnp.float32) / 255 - jnp.array(mean, jnp.float32)) / jnp.array(std, jnp.float32)
-
-
 def _local(x: Any) -> Any:
     """An array that this process can place anywhere: a replicated one of all processes is read back."""
     return np.asarray(x) if isinstance(x, jax.Array) and not x.is_fully_addressable else x
@@ -175,15 +144,13 @@ def _fetch(outputs: Any, batch: Batch) -> tuple[Any, Batch]:
 
 
 @functools.lru_cache(maxsize=32)
-def _forward(net: Net, view: View, mesh: Mesh) -> Callable[[Any, jax.Array], Any]:
-    def forward(variables: Any, images: jax.Array) -> Any:
-        return net.backbone.apply(variables, normalise(images, net.mean, net.std), method=view)
-
-    return jax.jit(forward, out_shardings=NamedSharding(mesh, P("data")))
+def _compiled(forward: Forward, view: View, mesh: Mesh) -> Callable[[Any, jax.Array], Any]:
+    rows = NamedSharding(mesh, P("data"))
+    return jax.jit(lambda variables, images: forward(variables, images, view), out_shardings=rows)
 
 
 def extract(
-    model: Frozen,
+    model: Model,
     batches: Iterable[Batch],
     *,
     view: View = Cls(),
@@ -227,14 +194,14 @@ def _gather(*arrays: np.ndarray) -> list[np.ndarray]:
 
 
 def dataset_features(
-    model: Frozen, spec: str, config: ConfigDict, *, view: View = Cls(), workdir: str | None = None
+    model: Model, spec: str, config: ConfigDict, *, view: View = Cls(), workdir: str | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """`source_features` of the source that `spec` names."""
     return source_features(model, open_source(spec), spec, config, view=view, workdir=workdir)
 
 
 def source_features(
-    model: Frozen, source: Source, spec: str, config: ConfigDict, *, view: View = Cls(), workdir: str | None = None
+    model: Model, source: Source, spec: str, config: ConfigDict, *, view: View = Cls(), workdir: str | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """`extract` for a source, with the eval view of `config` (`resize crop batch_size workers`).
 
@@ -258,12 +225,12 @@ def source_features(
         channels=len(model.mean),
         workers=config.workers,
     )
-    with tqdm(total=len(source), desc=spec, unit="picture", disable=None) as bar:  # on a terminal only
+    with Progress(len(source), 0, spec, unit="images", active=jax.process_index() == 0) as bar:
         features, labels = extract(
             model,
             counted(batches, spec, len(source)),
             view=view,
-            progress=lambda done: bar.update(min(done * jax.process_count(), len(source)) - bar.n),
+            progress=lambda done: bar.update(min(done * jax.process_count(), len(source))),
         )
     if path is not None and jax.process_index() == 0:
         save_arrays(path, features=features, labels=labels)
@@ -285,7 +252,7 @@ def counted(batches: Iterable[Batch], spec: str, total: int) -> Iterator[Batch]:
         yield batch
 
 
-def fingerprint(model: Frozen) -> str:
+def fingerprint(model: Model) -> str:
     """A short name of a network and its weights, the same on every machine."""
     digest = hashlib.sha256(f"{model.backbone} {model.mean} {model.std}".encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(model.variables):

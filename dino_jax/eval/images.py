@@ -58,6 +58,14 @@ def list_pictures(folder: epath.PathLike) -> list[epath.Path]:
     return found
 
 
+def listed(listing: epath.Path, fix: str) -> list[str]:
+    """The words of a file that names images, one a line. Raises `UserError` with the fix where there are none."""
+    names = listing.read_text().split() if listing.exists() else []
+    if not names:
+        raise UserError(f"{listing}: {'the list is empty' if listing.exists() else 'no such file'}: {fix}")
+    return names
+
+
 def resize(pixels: np.ndarray, height: int, width: int, how: Image.Resampling) -> np.ndarray:
     """PIL's resize of uint8 [H, W, C], antialiased."""
     planes = [np.asarray(plane.resize((width, height), how)) for plane in to_pil(pixels)]

@@ -11,7 +11,7 @@ from etils import epath
 from dino_jax.data.scenes import Scenes
 from dino_jax.data.sources import open_source
 from dino_jax.errors import UserError
-from dino_jax.eval.images import list_pictures, read_labels, read_picture
+from dino_jax.eval.images import list_pictures, listed, read_labels, read_picture
 from dino_jax.eval.splits import train_test
 
 IGNORE = 255
@@ -87,12 +87,7 @@ def _scenes(spec: str) -> MaskedPictures:
 
 
 def _voc(root: epath.Path, split: str, channels: int) -> MaskedPictures:
-    listing = root / "ImageSets" / "Segmentation" / f"{split}.txt"
-    if not listing.exists():
-        raise UserError(f"{listing}: no such file")
-    names = listing.read_text().split()
-    if not names:
-        raise UserError(f"{listing}: the list is empty")
+    names = listed(root / "ImageSets" / "Segmentation" / f"{split}.txt", "give the VOC folder as --data")
 
     def load(index: int) -> Masked:
         objects, classes = (

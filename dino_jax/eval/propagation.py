@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Bool, Float, UInt8
 
 from dino_jax.eval.images import linear_matrix
+from dino_jax.models.layers import unit
 
 TILE = 8  # patches
 
@@ -77,9 +78,7 @@ def _compiled(
             return jnp.pad(x, [(0, 0)] * (x.ndim - 3) + sides + [(0, 0)])
 
         inside = jnp.broadcast_to(valid[:, None, None, None], (*sources.shape[:3], 1))
-        out = tiles(
-            corners, pad(_normalise(sources), reach), pad(_normalise(target), 0), pad(labels, reach), pad(inside, reach)
-        )
+        out = tiles(corners, pad(unit(sources), reach), pad(unit(target), 0), pad(labels, reach), pad(inside, reach))
         out = out[: rows * columns].reshape(rows, columns, TILE, TILE, -1)
         return out.transpose(0, 2, 1, 3, 4).reshape(rows * TILE, columns * TILE, -1)[:height, :width]
 
@@ -112,10 +111,6 @@ def _tile(
     weights = jax.nn.softmax(best / temperature, axis=-1)  # [t * t, k]
     mixed = jnp.einsum("qk,qkl->ql", weights, window(labels)[index], precision="highest")
     return mixed.reshape(TILE, TILE, -1)
-
-
-def _normalise(x: jax.Array) -> jax.Array:
-    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
 def hard_labels(soft: Float[jax.Array | np.ndarray, "h w L"], scale: int) -> UInt8[jax.Array, "y x"]:

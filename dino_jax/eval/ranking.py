@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dino_jax.errors import UserError
+from dino_jax.models.layers import unit
 
 
 def average_precision(ranks: Int[np.ndarray, " found"], positives: int) -> float:
@@ -70,7 +71,6 @@ def revisited_scores(
 
 def similarity(database: Float[np.ndarray, "N D"], queries: Float[np.ndarray, "Q D"]) -> Float[np.ndarray, "N Q"]:
     """Cosine similarity [N, Q] at the highest matmul precision."""
-    unit = lambda x: x / jnp.maximum(jnp.linalg.norm(x, axis=1, keepdims=True), 1e-12)  # noqa: E731
     return np.asarray(jnp.matmul(unit(jnp.asarray(database)), unit(jnp.asarray(queries)).T, precision="highest"))
 
 

@@ -11,13 +11,14 @@ import numpy as np
 from etils import epath
 
 from dino_jax.errors import UserError
+from dino_jax.storage import write_atomically
 
 
 def save_arrays(path: epath.PathLike, **arrays: np.ndarray) -> None:
     """Writes a `.npz`; any path that etils knows, gs:// too."""
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **arrays)
-    _replace(epath.Path(path), buffer.getvalue())
+    write_atomically(path, buffer.getvalue())
 
 
 def load_arrays(path: epath.PathLike) -> dict[str, np.ndarray]:
@@ -31,11 +32,4 @@ def load_arrays(path: epath.PathLike) -> dict[str, np.ndarray]:
 
 def save_json(path: epath.PathLike, value: Any) -> None:
     """Writes `value` as indented JSON."""
-    _replace(epath.Path(path), (json.dumps(value, indent=2) + "\n").encode())
-
-
-def _replace(path: epath.Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.parent / (path.name + ".partial")
-    partial.write_bytes(data)
-    partial.replace(path)
+    write_atomically(path, json.dumps(value, indent=2) + "\n")

@@ -1,9 +1,9 @@
-"""`dino-jax eval`: a protocol, or all that the data allow, on a checkpoint; tables, and JSON where asked."""
+"""`dino-jax eval`: a protocol, or all that the data allow, on a checkpoint; prints tables, then JSON."""
 
 from __future__ import annotations
 
-import inspect
 import json
+import logging
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -12,24 +12,17 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from dino_jax import config_io
+from dino_jax.config import build
+from dino_jax.data.sources import split_spec
 from dino_jax.errors import UserError
-from dino_jax.eval import everything, protocol
-from dino_jax.eval.features import Frozen
-from dino_jax.eval.published import table
-from dino_jax.inference.model import load
+from dino_jax.eval.protocol import ALL, Protocol, check, get, keys_of, members, names
+from dino_jax.eval.published import architecture, table
+from dino_jax.inference.model import Model, load
+from dino_jax.storage import absolute, write_atomically
 
-# Keys, by their last part: values are more than 0; shares of 1; shares below 1.
-POSITIVE = {"batch_size", "crop", "epochs", "eval_every", "k", "layer_decay", "lr", "lrs", "masses", "multiple"}
-POSITIVE |= {"penalty", "repeats", "scale", "size", "temperature", "threads", "tolerance", "topk"}
-SHARES, PARTS = {"erasing", "masses", "scale", "smoothing"}, {"drop_path", "ema", "holdout"}
-# of a protocol, the sizes in pixels that the patches must divide
-WHOLE = {
-    "knn": ["crop"],
-    "linear": ["crop"],
-    "lowshot": ["crop"],
-    "finetune": ["size", "crop"],
-    "copydetection": ["size"],
-}
+log = logging.getLogger(__name__)
+
+Part = tuple[str, Protocol, dict[str, Any]]  # name, protocol, its figures
 
 
 def evaluate(
@@ -45,82 +38,117 @@ def evaluate(
 ) -> dict[str, Any]:
     """The figures of protocol `name`, or of `all`: then each key is `PROTOCOL/FIGURE`.
 
-    Prints a table of each protocol, beside the published figures where the architecture has some.
+    Prints a table of each protocol, beside the published figures where the architecture has some, and at the end the
+    returned figures as one line of JSON.
 
     Args:
       config_file: a file whose `get_config()` gives the protocol's keys, such as those in `configs/finetune`.
       overrides: `--config.KEY=VALUE` for the protocol's own keys (of `all`: `--config.PROTOCOL.KEY=VALUE`); the
         model's always come from the checkpoint.
-      heads: attention heads, where `checkpoint` is a weight file that does not tell.
-      workdir: features, heads, pictures and resumable state go there.
-      out: the figures as JSON; those of `all` are written after every protocol.
+      heads: number of attention heads, for a weight file that does not tell.
+      workdir: features, heads, drawings and resumable state go there.
+      out: a file for the figures as JSON; with `all` it is written after every protocol.
+
+    Raises:
+      UserError: bad names, keys, values, data or folders, before anything long where that can be known; `all`: at the
+        end, if protocols failed on data that are there (the others were evaluated before).
     """
-    module = everything if name == "all" else protocol(name)
-    config = check(config_io.override(_settings(name, module.default_config(), config_file), overrides))
-    if name == "all":
-        everything.find(data)  # before anything is loaded
-    loaded = load(checkpoint, heads=heads)
-    _check_patches(name, config, loaded.backbone.patch_size)
-    workdir = None if workdir is None else _made("workdir", workdir)
+    keys = keys_of(name)
+    config = check(config_io.override(_settings(name, build(keys), config_file), overrides), keys)
+    found = find(data) if name == ALL else {name: data}
+    model = load(checkpoint, heads=heads)
+    _check_patches(name, config, model.backbone.patch_size)
+    workdir = None if workdir is None else _writable("workdir", workdir)
     if out is not None:
-        _made("out", str(epath.Path(out).parent))
-    model = Frozen(loaded.backbone, loaded.variables, loaded.config.data.mean, loaded.config.data.std)
+        _writable("out", str(epath.Path(out).parent))
+    parts = _all(model, data, found, config, workdir) if name == ALL else _one(model, name, data, config, workdir)
     figures: dict[str, Any] = {}
-
-    def parts() -> Iterator[tuple[str, dict[str, Any]]]:
-        if name == "all":
-            yield from everything.evaluate(model, data, config, workdir)
-        else:
-            yield name, module.evaluate(model, data, config, workdir)
-
-    for part, found in _spoken(parts()):
-        figures |= {f"{part}/{key}": value for key, value in found.items()} if name == "all" else found
+    for part, protocol, values in _explained(parts):
+        figures |= {f"{part}/{key}": value for key, value in values.items()} if name == ALL else values
         if jax.process_index() == 0:
-            print(table(part, found, model), flush=True)
+            print(table(part, protocol, values, architecture(model.config.model)), flush=True)
             if out is not None:
                 _write(out, figures)
+    if jax.process_index() == 0:
+        print(json.dumps(figures, default=float), flush=True)
     return figures
 
 
-def keys(name: str) -> str:
-    """What `dino-jax eval NAME --help` adds: what the protocol is, and its keys with their defaults and comments."""
-    if name == "all":
-        return "Keys of every protocol: --config.PROTOCOL.KEY=VALUE; `dino-jax eval PROTOCOL --help` has them."
-    module = protocol(name)
-    lines = [line.strip() for line in inspect.getsource(module.default_config).splitlines()]
-    found = [f"  --{line}" for line in lines if line.startswith("config.")]
-    return "\n".join([str(module.__doc__).strip(), "", f"Keys of {name} with their defaults:", *found])
+def find(data: str) -> dict[str, str]:
+    """The data of each protocol of `all`: in a folder or right below it, or from two sources `TRAIN,TEST`.
+
+    Raises:
+      UserError: there is no such folder or source, or nothing in it for any protocol.
+    """
+    protocols = members()
+    if data.count(",") == 1:
+        parts = [spec.strip() for spec in data.split(",")]
+        if {split_spec(spec)[0] for spec in parts} == {"scenes"}:
+            chosen = {"both": data, "test": parts[1]}
+            return {name: chosen[p.data.scenes] for name, p in protocols.items() if p.data.scenes is not None}
+        return {name: data for name, p in protocols.items() if p.data.sources}
+    root = epath.Path(data)
+    if not root.is_dir():
+        raise UserError(f"--data={data}: no such folder, nor two sources as TRAIN,TEST")
+    folders = [root, *sorted(entry for entry in root.iterdir() if entry.is_dir())]
+    found = {name: next((f for f in folders if p.data.fits(f)), None) for name, p in protocols.items()}
+    if not any(found.values()):
+        raise UserError(f"--data={data}: no data set of any protocol in it or right below it")
+    return {name: str(folder) for name, folder in found.items() if folder is not None}
 
 
-def check(config: ConfigDict) -> ConfigDict:
-    """Returns a protocol's configuration; raises `UserError` for numbers that none could use."""
-    for key, value in config_io.flatten(config).items():
-        name, values = key.rpartition(".")[2], value if isinstance(value, tuple) else (value,)
-        if name in POSITIVE and not (values and all(x is None or x > 0 for x in values)):
-            raise UserError(f"--config.{key}={value}: must be greater than 0")
-        if (name in SHARES and max(values) > 1) or (name in PARTS and not 0 <= max(values) < 1):
-            raise UserError(f"--config.{key}={value}: must lie between 0 and 1")
-    return config
+def _one(model: Model, name: str, data: str, config: ConfigDict, workdir: str | None) -> Iterator[Part]:
+    protocol = get(name)
+    if protocol.needs_patches and model.backbone.patch_size is None:
+        raise UserError(f"{name} needs patch tokens, which this backbone does not have: evaluate a ViT or an XCiT")
+    yield name, protocol, protocol.run(model, data, config, workdir)
 
 
-def _check_patches(name: str, config: ConfigDict, patch: int | None) -> None:
-    """Raises `UserError` for a size in pixels that the patches do not divide, where it is not cut to whole ones."""
-    for key, value in config_io.flatten(config).items():
-        part, size = key.split(".") if name == "all" else (name, key)
-        if patch and size in WHOLE.get(part, ()) and value % patch:
-            near = max(patch, value // patch * patch)
-            raise UserError(f"--config.{key}={value}: not divisible into patches of {patch} pixels: give {near}, say")
+def _all(model: Model, data: str, found: dict[str, str], config: ConfigDict, workdir: str | None) -> Iterator[Part]:
+    """One protocol of `all` after another on the data `found`; a notice for each that is left out."""
+    failed: dict[str, str] = {}
+    protocols = members()
+    for name, protocol in protocols.items():
+        if name not in found:
+            log.info("%s is left out: no %s in %s", name, protocol.data.words, data)
+        elif protocol.needs_patches and model.backbone.patch_size is None:
+            log.info("%s is left out: it needs patch tokens, which this backbone does not have", name)
+        else:
+            try:
+                yield name, protocol, protocol.run(model, found[name], config[name], workdir)
+            except UserError as error:
+                log.warning("%s failed: %s", name, error)
+                failed[name] = str(error)
+    for name in set(names()) - protocols.keys():
+        log.info("%s is left out: it is not part of `all`; run it by its name", name)
+    if failed:
+        reasons = "; ".join(f"{name} ({reason})" for name, reason in failed.items())
+        raise UserError(f"{len(failed)} of {len(found)} protocols failed: {reasons}")
 
 
-def _spoken(parts: Iterator[tuple[str, dict[str, Any]]]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The same; what does not fit the devices is an error in one line."""
+def _explained(parts: Iterator[Part]) -> Iterator[Part]:
+    """The same; what does not fit the devices' memory is an error in one line."""
     try:
         yield from parts
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        mend = "lower --config.batch_size, or --config.crop or --config.size where pictures are seen too large"
-        raise UserError(f"out of memory on the devices: {mend}") from error
+        fix = "lower --config.batch_size, or --config.crop or --config.size if images are too large"
+        raise UserError(f"out of memory on the devices: {fix}") from error
+
+
+def _check_patches(name: str, config: ConfigDict, patch: int | None) -> None:
+    """Raises `UserError` for a size in pixels that must hold whole patches and does not."""
+    if patch is None:
+        return
+    chosen = {f"{member}.": p for member, p in members().items()} if name == ALL else {"": get(name)}
+    flat = config_io.flatten(config)
+    for key in (prefix + size for prefix, protocol in chosen.items() for size in protocol.whole_patches):
+        if flat[key] is not None and flat[key] % patch:
+            near = max(patch, flat[key] // patch * patch)
+            raise UserError(
+                f"--config.{key}={flat[key]}: not divisible into patches of {patch} pixels: set it to {near}"
+            )
 
 
 def _settings(name: str, default: ConfigDict, file: str | None) -> ConfigDict:
@@ -133,9 +161,9 @@ def _settings(name: str, default: ConfigDict, file: str | None) -> ConfigDict:
     return config
 
 
-def _made(option: str, path: str) -> str:
-    """The folder at `path`, made and tried by process 0 before the long part."""
-    folder = epath.Path(path).expanduser()
+def _writable(option: str, path: str) -> str:
+    """The folder at `path`, made and tested by process 0 before the long part."""
+    folder = absolute(path)
     try:
         if jax.process_index() == 0:
             folder.mkdir(parents=True, exist_ok=True)
@@ -148,8 +176,6 @@ def _made(option: str, path: str) -> str:
 
 def _write(out: str, figures: dict[str, Any]) -> None:
     try:
-        path = epath.Path(out).expanduser()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(figures, indent=2, default=float) + "\n")
+        write_atomically(absolute(out), json.dumps(figures, indent=2, default=float) + "\n")
     except OSError as error:
-        raise UserError(f"--out={out}: cannot write: {error.strerror or error}") from error
+        raise UserError(f"--out={out}: cannot be written: {error.strerror or error}") from error

@@ -1,4 +1,4 @@
-"""Where a protocol's training and test pictures are, from what `--data` says."""
+"""A protocol's training and test images: where they are, from what `--data` says, and their classes."""
 
 from __future__ import annotations
 
@@ -8,8 +8,16 @@ from etils import epath
 from dino_jax.data.decode import BadImage
 from dino_jax.data.sources import Source
 from dino_jax.errors import UserError
+from dino_jax.eval.protocol import Data
 
 TRAIN, TEST = ("train", "training"), ("val", "validation", "test", "testing")
+
+
+def _has_classes(folder: epath.Path) -> bool:
+    return all(any((folder / name).is_dir() for name in names) for names in (TRAIN, TEST))
+
+
+CLASSES = Data("folder with train and val", _has_classes, sources=True, scenes="both")
 
 
 def train_test(data: str) -> tuple[str, str]:
@@ -31,24 +39,24 @@ def train_test(data: str) -> tuple[str, str]:
 
 
 def check_labels(train_labels: np.ndarray, test_labels: np.ndarray, data: str) -> int:
-    """The number of classes. Raises `UserError` where pictures are unlabelled or a tested class has no example."""
+    """The number of classes. Raises `UserError` where images are unlabeled or a tested class has no example."""
     for name, labels in (("training", train_labels), ("test", test_labels)):
         if not len(labels) or labels.min() < 0:
-            raise UserError(f"--data={data}: the {name} pictures have no labels: use class folders or a labelled list")
+            raise UserError(f"--data={data}: the {name} images have no labels: use class folders or a labeled list")
     absent = np.setdiff1d(test_labels, train_labels)
     if len(absent):
         raise UserError(
-            f"--data={data}: no training picture of {len(absent)} tested classes, first class {absent[0]}: "
+            f"--data={data}: no training image of {len(absent)} tested classes, first class {absent[0]}: "
             "give both splits the same class folders"
         )
     return int(train_labels.max()) + 1
 
 
 def class_count(train: Source, test: Source, data: str) -> int:
-    """The number of classes of two sources, by their class names or else by the labels of all their pictures.
+    """The number of classes of two sources, by their class names or else by the labels of all their images.
 
     Raises:
-      UserError: unlabelled pictures, or classes that differ.
+      UserError: unlabeled images, or classes that differ.
     """
     if train.class_names and test.class_names:
         for mine, other in zip(train.class_names, test.class_names, strict=False):

@@ -6,31 +6,34 @@
     cls = model.features(pictures)                            # [n, D]
     cls, patches = model.features(pictures, patches=True)     # and a list of [rows, columns, D]
 
-Pictures of different sizes share batches (`inference.anysize`): no picture is resized, and a new size compiles nothing.
+Pictures of different sizes share batches (`models.packing`): no picture is resized, and a new size compiles nothing.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import logging
 import os
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from dino_jax.data.decode import BadImage, decode
-from dino_jax.data.pipeline import centre_crop, resize_shorter
+from dino_jax.data.pipeline import center_crop, resize_shorter
 from dino_jax.data.sources import open_source
 from dino_jax.errors import UserError
-from dino_jax.inference.anysize import Filled, any_size
-from dino_jax.models import build_backbone
-from dino_jax.models.layers import Array
+from dino_jax.models import Backbone, build_backbone
+from dino_jax.models.packing import AnySize, Array, Packed
+from dino_jax.progress import track
+from dino_jax.storage import absolute, new_file
 from dino_jax.weights.load import open_weights
 
 Picture = str | os.PathLike | bytes | np.ndarray
@@ -50,22 +53,64 @@ def load(name_or_path: epath.PathLike, *, heads: int | None = None) -> Model:
     )
 
 
+class Forward(NamedTuple):
+    """What decides a model's compiled programs, without its weights; hashable, so jitted functions can take it.
+
+    `mean` and `std` are of pixels in 0..1.
+    """
+
+    backbone: Backbone
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, variables: Any, pixels: Array, view: Callable[[Any, Array], Any]) -> Any:
+        """`view(backbone, images)` of pixels 0..255 [B, h, w, c], uint8 or float."""
+        return self.backbone.apply(variables, self.normalise(pixels), method=view)
+
+    def normalise(self, pixels: Array) -> Array:
+        """Pixels of 0..255 [..., c] to float32 of mean 0 and deviation 1 over the training images."""
+        mean, std = jnp.array(self.mean, jnp.float32), jnp.array(self.std, jnp.float32)
+        return (pixels.astype(jnp.float32) / 255 - mean) / std
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Model:
-    """A backbone with its weights, spread over this process's devices.
+    """A backbone with its weights: the one thing that inference and evaluation work on.
+
+    Cheap to make: nothing is put on a device before it is used. `dataclasses.replace(model, variables=...)` is the same
+    network with other weights.
 
     Attributes:
       config: the whole configuration; `config.data.mean` and `std` are those of `preprocess`.
-      backbone: the Linen module.  variables: its `{"params": ..., "batch_stats": ...}`.
+      variables: `{"params": ..., "batch_stats": ...}` of the backbone, NumPy or JAX arrays.
+      backbone: the Linen module; None: the one that `config` describes.
+      devices: that `features` works on; None: all of this process.
     """
 
-    def __init__(self, config: ConfigDict, variables: Any, devices: Sequence[jax.Device] | None = None):
-        self.config = config
-        self.backbone = build_backbone(config.model, config.crops.global_size)
-        self.mesh = Mesh(np.array(jax.local_devices() if devices is None else devices), ("data",))
-        self.variables = jax.device_put(variables, NamedSharding(self.mesh, P()))
-        self._any_size = any_size(self.backbone, variables)
-        self._rows = NamedSharding(self.mesh, P("data"))
-        self._forward = jax.jit(self._any_size.forward, static_argnums=2, out_shardings=self._rows)
+    config: ConfigDict
+    variables: Any
+    backbone: Any = None
+    devices: Sequence[jax.Device] | None = None
+
+    def __post_init__(self) -> None:
+        if self.backbone is None:
+            size = self.config.crops.global_size
+            object.__setattr__(self, "backbone", build_backbone(self.config.model, size))
+
+    @functools.cached_property
+    def forward(self) -> Forward:
+        """The function of pixels and variables, hashable."""
+        return Forward(self.backbone, tuple(self.config.data.mean), tuple(self.config.data.std))
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """Of each channel of the training images, in 0..1."""
+        return self.forward.mean
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """Of each channel of the training images, in 0..1."""
+        return self.forward.std
 
     @property
     def embed_dim(self) -> int:
@@ -86,7 +131,7 @@ class Model:
         if resize:
             pixels = resize_shorter(pixels, resize)
         if crop:
-            pixels = centre_crop(pixels, (crop, crop) if isinstance(crop, int) else crop)
+            pixels = center_crop(pixels, (crop, crop) if isinstance(crop, int) else crop)
         mean, std = (np.asarray(values, np.float32) for values in (self.config.data.mean, self.config.data.std))
         return (pixels.astype(np.float32) / 255 - mean) / std
 
@@ -97,43 +142,44 @@ class Model:
 
         Args:
           images: float [h, w, c] as `preprocess` gives them, of any sizes, or [n, h, w, c]; anything else is
-            preprocessed first, at its own size. What exceeds a multiple of the patch at the right and the bottom is
-            left out, as by the official model.
+            preprocessed first, at its own size. What exceeds whole patches at the right and the bottom is left out;
+            a ViT does with it what the official one does (see `ViT.any_size`).
           patches: also the last block's patch tokens after the final norm, a list of [rows, columns, D].
           progress: a bar on stderr.
         """
-        done: dict[int, tuple[np.ndarray, Filled]] = {}
-        waiting: dict[Any, list[tuple[int, Filled]]] = {}
-        flying: list[tuple[Array, list[tuple[int, Filled]]]] = []
+        done: dict[int, tuple[np.ndarray, np.ndarray | None]] = {}
+        waiting: dict[Any, list[tuple[int, Packed]]] = {}
+        flying: list[tuple[Any, list[tuple[int, Packed]]]] = []
 
         def land(most: int) -> None:
             while len(flying) > most:
                 output, group = flying.pop(0)
-                rows = np.asarray(output, np.float32)
-                done.update({place: (rows[i], filled._replace(inputs=())) for i, (place, filled) in enumerate(group)})
+                cls, tokens = jax.tree.map(lambda x: np.asarray(x, np.float32), output)
+                for i, (place, packed) in enumerate(group):
+                    done[place] = cls[i], None if tokens is None else packed.own(tokens[i])
 
         def launch(key: Any) -> None:
             group = waiting.pop(key)
-            flying.append((self._run([filled.inputs for _, filled in group], patches), group))
+            flying.append((self._run([packed.inputs for _, packed in group], patches), group))
             land(2)
 
-        for place, image in enumerate(tqdm(images, disable=not progress, unit="picture")):
-            filled = self._any_size.fill(self._checked(image))
-            group = waiting.setdefault(filled.key, [])
-            group.append((place, filled))
-            if len(group) >= self._batch_size(filled.tokens):
-                launch(filled.key)
+        for place, image in enumerate(track(images, "features", active=progress)):
+            packed = self._any_size.pack(self._checked(image))
+            group = waiting.setdefault(packed.key, [])
+            group.append((place, packed))
+            if len(group) >= self._batch_size(packed.tokens):
+                launch(packed.key)
         for key in list(waiting):
             launch(key)
         land(0)
         if not done:
             raise UserError("features: no pictures were given")
         outputs = [done[place] for place in range(len(done))]
-        cls = np.stack([tokens[0] for tokens, _ in outputs])
-        return (cls, [_patch_grid(tokens, filled) for tokens, filled in outputs]) if patches else cls
+        cls = np.stack([feature for feature, _ in outputs])
+        return (cls, [tokens for _, tokens in outputs if tokens is not None]) if patches else cls
 
     def _checked(self, image: Picture) -> np.ndarray:
-        """The normalised picture, without what exceeds a multiple of the patch."""
+        """The normalised picture."""
         if not (isinstance(image, np.ndarray | jax.Array) and np.issubdtype(image.dtype, np.floating)):
             image = self.preprocess(image)
         image = np.asarray(image, np.float32)
@@ -141,24 +187,37 @@ class Model:
         if image.ndim != 3 or image.shape[-1] != channels or min(image.shape[:2]) < patch:
             expected = f"[h, w, {channels}] with h, w >= {patch}"
             raise UserError(f"features: a picture of shape {image.shape}; expected {expected}")
-        return image[: image.shape[0] // patch * patch, : image.shape[1] // patch * patch]
+        return image
+
+    @functools.cached_property
+    def _mesh(self) -> Mesh:
+        return Mesh(np.array(jax.local_devices() if self.devices is None else self.devices), ("data",))
+
+    @functools.cached_property
+    def _any_size(self) -> AnySize:
+        return self.backbone.any_size(self.variables)
+
+    @functools.cached_property
+    def _placed(self) -> Any:
+        """The variables, whole on each device."""
+        return jax.device_put(self.variables, NamedSharding(self._mesh, P()))
+
+    @functools.cached_property
+    def _packed_forward(self) -> Callable[..., Any]:
+        rows = NamedSharding(self._mesh, P("data"))
+        return jax.jit(self._any_size.forward, static_argnums=2, out_shardings=rows)
 
     def _batch_size(self, tokens: float) -> int:
         """Pictures in a full batch: a power of two on each device."""
-        return self.mesh.size << (max(1, int(BATCH_TOKENS / tokens)).bit_length() - 1)
+        return self._mesh.size << (max(1, int(BATCH_TOKENS / tokens)).bit_length() - 1)
 
-    def _run(self, inputs: list[tuple[np.ndarray, ...]], patches: bool) -> Array:
+    def _run(self, inputs: list[tuple[np.ndarray, ...]], patches: bool) -> Any:
         """The forward pass over pictures that share a batch, filled up to a power of two on each device."""
-        each = -(-len(inputs) // self.mesh.size)
-        missing = (self.mesh.size << (each - 1).bit_length()) - len(inputs)
+        each = -(-len(inputs) // self._mesh.size)
+        missing = (self._mesh.size << (each - 1).bit_length()) - len(inputs)
         stacked = tuple(np.stack([*values, *values[:1] * missing]) for values in zip(*inputs, strict=True))
-        return self._forward(self.variables, jax.device_put(stacked, self._rows), patches)
-
-
-def _patch_grid(tokens: np.ndarray, filled: Filled) -> np.ndarray:
-    """A picture's own patch tokens [rows, columns, D] among its row [1 + N, D] of a batch."""
-    (rows, columns), layout = filled.grid, filled.layout
-    return tokens[1 : 1 + layout[0] * layout[1]].reshape(*layout, -1)[:rows, :columns]
+        placed = jax.device_put(stacked, NamedSharding(self._mesh, P("data")))
+        return self._packed_forward(self._placed, placed, patches)
 
 
 def write_features(
@@ -178,13 +237,13 @@ def write_features(
     tokens of all pictures one after another, `patches` [sum of rows * columns, D], and `grids` [n, 2]. `resize` and
     `crop`: as for `Model.preprocess`. A picture that cannot be read is left out and named.
 
-    Returns the number of `pictures` and of those left out (`unreadable`).
+    Returns the number of `images` and of those left out (`unreadable`).
     """
     model, source = load(ckpt, heads=heads), open_source(images)
     names, labels, bad = [], [], []
 
     def pictures() -> Iterable[np.ndarray]:
-        for index in tqdm(range(len(source)), disable=not progress, unit="picture"):
+        for index in track(range(len(source)), "features", active=progress):
             try:
                 example = source[index]
                 pixels = model.preprocess(example.image, resize=resize or 0, crop=crop or 0)
@@ -205,11 +264,6 @@ def write_features(
         arrays["features"] = found
     if bad:
         log.warning("%d pictures could not be read and are left out: %s", len(bad), "; ".join(bad[:5]))
-    _save(epath.Path(out).expanduser(), arrays)
-    return {"pictures": len(names), "unreadable": len(bad)}
-
-
-def _save(path: epath.Path, arrays: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
+    with new_file(absolute(out)) as local, local.open("wb") as file:
         np.savez(file, **arrays)
+    return {"images": len(names), "unreadable": len(bad)}

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from dino_jax.models.layers import Array, dense, gelu, statistics_dtype, torch_uniform
+from dino_jax.models.layers import Array, dense, gelu, statistics_dtype, torch_uniform, unit
 from dino_jax.models.norm import BatchNorm
 
 
@@ -67,6 +67,5 @@ class Head(nn.Module):
             x = gelu(x)
             index += 2
         x = dense(self.bottleneck_dim, self, f"mlp_{index}")(x)
-        x = x.astype(statistics_dtype(self.dtype))
-        x = x / jnp.sqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))  # |x| at least 1e-12
+        x = unit(x.astype(statistics_dtype(self.dtype)))
         return PrototypeLayer(self.out_dim, not self.norm_last_layer, self.dtype, self.precision, name="last_layer")(x)

@@ -16,8 +16,7 @@ import numpy as np
 from jaxtyping import Float
 
 from dino_jax.errors import UserError
-
-Array = jax.Array
+from dino_jax.models.packing import Array, Extent
 
 # The official `trunc_normal_(std=.02)` cuts at +-2 absolute, a hundred deviations away: a plain normal.
 INIT_STD = 0.02
@@ -53,6 +52,11 @@ def torch_uniform(fan_in: int) -> Callable[..., Array]:
 def statistics_dtype(dtype: Any) -> np.dtype:
     """The type in which norms, softmax and logits are computed: at least float32, and float64 stays float64."""
     return jnp.promote_types(dtype, jnp.float32)
+
+
+def unit(x: Array, axis: int = -1) -> Array:
+    """`x` at L2 norm 1 along `axis`, the norm taken as at least 1e-12 as by torch's `normalize`; same shape."""
+    return x / jnp.sqrt(jnp.maximum(jnp.sum(x * x, axis=axis, keepdims=True), 1e-24))
 
 
 @jax.checkpoint
@@ -219,6 +223,11 @@ class Attention(nn.Module):
             weights, value = self._attend(x, valid)
             out = jnp.einsum("bhnm,bmhd->bnhd", weights.astype(self.dtype), value, precision=self.precision)
         return self.proj(out.reshape(x.shape[0], -1, self.width))  # [B, N, H, D/H] -> [B, N, D]
+
+    @nn.nowrap
+    def on_canvas(self, extent: Extent, call: Callable[..., Array], x: Array) -> Array:
+        """See `packing.Canvas`: CLS and the image's own patches are attended."""
+        return call(x, jnp.pad(extent.patches(), ((0, 0), (1, 0)), constant_values=True))
 
     def weights(self, x: Array) -> Array:
         """The attention [B, H, N, N], or [B, H, 1, N] with `class_only`; rows sum to 1."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -12,6 +13,7 @@ from jaxtyping import Float
 
 from dino_jax.errors import UserError
 from dino_jax.models.layers import Array, statistics_dtype
+from dino_jax.models.packing import Extent
 
 
 class BatchNorm(nn.Module):
@@ -49,6 +51,11 @@ class BatchNorm(nn.Module):
             mean, var = running_mean.value, running_var.value
         factor = scale / jnp.sqrt(var + self.eps)
         return ((x - mean) * factor + bias).astype(self.dtype)
+
+    @nn.nowrap
+    def on_canvas(self, extent: Extent, call: Callable[..., Array], *inputs: Any) -> Array:
+        """See `packing.Canvas`: the convolution that follows needs a clean border."""
+        return extent.clean(call(*inputs))
 
 
 def _mean(x: Array, mesh_axes: tuple[str, ...]) -> Array:

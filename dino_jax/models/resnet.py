@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -9,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from dino_jax.errors import UserError
+from dino_jax.models.backbone import Backbone
 from dino_jax.models.layers import Array, check_channels, conv
 from dino_jax.models.norm import BatchNorm
+from dino_jax.models.packing import Extent
 
 # torchvision's `kaiming_normal_(mode="fan_out", nonlinearity="relu")`.
 _kaiming = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -42,7 +44,7 @@ class Block(nn.Module):
         return nn.relu(x + shortcut)
 
 
-class ResNet(nn.Module):
+class ResNet(Backbone):
     """Images [B, h, w, c] -> mean-pooled features [B, D]; `stages` gives the number of blocks in each of the four.
 
     `small_stem` starts with a 3 x 3 convolution of stride 1 and no pooling, for pictures of 32 pixels or so.
@@ -85,14 +87,16 @@ class ResNet(nn.Module):
                 x = block(*options, name=name)(x, train)
         return x.mean(axis=(1, 2))  # [B, h/32, w/32, D] -> [B, D]
 
+    @nn.nowrap
+    def on_canvas(self, extent: Extent, call: Callable[..., Array], images: Array) -> Array:
+        """See `packing.Canvas`: the mean counted the empty cells of the last map."""
+        stride = (1 if self.small_stem else 4) * 2 ** (len(self.stages) - 1)  # pixels to a cell
+        cells = images.shape[1] * images.shape[2] // stride**2
+        feature = call(images)  # [B, D]
+        own = jnp.prod(extent.sizes_in(stride), axis=1).astype(feature.dtype)  # [B]
+        return feature * (cells / own)[:, None]
+
+    @nn.nowrap
     def drop_rates(self, rate: float) -> np.ndarray:
         """Stochastic depth rates [0, 2]: there are no such branches."""
         return np.zeros((0, 2))
-
-    def tokens(self, images: Array, n: int = 1) -> Array:
-        """Raises `UserError`: there are no tokens."""
-        raise UserError("a ResNet has no tokens, only pooled features: use a ViT or an XCiT")
-
-    def attention(self, images: Array, block: int = -1) -> Array:
-        """Raises `UserError`: there is no attention."""
-        raise UserError("a ResNet has no attention: use a ViT or an XCiT")

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Float
 
 from dino_jax.errors import UserError
+from dino_jax.models.backbone import Backbone, Tokens, split_tokens
 from dino_jax.models.layers import (
     INIT_STD,
     Array,
@@ -28,6 +29,7 @@ from dino_jax.models.layers import (
     statistics_dtype,
     torch_uniform,
 )
+from dino_jax.models.packing import AnySize, Line
 
 
 def _cubic(t: np.ndarray) -> np.ndarray:
@@ -56,8 +58,10 @@ def resize_pos_embed(
 ) -> Float[Array | np.ndarray, "1 target D"]:
     """The position table [1, 1 + N, D] for another `grid` (rows, columns): [1, 1 + rows * columns, D], CLS first.
 
-    As the official `interpolate_pos_encoding`: bicubic with the scale (n + 0.1) / source, and untouched only if the
-    grid is the table's own. `table_grid` is the table's (rows, columns); None: square. At least float32.
+    As the official `interpolate_pos_encoding` for images that the patches fill: bicubic with the scale (n + 0.1) /
+    source, and untouched only if the grid is the table's own. (It also resizes a table whose grid fits where the image
+    is not square; `ViT.any_size` does so too.) `table_grid` is the table's (rows, columns); None: square. At least
+    float32.
     """
     count = pos_embed.shape[1] - 1
     if table_grid is None:
@@ -125,13 +129,14 @@ class Block(nn.Module):
         return self.attn.weights(self.norm1(x))
 
 
-class ViT(nn.Module):
+class ViT(Backbone):
     """Vision transformer; see `dino_jax.models.BACKBONES` for the sizes.
 
     `image_size` (height, width) fixes the size of the position table; any other input that the patch divides works.
     `dtype` is the compute type, parameters are float32. `remat` recomputes each block in the backward pass.
     `fused`: attention by cuDNN (`layers.fused_attention`). `init_std`: standard deviation of the blocks' linear layers
-    at first; the official 0.02 suits a width of some hundreds.
+    at first; the official 0.02 suits a width of some hundreds. `registers`: learned tokens between CLS and the patches
+    that have no position and feed nothing (Darcet et al., arXiv 2309.16588), laid out as in DINOv2.
     """
 
     embed_dim: int
@@ -145,12 +150,15 @@ class ViT(nn.Module):
     remat: bool = False
     init_std: float = INIT_STD
     fused: bool = False
+    registers: int = 0
 
     def setup(self) -> None:
         rows, columns = patch_grid(*self.image_size, self.patch_size)
         self.patch_embed = PatchEmbed(self.embed_dim, self.patch_size, self.dtype, self.precision)
         self.cls_token = self.param("cls_token", normal_init, (1, 1, self.embed_dim))
         self.pos_embed = self.param("pos_embed", normal_init, (1, 1 + rows * columns, self.embed_dim))
+        if self.registers:  # last, so that all else is drawn as without them
+            self.register_tokens = self.param("register_tokens", normal_init, (1, self.registers, self.embed_dim))
         block = nn.remat(Block) if self.remat else Block
         numerics = self.dtype, self.precision, self.init_std, self.fused
         self.blocks = [block(self.heads, self.embed_dim, *numerics) for _ in range(self.depth)]
@@ -172,8 +180,8 @@ class ViT(nn.Module):
             x = block(x, None if drop_path is None else drop_path[i])
         return self.norm(x[:, 0])
 
-    def tokens(self, images: Array, n: int = 1) -> Array:
-        """Tokens [n, B, N, D] of the last `n` blocks, each through the final norm, CLS first."""
+    def tokens(self, images: Array, n: int = 1) -> Tokens:
+        """Tokens of the last `n` blocks, axes [n, B] in front, each through the final norm."""
         if not 1 <= n <= self.depth:
             raise UserError(f"tokens of the last {n} blocks: this model has {self.depth}")
         x, kept = self._embed(images), []
@@ -181,14 +189,11 @@ class ViT(nn.Module):
             x = block(x)
             if i >= self.depth - n:
                 kept.append(self.norm(x))
-        return jnp.stack(kept)
-
-    def drop_rates(self, rate: float) -> np.ndarray:
-        """Stochastic depth rates [depth, 2] of the attention and MLP branches: linear from 0 to `rate`."""
-        return np.linspace(0, rate, self.depth)[:, None].repeat(2, axis=1)
+        grid = patch_grid(images.shape[1], images.shape[2], self.patch_size)
+        return split_tokens(jnp.stack(kept), self.registers, grid)
 
     def attention(self, images: Array, block: int = -1) -> Array:
-        """Attention [B, H, N, N] of one block (negative: from the end); CLS is token 0, rows sum to 1."""
+        """Attention [B, H, N, N] of one block (negative: from the end), N = 1 + R + patches; rows sum to 1."""
         if not -self.depth <= block < self.depth:
             raise UserError(f"attention of block {block}: this model has blocks 0 to {self.depth - 1}")
         x = self._embed(images)
@@ -196,14 +201,73 @@ class ViT(nn.Module):
             x = earlier(x)
         return self.blocks[block].attention(x)
 
+    def line(self, strips: Array, positions: Array, valid: Array, patches: bool) -> tuple[Array, Array | None]:
+        """CLS [B, D] and, with `patches`, the patch tokens [B, N, D], for images packed by `packing.Line`."""
+        first = jnp.broadcast_to(self.pos_embed[:, :1], positions[:, :1].shape)  # the position of CLS
+        x = self._sequence(self.patch_embed(strips), jnp.concatenate([first, positions], axis=1))
+        valid = jnp.pad(valid, ((0, 0), (1 + self.registers, 0)), constant_values=True)
+        for block in self.blocks:
+            x = block(x, valid=valid)
+        if not patches:
+            return self.norm(x[:, 0]), None
+        tokens = split_tokens(self.norm(x), self.registers, (1, strips.shape[2] // self.patch_size))
+        return tokens.cls, tokens.flat_patches
+
+    @property
+    def linear_features(self) -> tuple[str, ...]:  # type: ignore[override]
+        """CLS of the last four blocks as for ViT-S, and of the last with the mean patch as for ViT-B (paper)."""
+        return str(min(4, self.depth)), "1+avg"
+
+    @nn.nowrap
+    def drop_rates(self, rate: float) -> np.ndarray:
+        """Stochastic depth rates [depth, 2] of the attention and MLP branches: linear from 0 to `rate`."""
+        return np.linspace(0, rate, self.depth)[:, None].repeat(2, axis=1)
+
+    @nn.nowrap
+    def flops(self, height: int, width: int) -> tuple[float, float]:
+        """Forward FLOPs on one image, matrix products only: of the patch embedding, and of the blocks."""
+        rows, columns = patch_grid(height, width, self.patch_size)
+        patches = 2 * rows * columns * self.patch_size**2 * self.in_chans * self.embed_dim
+        tokens = 1 + self.registers + rows * columns
+        linear = 2 * 12 * self.embed_dim**2 * tokens  # qkv 3, projection 1, MLP 4 + 4
+        attention = 2 * 2 * self.embed_dim * tokens**2  # query by key, weights by value
+        return patches, self.depth * (linear + attention)
+
+    @nn.nowrap
+    def any_size(self, variables: Any) -> AnySize:
+        """As lines of patches; a patch's position is its row [D] of the resized table.
+
+        Official `interpolate_pos_encoding`: the table is left as it is only if its grid fits *and* the image is square
+        in pixels, which for a table of any shape means that as much was cut at the right as at the bottom.
+        """
+        own = patch_grid(*self.image_size, self.patch_size)
+        table = np.asarray(variables["params"]["pos_embed"], np.float64)[0, 1:]
+
+        def positions(rows: int, columns: int, even: bool) -> np.ndarray:
+            if (rows, columns) == own and even:
+                return table.astype(np.float32)
+            down, across = resize_matrix(own[0], rows), resize_matrix(own[1], columns)
+            resized = np.einsum("ir,jc,rcd->ijd", down, across, table.reshape(*own, -1), optimize=True)
+            return resized.reshape(rows * columns, -1).astype(np.float32)
+
+        return Line(self, positions, own[0] * own[1])
+
     def _embed(self, images: Array) -> Array:
-        """Patches, CLS in front, plus positions: [B, h, w, c] -> [B, 1 + N, D]."""
+        """The sequence that the first block takes: [B, h, w, c] -> [B, 1 + R + patches, D]."""
         if images.shape[-1] != self.in_chans:
             raise UserError(
                 f"images of {images.shape[-1]} channels for a model of {self.in_chans}: change model.in_chans"
             )
         grid = patch_grid(images.shape[1], images.shape[2], self.patch_size)
         positions = resize_pos_embed(self.pos_embed, grid, patch_grid(*self.image_size, self.patch_size))
-        x = self.patch_embed(images)
-        cls = jnp.broadcast_to(self.cls_token.astype(x.dtype), (x.shape[0], 1, self.embed_dim))
-        return jnp.concatenate([cls, x], axis=1) + positions.astype(x.dtype)
+        return self._sequence(self.patch_embed(images), positions)
+
+    def _sequence(self, patches: Array, positions: Array) -> Array:
+        """CLS, registers and patches [B, N, D], with `positions` [1 or B, 1 + N, D] on all but the registers."""
+        batch, dtype = patches.shape[0], patches.dtype
+        cls = jnp.broadcast_to(self.cls_token.astype(dtype), (batch, 1, self.embed_dim))
+        x = jnp.concatenate([cls, patches], axis=1) + positions.astype(dtype)
+        if not self.registers:
+            return x
+        registers = jnp.broadcast_to(self.register_tokens.astype(dtype), (batch, self.registers, self.embed_dim))
+        return jnp.concatenate([x[:, :1], registers, x[:, 1:]], axis=1)

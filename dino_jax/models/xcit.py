@@ -6,6 +6,7 @@ parameters, with `_` for `.` inside lists.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -15,6 +16,7 @@ import numpy as np
 from jaxtyping import Float
 
 from dino_jax.errors import UserError
+from dino_jax.models.backbone import Backbone, Tokens, split_tokens
 from dino_jax.models.layers import (
     Array,
     Attention,
@@ -29,12 +31,14 @@ from dino_jax.models.layers import (
     patch_grid,
     statistics_dtype,
     torch_uniform,
+    unit,
 )
 from dino_jax.models.norm import BatchNorm
+from dino_jax.models.packing import AnySize, Canvas, Extent
 
 
 def fourier_features(rows: int, columns: int, half: int = 32) -> np.ndarray:
-    """Sines and cosines of each patch's row, then of its column, [1, rows, columns, 2 * half], float64.
+    """Sines and cosines of each patch's row, then of its column, [rows, columns, 2 * half], float64.
 
     A coordinate runs from 2 pi / n to 2 pi over the n patches, whatever n: nothing is resized for another input.
     """
@@ -47,22 +51,26 @@ def fourier_features(rows: int, columns: int, half: int = 32) -> np.ndarray:
 
     down = np.broadcast_to(waves(rows)[:, None], (rows, columns, half))
     across = np.broadcast_to(waves(columns)[None], (rows, columns, half))
-    return np.concatenate([down, across], axis=-1)[None]
+    return np.concatenate([down, across], axis=-1)
 
 
 class PositionEncoding(nn.Module):
-    """A learned projection of Fourier features: [1, rows * columns, D]."""
+    """A learned projection of Fourier features: [1 or B, rows, columns, 64] -> [1 or B, rows * columns, D]."""
 
     embed_dim: int
     dtype: Any = jnp.float32
     precision: Any = None
 
     @nn.compact
-    def __call__(self, rows: int, columns: int) -> Array:
-        features = jnp.asarray(fourier_features(rows, columns), self.dtype)
+    def __call__(self, features: Array) -> Array:
         init = torch_uniform(features.shape[-1])
         positions = conv(self.embed_dim, 1, self, kernel_init=init, bias_init=init, name="token_projection")(features)
-        return positions.reshape(-1, rows * columns, self.embed_dim)
+        return positions.reshape(features.shape[0], -1, self.embed_dim)
+
+    @nn.nowrap
+    def on_canvas(self, extent: Extent, call: Callable[..., Array], features: Array) -> Array:
+        """See `packing.Canvas`: the features of each image's own grid."""
+        return call(extent.features.astype(features.dtype))
 
 
 class PatchStem(nn.Module):
@@ -86,18 +94,25 @@ class PatchStem(nn.Module):
 
 
 class ChannelAttention(nn.Module):
-    """Cross-covariance attention [B, N, D] -> [B, N, D]: in each head, channels attend to channels (section 3.2)."""
+    """Cross-covariance attention [B, N, D] -> [B, N, D]: in each head, channels attend to channels (section 3.2).
+
+    `valid` bool [B, N]: the tokens that are there; None: all.
+    """
 
     heads: int
     dtype: Any = jnp.float32
     precision: Any = None
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, valid: Array | None = None) -> Array:
         batch, tokens, width = x.shape
         exact = statistics_dtype(self.dtype)
-        qkv = dense(3 * width, self, "qkv")(x).reshape(batch, tokens, 3, self.heads, width // self.heads)
-        query, key = (self._unit(qkv[:, :, i].astype(exact)).astype(self.dtype) for i in (0, 1))  # [B, N, H, D/H]
+        qkv = dense(3 * width, self, "qkv")(x)
+        if valid is not None:  # the bias is not for tokens that are not there
+            qkv = qkv * valid[..., None]
+        qkv = qkv.reshape(batch, tokens, 3, self.heads, width // self.heads)
+        # [B, N, H, D/H]: every channel at length 1 over the tokens
+        query, key = (unit(qkv[:, :, i].astype(exact), axis=1).astype(self.dtype) for i in (0, 1))
         temperature = self.param("temperature", nn.initializers.ones, (self.heads, 1, 1))
         product = {"precision": self.precision}
         logits = jnp.einsum("bnhc,bnhd->bhcd", query, key, preferred_element_type=exact, **product)
@@ -105,10 +120,10 @@ class ChannelAttention(nn.Module):
         out = jnp.einsum("bhcd,bnhd->bnhc", weights, qkv[:, :, 2], **product)
         return dense(width, self, "proj")(out.reshape(x.shape))
 
-    @staticmethod
-    def _unit(x: Array) -> Array:
-        """Every channel of [B, N, H, D/H] at length 1 over the tokens."""
-        return x / jnp.sqrt(jnp.maximum(jnp.sum(x * x, axis=1, keepdims=True), 1e-24))
+    @nn.nowrap
+    def on_canvas(self, extent: Extent, call: Callable[..., Array], x: Array) -> Array:
+        """See `packing.Canvas`."""
+        return call(x, extent.patches())
 
 
 class LocalInteraction(nn.Module):
@@ -125,6 +140,11 @@ class LocalInteraction(nn.Module):
         x = x.reshape(batch, *grid, width)  # [B, N, D] -> [B, rows, columns, D]
         x = BatchNorm(self.dtype, name="bn")(gelu(conv(width, 3, self, name="conv1", **options)(x)), train)
         return conv(width, 3, self, name="conv2", **options)(x).reshape(batch, tokens, width)
+
+    @nn.nowrap
+    def on_canvas(self, extent: Extent, call: Callable[..., Array], x: Array, *options: Any) -> Array:
+        """See `packing.Canvas`."""
+        return call(x * extent.patches()[..., None], *options)
 
 
 class Block(nn.Module):
@@ -186,7 +206,7 @@ class ClassBlock(nn.Module):
         return self.attn.weights(self.norm1(x))
 
 
-class XCiT(nn.Module):
+class XCiT(Backbone):
     """Cross-covariance image transformer: `depth` blocks on the patches, then two of class attention.
 
     Patches are of 8 or 16 pixels; any input that they divide works. `eta` is the initial LayerScale.
@@ -203,6 +223,7 @@ class XCiT(nn.Module):
     remat: bool = False
 
     class_depth = 2
+    linear_features = ("1", "1+avg")
 
     def setup(self) -> None:
         if self.patch_size not in (8, 16):
@@ -234,19 +255,21 @@ class XCiT(nn.Module):
             x = block(x)
         return self.norm(x[:, 0])
 
+    @nn.nowrap
     def drop_rates(self, rate: float) -> np.ndarray:
         """Stochastic depth rates [depth, 3] of the attention, MLP and local branches: `rate` in every block."""
         return np.full((self.depth, 3), rate)
 
-    def tokens(self, images: Array, n: int = 1) -> Array:
-        """Tokens [n, B, 1 + N, D] of the last `n` class attention blocks, each through the final norm, CLS first."""
+    def tokens(self, images: Array, n: int = 1) -> Tokens:
+        """Tokens of the last `n` class attention blocks, axes [n, B] in front, each through the final norm."""
         if not 1 <= n <= self.class_depth:
             raise UserError(f"tokens of the last {n} blocks: an XCiT has CLS in its last {self.class_depth} only")
         x, kept = self._patches(images), []
         for block in self.cls_attn_blocks:
             x = block(x)
             kept.append(self.norm(x))
-        return jnp.stack(kept[-n:])
+        grid = patch_grid(images.shape[1], images.shape[2], self.patch_size)
+        return split_tokens(jnp.stack(kept[-n:]), self.registers, grid)
 
     def attention(self, images: Array, block: int = -1) -> Array:
         """Attention of CLS to all tokens, [B, H, 1, 1 + N], in one of the class attention blocks; rows sum to 1."""
@@ -257,12 +280,17 @@ class XCiT(nn.Module):
             x = earlier(x)
         return self.cls_attn_blocks[block].attention(x)
 
+    @nn.nowrap
+    def any_size(self, variables: Any) -> AnySize:
+        """On canvases, with the position features of each image's own grid."""
+        return Canvas(self, fourier_features)
+
     def _patches(self, images: Array, drop_path: Array | None = None, train: bool = False) -> Array:
         """Patch tokens after all channel attention, CLS in front: [B, h, w, c] -> [B, 1 + N, D]."""
         check_channels(images, self.in_chans)
         grid = patch_grid(images.shape[1], images.shape[2], self.patch_size)
         x = self.patch_embed(images, train).reshape(images.shape[0], -1, self.embed_dim)
-        x = x + self.pos_embeder(*grid)
+        x = x + self.pos_embeder(jnp.asarray(fourier_features(*grid)[None], self.dtype))
         for i, block in enumerate(self.blocks):
             x = block(x, grid, None if drop_path is None else drop_path[i], train)
         cls = jnp.broadcast_to(self.cls_token.astype(x.dtype), (x.shape[0], 1, self.embed_dim))

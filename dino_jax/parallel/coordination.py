@@ -1,7 +1,7 @@
-"""The other processes of a run, through the key-value store that JAX's coordination service keeps beside the devices.
+"""Talks to the other processes of a run through the key-value store of JAX's coordination service.
 
-It serves for the checks at the start, before any collective can be trusted, and for failing together: a process that
-fails says so there, each looks there every second, and so no one waits for a dead peer's part of a collective.
+It is for the checks at the start, before collectives can be trusted, and for failing together. A process that fails
+writes the reason there, and all look there every second: none waits in a collective for a process that is dead.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from dino_jax.errors import UserError
 
 FAILED = "dino/failed"  # the key under which the first process to fail says why: [process, status, reason]
 LOOK = 1.0  # seconds between looks at it
-SILENCE = 6.0  # seconds without a sign of life by which a process counts as dead once something went wrong
+SILENCE = 6.0  # seconds without a sign of life until a process counts as dead, once something went wrong
 
 
 class Verdict(UserError):
-    """What process 0 found wrong in the reports of all: every process raises it, and process 0 prints it."""
+    """What process 0 found wrong in the reports of all. Every process raises it, and process 0 prints it."""
 
 
-class Peers:
-    """This process among `count` of a run.
+class ProcessGroup:
+    """The processes of a run, `count` in number, as this one sees them.
 
     Args:
       rank: this process's number.
@@ -48,25 +48,27 @@ class Peers:
 
     def __init__(self, rank: int, count: int, client: Any, patience: float):
         self.rank, self.count, self.patience = rank, count, patience
-        self.waiting: tuple[str, float, float] | None = None  # the main thread: for what, since when, how long at most
+        self.waiting: tuple[str, float, float] | None = (
+            None  # of the main thread: for what, since when, how long at most
+        )
         self._client, self._rounds = client, 0
         self._leaving, self._over = threading.Lock(), threading.Event()
         self._set(f"dino/host/{rank}", socket.gethostname())
         if rank:
             logging.getLogger("dino_jax").setLevel(logging.WARNING)
-        self._thread = threading.Thread(target=self._look, name="peers", daemon=True)
+        self._thread = threading.Thread(target=self._look, name="processes", daemon=True)
         self._thread.start()
 
     def end(self) -> None:
-        """Leaves together with the others, a success."""
+        """Leaves together with the others, after success."""
         self._over.set()
         self._thread.join()
         jax.distributed.shutdown()
 
     def fail(self, error: BaseException) -> NoReturn:
-        """Says why, to the person and to the others, unless another process failed before, and exits.
+        """Exits; reports the error to the user and the other processes, unless another one failed before.
 
-        A collective fails where another process died: then it is that one which is named.
+        Where a collective fails because another process died, that process is named.
         """
         status, reason = 1, " ".join("".join(traceback.format_exception_only(error)).split())[:500]
         if isinstance(error, UserError):
@@ -126,7 +128,7 @@ class Peers:
         self._round("whether it sees the workdir", "yes" if _appears(mark) else "", judge)
 
     def _round(self, what: str, report: str, judge: Callable[[list[str]], str]) -> None:
-        """All report, process 0 judges, and a judgement other than "" is raised by all."""
+        """All processes report, process 0 judges, and all raise the judgement unless it is ""."""
         self._rounds += 1
         key = f"dino/round/{self._rounds}"
         self._set(f"{key}/{self.rank}", report)
@@ -136,7 +138,7 @@ class Peers:
             raise Verdict(verdict)
 
     def _late(self, key: str, what: str) -> str:
-        """Who has not reported in time, in words; "": no one."""
+        """The message that names who has not reported in time; "": all have."""
         deadline = time.monotonic() + self.patience
         late = list(self._all())
         while late and time.monotonic() < deadline:
@@ -146,7 +148,7 @@ class Peers:
         return f"{names} did not say within {self.patience:.0f} s {what} (DINO_START_TIMEOUT)" if late else ""
 
     def _look(self) -> None:
-        """The thread: a sign of life, and a look at what the others say and at how long the main thread waits."""
+        """The thread: gives signs of life, looks for failures, and checks how long the main thread waits."""
         beats = 0
         while not self._over.wait(LOOK):
             beats += 1
@@ -164,8 +166,8 @@ class Peers:
         return [rank for rank in self._all() if self._get(f"dino/alive/{rank}") == before[rank] and rank != self.rank]
 
     def _leave(self, status: int, reason: str, quiet: bool = False) -> NoReturn:
-        """Exits without the handlers that would wait for the others; says why if it is the first, or process 0."""
-        self._leaving.acquire()  # for good: the other thread must not come here too
+        """Exits without the handlers that would wait for the others. The first, and process 0, print the reason."""
+        self._leaving.acquire()  # never released: only one thread may come here
         if reason and not quiet:
             self._set(FAILED, json.dumps([self.rank, status, reason]), overwrite=False)
         first, status, why = self._failed() or (self.rank, status, reason)
@@ -176,7 +178,7 @@ class Peers:
         sys.stdout.flush()
         sys.stderr.flush()
         if self.rank == 0:
-            time.sleep(2 * LOOK)  # the store goes with this process: time for the others to look
+            time.sleep(2 * LOOK)  # the store ends with this process: the others need time to look
         os._exit(status)
 
     def _failed(self) -> tuple[int, int, str] | None:
@@ -206,7 +208,7 @@ class Peers:
             raise UserError(f"{self.name(0)} does not answer any more") from None
 
     def _in_time(self, action: Callable[[], str]) -> str:
-        """What `action()` complains of, or that it did not end in time."""
+        """What `action()` finds wrong, or that it did not end in time."""
         found: list[str] = []
         thread = threading.Thread(target=lambda: found.append(_complaint(action)), daemon=True)
         thread.start()
@@ -239,7 +241,7 @@ def _all_answer() -> str:
 
 
 def _appears(path: epath.Path) -> bool:
-    """Whether it is there, or comes within 20 seconds: NFS is late with new files."""
+    """Whether it is there within 20 seconds: NFS shows new files late."""
     for _ in range(40):
         if path.exists():
             return True
@@ -248,7 +250,7 @@ def _appears(path: epath.Path) -> bool:
 
 
 def code_facts() -> dict[str, str]:
-    """What runs here: versions, and a hash of each of the package's files, which also tells edited copies apart."""
+    """Versions, and a hash of each file of the package, which tells edited copies apart."""
     root = pathlib.Path(__file__).parents[1]
     facts = {"python": sys.version.split()[0], "jax": jax.__version__}
     for path in sorted(root.rglob("*.py")):

@@ -1,17 +1,17 @@
-"""Several processes, one run: who takes part, checks at the start, stopping together, an end for all when one fails.
+"""Runs of several processes: joining, checks at the start, stopping together, failing together.
 
-Which process this is, is said by flags of `dino-jax train` and `dino-jax eval`, by the environment, or found out:
+Flags of `dino-jax train` and `dino-jax eval`, or the environment, tell which process this is:
 
     --coordinator=HOST:PORT   JAX_COORDINATOR_ADDRESS   where process 0 listens; the same for all
-    --processes=N             JAX_NUM_PROCESSES         1: alone, whatever the surroundings say
+    --processes=N             JAX_NUM_PROCESSES         1: alone, whatever the environment says
     --process=I               JAX_PROCESS_ID            0 to N - 1; in a Kubernetes Job or JobSet (completionMode:
-                                                        Indexed) JOB_COMPLETION_INDEX will do
-                              JAX_LOCAL_DEVICE_IDS      of a GPU machine with several processes: mine, such as 0,1
+                                                        Indexed) JOB_COMPLETION_INDEX is enough
+                              JAX_LOCAL_DEVICE_IDS      on a GPU machine with several processes: its own, as 0,1
     nothing                   SLURM_*                   under `srun` with more than one task
                               TPU_WORKER_HOSTNAMES ...  TPU pods and slices, on Compute Engine (metadata server) and GKE
                                                         (variables of its TPU webhook, MEGASCALE_*), by JAX itself
 
-How long to wait before giving up, in seconds, for all of these ways:
+Seconds to wait before giving up:
 
     DINO_START_TIMEOUT        300   for all processes to come, and for each of the start-up checks
     DINO_HEARTBEAT_TIMEOUT     60   of silence before a process counts as dead and the runtime aborts the others
@@ -44,11 +44,11 @@ from jax._src import distributed as runtime  # its client has no public name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dino_jax.errors import UserError
-from dino_jax.parallel.coordination import Peers
+from dino_jax.parallel.coordination import ProcessGroup
 
 log = logging.getLogger(__name__)
 
-_peers: Peers | None = None  # within a session of several processes
+_group: ProcessGroup | None = None  # within a session of several processes
 
 
 class Place(NamedTuple):
@@ -63,7 +63,7 @@ class Place(NamedTuple):
 def find_place(
     coordinator: str | None, processes: int | None, process: int | None, environ: Mapping[str, str]
 ) -> Place | None:
-    """This process's place by flags, variables or SLURM; None: nothing says, as on a TPU, where JAX finds out itself.
+    """This process's place by flags, variables or SLURM; None: not given, as on a TPU, where JAX finds out itself.
 
     Raises:
       UserError: half of what is needed is given, or numbers that make no sense.
@@ -107,14 +107,14 @@ def _slurm(environ: Mapping[str, str]) -> Place | None:
     job, tasks, process, local = (int(environ[names[i]]) for i in (0, 2, 3, 4))
     here = environ.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0].split(",")[0]
     bound = environ.get("CUDA_VISIBLE_DEVICES", ",")
-    # One process of a machine has all of it; several have a GPU each, unless SLURM shows each just its own.
+    # One process on a machine has all its GPUs; several have one each, unless SLURM shows each just its own.
     devices = None if here == "1" or "," not in bound else [local]
     return Place(f"{first_host(environ['SLURM_STEP_NODELIST'])}:{20000 + job % 20000}", tasks, process, devices)
 
 
 def first_host(nodes: str) -> str:
     """The first of SLURM's compressed host list: `tpu[003-005,9],login` -> `tpu003`."""
-    first = re.split(r",(?![^\[]*\])", nodes)[0]  # commas within brackets do not part hosts
+    first = re.split(r",(?![^\[]*\])", nodes)[0]  # commas within brackets do not separate hosts
     return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", first)
 
 
@@ -127,26 +127,26 @@ def _on_tpu(environ: Mapping[str, str]) -> bool:
 
 @contextlib.contextmanager
 def session(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> Iterator[None]:
-    """Within it, this is one of several processes, or alone: see the module.
+    """Joins the other processes of the run, if there are any (see the module).
 
-    Alone, nothing changes. Of several, one that fails never leaves it: it tells the others and exits.
+    In a single process nothing changes. Of several, one that fails does not leave: it tells the others and exits.
     """
-    global _peers
-    _peers = _join(find_place(coordinator, processes, process, os.environ))
-    if _peers is None:
+    global _group
+    _group = _join(find_place(coordinator, processes, process, os.environ))
+    if _group is None:
         yield
         return
     try:
         yield
     except BaseException as error:
-        _peers.fail(error)
-    _peers.end()
-    _peers = None
+        _group.fail(error)
+    _group.end()
+    _group = None
 
 
 def several() -> bool:
     """Whether this is one of several processes."""
-    return _peers is not None
+    return _group is not None
 
 
 def check_alone(verb: str) -> None:
@@ -159,38 +159,38 @@ def check_alone(verb: str) -> None:
 
 def check_same(facts: Mapping[str, str]) -> None:
     """Raises the same `UserError` on every process unless all give the same facts: it names who differs in what."""
-    if _peers is not None:
-        _peers.check_same(facts)
+    if _group is not None:
+        _group.check_same(facts)
 
 
 def check_devices() -> None:
     """Raises `UserError` unless every device of every process answers in time, alone and then all together."""
-    if _peers is not None:
-        _peers.check_devices()
+    if _group is not None:
+        _group.check_devices()
 
 
 def check_shared(folder: epath.Path) -> None:
     """Raises `UserError` where a process does not see in `folder` what process 0 writes there."""
-    if _peers is not None:
-        _peers.check_shared(folder)
+    if _group is not None:
+        _group.check_shared(folder)
 
 
 @contextlib.contextmanager
 def bounded(what: str, seconds: float) -> Iterator[None]:
-    """Of several processes, one that stays within for longer ends the run and says what it waited for; 0: no bound."""
-    if _peers is None or not seconds:
+    """Ends a run of several processes where the block takes longer, naming `what` it waits for; 0: no limit."""
+    if _group is None or not seconds:
         yield
         return
-    _peers.waiting = what, time.monotonic(), seconds
+    _group.waiting = what, time.monotonic(), seconds
     try:
         yield
     finally:
-        _peers.waiting = None
+        _group.waiting = None
 
 
 def lead() -> bool:
-    """Whether this process writes and prints; without starting a backend."""
-    return _peers is None or _peers.rank == 0
+    """Whether this process writes and prints. Starts no backend."""
+    return _group is None or _group.rank == 0
 
 
 def _too_late(place: Place | None, patience: float) -> NoReturn:
@@ -205,29 +205,29 @@ def _too_late(place: Place | None, patience: float) -> NoReturn:
 
 
 class StopTogether:
-    """Stops all processes after the same step, when any of them was asked to.
+    """Stops all processes after the same step when any of them gets a signal.
 
-    Each says with each step, through an all-reduce of one number that is dispatched behind the step and read with its
-    metrics, whether a signal came; so all read the same answer at the same point of the loop, and no one waits for it.
-    Alone, a signal counts at once.
+    With each step all processes reduce one number: whether a signal came. The reduction is dispatched behind the step
+    and read with its metrics. So all read the same answer at the same place of the loop, and none waits for it. In a
+    single process a signal counts at once.
     """
 
     def __init__(self, mesh: Mesh) -> None:
-        self.reason: str | None = None  # once it is agreed to stop
+        self.reason: str | None = None  # once all agree to stop
         self._place = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
         self._max = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
         self._several = jax.process_count() > 1
         self._silence: Any = self._array(0) if self._several else None
 
     def vote(self, number: int) -> jax.Array | int:
-        """Says that this process was asked to stop by signal `number`, or was not: 0. Pass what it gives to `count`."""
+        """This process's vote: the signal `number` that asks it to stop, or 0. Pass the result to `count`."""
         if not self._several:
             self.count(number)
             return number
         return self._max(self._array(1 + number + 64 * jax.process_index()) if number else self._silence)
 
     def count(self, votes: jax.Array | int) -> None:
-        """Reads the outcome of a step's vote; waits for the step."""
+        """Reads the result of a step's vote; waits for the step."""
         if (found := int(votes)) and self.reason is None:
             process, number = divmod(found - self._several, 64)
             at = f" (process {process})" if self._several else ""
@@ -238,13 +238,13 @@ class StopTogether:
         return jax.make_array_from_callback((count,), self._place, lambda _: np.full(1, value, np.int32))
 
 
-def _join(place: Place | None) -> Peers | None:
-    """Starts JAX's runtime for several processes and gives their connection; None: alone."""
+def _join(place: Place | None) -> ProcessGroup | None:
+    """Starts JAX's runtime for several processes and returns their group; None: alone."""
     if place.processes == 1 if place else not _on_tpu(os.environ):
         return None
     patience = float(os.environ.get("DINO_START_TIMEOUT", "300"))
     heartbeat = float(os.environ.get("DINO_HEARTBEAT_TIMEOUT", "60"))
-    # JAX's preemption service takes SIGTERM for itself, from here on; the loop listens when it can act (StopTogether).
+    # JAX's preemption service would take SIGTERM for itself; the loop handles it (StopTogether).
     jax.config.update("jax_enable_preemption_service", False)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     options: dict[str, Any] = {
@@ -263,7 +263,7 @@ def _join(place: Place | None) -> Peers | None:
         jax.distributed.initialize(**options)
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
-        if place is None:  # a TPU machine of its own, without a pod's metadata
+        if place is None:  # a single TPU machine, without a pod's metadata
             log.info("a single TPU machine, as far as JAX can tell: %s", reason)
             return None
         raise UserError(f"process {place.process} cannot join at {place.coordinator}: {reason}") from error
@@ -273,4 +273,4 @@ def _join(place: Place | None) -> Peers | None:
     if state.num_processes == 1:
         jax.distributed.shutdown()
         return None
-    return Peers(state.process_id, state.num_processes, state.client, patience)
+    return ProcessGroup(state.process_id, state.num_processes, state.client, patience)

@@ -1,7 +1,7 @@
-"""Devices: the mesh, logical axes on mesh axes, and the way of arrays from the host. Knows nothing of DINO.
+"""The device mesh, shardings by logical axes, and arrays from the host to devices. Knows nothing of DINO.
 
-A model names the *logical* axes of its arrays (`batch`, `prototypes`, ...); `LogicalAxes` says on which *mesh* axes
-they lie. Data parallelism is the default and the only thing most runs need.
+A model names the *logical* axes of its arrays (`batch`, `prototypes`, ...); `LogicalAxes` maps them to
+*mesh* axes. Data parallelism is the default and all that most runs need.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class LogicalAxes:
     """Logical axis -> mesh axes. `None` replicates."""
 
     batch: tuple[str, ...] = ("data", "fsdp")
-    parameters: tuple[str, ...] = ("fsdp",)  # the longest axis it divides of every large parameter
+    parameters: tuple[str, ...] = ("fsdp",)  # the longest axis that it divides, of every large parameter
     prototypes: tuple[str, ...] = ("model",)
 
     def spec(self, *names: str | None) -> PartitionSpec:
@@ -38,7 +38,7 @@ AXES = LogicalAxes()
 
 
 def make_mesh(sizes: Any, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with axes `data`, `fsdp`, `model`; `sizes` gives each, with -1 for what remains (`config.run.mesh`).
+    """A mesh with axes `data`, `fsdp`, `model`; `sizes` gives each, with -1 for the rest (`config.run.mesh`).
 
     Without a -1 a single process may use fewer devices than it has: the first ones.
 
@@ -169,7 +169,7 @@ def scatter_mean(tree: Any, specs: Any) -> Any:
 def local_rows(batch_size: int, mesh: Mesh) -> tuple[NamedSharding, np.ndarray]:
     """How a batch's rows lie on this process's devices alone, and which rows of the global batch these are.
 
-    A mesh follows the wires between chips, so on a pod a process's rows need not be neighbours in the batch.
+    A mesh follows the links between chips, so on a pod the rows of a process need not be adjacent in the batch.
     """
     devices: dict[int, list[jax.Device]] = {}  # by first row; several where the mesh has axes without rows
     for device, index in batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).items():
@@ -181,7 +181,7 @@ def local_rows(batch_size: int, mesh: Mesh) -> tuple[NamedSharding, np.ndarray]:
 
 
 def process_rows(batch_size: int, mesh: Mesh) -> np.ndarray:
-    """The numbers of the rows of a global batch that this process must load, in the order `to_devices` takes them."""
+    """The rows of a global batch that this process must load, in the order that `to_devices` takes."""
     return local_rows(batch_size, mesh)[1]
 
 

@@ -1,16 +1,16 @@
-"""Image operations of the crop renderer in JAX, each on one image; `render.py` maps them over crops and images.
+"""Image operations of the crop renderer in JAX, each on one image; `renderer` maps them over crops and images.
 
-A picture is a list of planes, float32 [H, W] with values in 0..255. They stay apart to the end: stacked next to the
-colour operations, XLA:CPU computes the whole chain for each plane anew (200 times slower), and an axis of length 3 is
+An image is a list of planes, float32 [H, W] with values in 0..255. They stay apart to the end: stacked next to the
+color operations, XLA:CPU computes the whole chain again for each plane (200 times slower), and an axis of length 3 is
 laid out badly on a TPU. Values are clamped to 0..255 after each operation, as PIL's 8 bits do, but never rounded.
 
-Mean absolute difference from the same operation of Pillow 13, in levels of 255, over the random pictures (smooth,
-textured, white noise) and parameters of `tests/test_render.py`; most of it is PIL's rounding to 8 bits, which alone
-makes 0.25 to 0.3:
+Mean absolute difference from the same operation of Pillow 13, in levels of 255, over the random images (smooth,
+textured, white noise) and parameters of `tests/render/test_renderer.py`. PIL's rounding to 8 bits alone makes 0.25 to
+0.3:
 
     resample    0.30, at most 0.56 (white noise)      gray      0.25
     brightness  0.23                                  blur      0.42, at most 0.91; 1.04 for white noise, radius 0.1
-    contrast    0.24                                  solarise  0
+    contrast    0.24                                  solarize  0
     saturation  0.24                                  flip      0
     hue         0.17                                  a whole crop  0.53, at most 1.3
 """
@@ -50,9 +50,9 @@ def resize_matrix(start: Int[Array, ""], length: Int[Array, ""], size: int, canv
     crops before it resizes, so weights outside the interval are exactly zero.
     """
     scale = length.astype(jnp.float32) / size
-    centre = (jnp.arange(size) + 0.5) * scale  # [size], from the start of the interval
+    center = (jnp.arange(size) + 0.5) * scale  # [size], from the start of the interval
     pixel = jnp.arange(canvas) - start  # [canvas]
-    weights = cubic((pixel + 0.5 - centre[:, None]) / jnp.maximum(scale, 1.0))  # [size, canvas]
+    weights = cubic((pixel + 0.5 - center[:, None]) / jnp.maximum(scale, 1.0))  # [size, canvas]
     weights = jnp.where((pixel >= 0) & (pixel < length), weights, 0.0)
     return weights / weights.sum(axis=1, keepdims=True)
 
@@ -81,7 +81,7 @@ def luma(planes: RGB) -> Plane:
 
 
 def gray(planes: RGB) -> RGB:
-    """The picture without colour."""
+    """The image without color."""
     return [luma(planes)] * 3
 
 
@@ -94,26 +94,26 @@ def shift_hue(planes: RGB, turns: Float[Array, ""]) -> RGB:
     red, green, blue = planes
     value = jnp.maximum(jnp.maximum(red, green), blue)
     chroma = value - jnp.minimum(jnp.minimum(red, green), blue)
-    coloured = chroma > 0.0
-    share = 1.0 / jnp.where(coloured, chroma, 1.0)
+    colored = chroma > 0.0
+    share = 1.0 / jnp.where(colored, chroma, 1.0)
     sector = jnp.where(green == value, 2.0 + (blue - red) * share, 4.0 + (red - green) * share)
     sector = jnp.where(red == value, (green - blue) * share, sector)  # -1..5
     sector = jnp.where(sector < 0.0, sector + 6.0, sector)
     level = jnp.floor(sector * (255.0 / 6.0)) + jnp.trunc(turns * 255.0) % 256.0
     hue = jnp.where(level >= 256.0, level - 256.0, level) * (6.0 / 255.0)  # 0..6
-    drop = value * jnp.floor(chroma * 255.0 / jnp.where(coloured, value, 1.0)) / 255.0  # largest less smallest channel
+    drop = value * jnp.floor(chroma * 255.0 / jnp.where(colored, value, 1.0)) / 255.0  # largest minus smallest channel
     ramps = jnp.abs(hue - 3.0) - 1.0, 2.0 - jnp.abs(hue - 2.0), 2.0 - jnp.abs(hue - 4.0)
     return [value - drop * (1.0 - jnp.clip(ramp, 0.0, 1.0)) for ramp in ramps]
 
 
 def blend(planes: RGB, operation: Int[Array, ""], factor: Float[Array, ""], mean: Float[Array, ""]) -> RGB:
-    """Brightness, contrast or saturation: a blend with black, the mean gray or the gray picture; factor 1: unchanged.
+    """Brightness, contrast or saturation: a blend with black, the mean gray or the gray image; factor 1: unchanged.
 
     PIL's blend drops the fraction; half a level is taken off here, which is the same on average.
     """
-    colour = jnp.where(operation == SATURATION, 1.0 - factor, 0.0)
+    color = jnp.where(operation == SATURATION, 1.0 - factor, 0.0)
     level = jnp.where(operation == CONTRAST, (1.0 - factor) * mean, 0.0) - jnp.where(factor == 1.0, 0.0, 0.5)
-    shade = colour * luma(planes) + level
+    shade = color * luma(planes) + level
     return [clamp(factor * plane + shade) for plane in planes]
 
 
@@ -133,7 +133,7 @@ def _jitter_pass(
 ) -> tuple[RGB, Plane]:
     """The jittered planes given the mean that the contrast needs, and the luma that the contrast sees.
 
-    The hue, much the dearest, is computed in one place: the others have slots before and after it.
+    The hue, by far the most expensive, is computed once: the others have slots before and after it.
     """
     turn = jnp.argmax(order == HUE)
     places = jnp.arange(4)

@@ -1,9 +1,9 @@
-"""Crops on the accelerator: from the host's uint8 batch to normalised crops in compute dtype, before the train step.
+"""Crops on the accelerator: from the host's uint8 batch to normalized crops in compute dtype, before the train step.
 
 Two modes with one entry, chosen by `config.data.render`; `data/pipeline.py` describes the arrays of either batch:
 
-- `host`: PIL rendered the crops; only their normalisation happens here.
-- `device`: the host decoded the pictures and drew the parameters; all of the augmentation happens here.
+- `host`: PIL rendered the crops; only their normalization happens here.
+- `device`: the host decoded the images and drew the parameters; all of the augmentation happens here.
 
 Legend: B batch, C crops (2 global ones first), c channels, S side of the canvas, h and w of a crop.
 """
@@ -34,7 +34,7 @@ def make_renderer(
 
     `sharding` splits the batch axis, of the arrays and of the crops; each device renders its own images and nothing is
     communicated. Other arrays of the batch, such as labels, are ignored. The same parameters give the same crops as
-    `data.crops.render_crops`, up to PIL's rounding (see `render_ops`).
+    `data.crops.render_crops`, up to PIL's rounding (see `render.ops`).
     """
     render = functools.partial({"host": _normalize_batch, "device": _render_batch}[config.data.render], config)
     if sharding is not None:
@@ -43,7 +43,7 @@ def make_renderer(
 
 
 def _normalize_batch(config: ConfigDict, batch: Mapping[str, Any]) -> Crops:
-    """Host mode: normalisation alone."""
+    """Host mode: normalization alone."""
     crops = [batch["globals"], batch["locals"]] if config.crops.local_count else [batch["globals"]]
     return [_normalize(config, images) for images in crops]
 
@@ -69,7 +69,7 @@ def _render_image(config: ConfigDict, canvas: Array, params: CropParams) -> Crop
 def _render_crop(
     canvas: Float[Array, "c S S"], size: tuple[int, int], threshold: int, crop: Any
 ) -> Float[Array, "h w c"]:
-    """One crop, values 0..255. Pictures that are not RGB are only resampled and mirrored."""
+    """One crop, values 0..255. Images that are not RGB are only resampled and mirrored."""
     planes = list(ops.resample(canvas, crop.box, crop.flip, size))
     if len(planes) == 3:
         planes = _select(crop.jitter, ops.jitter(planes, crop.order, crop.factors), planes)

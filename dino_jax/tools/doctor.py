@@ -1,6 +1,6 @@
 """What a machine, or the place that starts one, lacks before a run: found out in seconds, before money is spent.
 
-    dino-jax doctor [--config=FILE --workdir=DIR --data=SPEC --devices=N --launch=tpu|gke|slurm|hosts]
+    dino-jax doctor [--config=FILE|NAME --workdir=DIR --data=SPEC --devices=N --launch=tpu|gke|slurm|hosts]
 
 Each check is one line: ok, warn (it may be slow or surprising) or missing (a run would end), with the mend. Nothing is
 downloaded or installed; the network is touched only for remote paths that were given.
@@ -24,6 +24,7 @@ from dino_jax import config_io
 from dino_jax.data.decode import BadImage, decode
 from dino_jax.data.sources import open_source
 from dino_jax.errors import UserError
+from dino_jax.storage import absolute, is_remote
 from dino_jax.tools import machine
 from dino_jax.tools.machine import Check, within
 
@@ -129,7 +130,7 @@ def _batch(config: ConfigDict, devices: int) -> Check:
 
 def _workdir(workdir: str, config: ConfigDict | None, launch: str | None) -> Check:
     """Whether it can be written, and does not belong to a run of another configuration."""
-    remote = "://" in workdir
+    remote = is_remote(workdir)
     if launch in SETTINGS and not workdir.startswith("gs://"):
         mend = "give gs://bucket/folder: the machine's own disk goes with it"
         return Check("workdir", "missing", f"{workdir} does not outlive the machine", mend)
@@ -144,7 +145,7 @@ def _workdir(workdir: str, config: ConfigDict | None, launch: str | None) -> Che
         path = folder / f".doctor-{uuid.uuid4().hex}"
         path.write_text("written to see whether it can be")
         path.unlink()
-        saved = epath.Path(workdir).expanduser() / "config.json"
+        saved = absolute(workdir) / "config.json"
         if config is None or not saved.exists():
             return Check("workdir", "ok", f"{workdir}: writable")
         if differences := config_io.differences(config_io.from_json(saved.read_text(), str(saved)), config):

@@ -21,8 +21,13 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
 from dino_jax import config_io
 from dino_jax.errors import UserError
+from dino_jax.storage import is_remote
 
 T = TypeVar("T")
 ROOT = pathlib.Path(__file__).parents[2]
@@ -61,18 +66,20 @@ def packages() -> Iterator[Check]:
             "packages", "warn", "dino-jax runs from its folder, not installed: its packages are not known", mend
         )
         return
-    absent, other, pins = [], [], pinned(ROOT / "constraints.txt")
-    count = 0
-    for name, least in (requirement(line) for line in needed if "extra ==" not in line):
-        count += 1
+    absent: list[str] = []
+    other: list[str] = []
+    pins = pinned(ROOT / "constraints.txt")
+    required = [one for one in map(Requirement, needed) if one.marker is None or one.marker.evaluate({"extra": ""})]
+    for one in required:
+        name = canonicalize_name(one.name)
         try:
             version = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             absent.append(name)
             continue
-        if least and _numbers(version) < _numbers(least):
-            absent.append(f"{name}>={least} (is {version})")
-        elif pins.get(name, version) != version.partition("+")[0]:
+        if not one.specifier.contains(version, prereleases=True):
+            absent.append(f"{name}{one.specifier} (is {version})")
+        elif pins.get(name, version) != Version(version).public:
             other.append(f"{name} {version} (tested: {pins[name]})")
     if absent:
         yield Check("packages", "missing", ", ".join(absent), f"pip install -c constraints.txt {' '.join(absent)}")
@@ -80,30 +87,19 @@ def packages() -> Iterator[Check]:
         mend = "pip install -c constraints.txt brings the tested versions"
         yield Check("packages", "warn", few(other), mend)
     else:
-        yield Check("packages", "ok", f"{count} packages{', all as in constraints.txt' if pins else ''}")
-
-
-def requirement(line: str) -> tuple[str, str | None]:
-    """`Jax[x]>=0.10; ...` -> (normalised name, least version or None)."""
-    name = re.match(r"[\w.-]+", line)
-    least = re.search(r">=\s*([\d.]+)", line.partition(";")[0])
-    return re.sub(r"[-_.]+", "-", name[0] if name else line).lower(), least[1] if least else None
+        yield Check("packages", "ok", f"{len(required)} packages{', all as in constraints.txt' if pins else ''}")
 
 
 def pinned(path: pathlib.Path, python: Sequence[int] = sys.version_info[:2]) -> dict[str, str]:
     """The pins of a constraints file that apply to this Python: name -> version. Empty where there is no file."""
-    pins = {}
+    pins: dict[str, str] = {}
     for line in path.read_text().splitlines() if path.exists() else ():
-        pin, _, marker = line.partition(";")
-        bounds = re.findall(r'python_version\s*(<|>=)\s*"3\.(\d+)"', marker)
-        if "==" in pin and all((python[1] >= int(v)) if sign == ">=" else (python[1] < int(v)) for sign, v in bounds):
-            name, _, version = pin.partition("==")
-            pins[name.strip()] = version.strip()
+        if not line.partition("#")[0].strip():
+            continue
+        one = Requirement(line)
+        if one.marker is None or one.marker.evaluate({"python_version": ".".join(map(str, python))}):
+            pins[canonicalize_name(one.name)] = str(one.specifier).removeprefix("==")
     return pins
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(n) for n in re.findall(r"\d+", version)[:3])
 
 
 def hardware(root: pathlib.Path = pathlib.Path("/")) -> str | None:
@@ -209,7 +205,7 @@ def memory() -> Check:
 
 def disk(workdir: str | None) -> Check:
     """Space where checkpoints go, or for temporary files where they go to a bucket."""
-    remote = workdir is not None and "://" in workdir
+    remote = workdir is not None and is_remote(workdir)
     place = existing(pathlib.Path(workdir or ".").expanduser()) if not remote else pathlib.Path(".")
     free = shutil.disk_usage(place).free
     found = f"{free / GIB:.1f} GiB free at {place.resolve()}"

@@ -1,9 +1,9 @@
-"""The quick start: DINO on `scenes` on a CPU, in minutes, and what it learned, in one table and one picture.
+"""The quick start: trains DINO on `scenes` on a CPU, in minutes, and shows what it learned in a table and an image.
 
-    python -m dino_jax.tools.quickstart [--workdir=runs/quickstart] [--config.KEY=VALUE ...]
+    python -m dino_jax.tools.quickstart [--workdir=DIR] [--config=FILE|NAME] [--config.KEY=VALUE ...]
 
-Its last line is one JSON object: `knn_pixels knn_untrained knn_trained jaccard_untrained jaccard_trained` in percent
-and `seconds`. No label is used in training; k-NN and the Jaccard index read labels and masks afterwards.
+The last line is one JSON object: `knn_pixels knn_untrained knn_trained jaccard_untrained jaccard_trained` in percent,
+and `seconds`. Training uses no labels; k-NN and the Jaccard index read labels and object masks afterwards.
 """
 
 from __future__ import annotations
@@ -21,32 +21,34 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from dino_jax import config_io
+from dino_jax.cli import config_argument
 from dino_jax.data.arrays import ArraySource
 from dino_jax.data.pipeline import make_eval_dataset, steps_per_epoch
 from dino_jax.data.scenes import Scenes
 from dino_jax.data.sources import Source, open_source
 from dino_jax.errors import UserError, writing
-from dino_jax.eval.features import Frozen, extract, run
+from dino_jax.eval.features import ClsAttention, extract, run
 from dino_jax.eval.protocols import voc
 from dino_jax.eval.protocols.knn import knn_classify
+from dino_jax.inference.model import Model
 from dino_jax.parallel import sharding
-from dino_jax.show import drawing as pictures
+from dino_jax.show import drawing
 from dino_jax.training import online
 from dino_jax.training.loop import train
 from dino_jax.training.step import jit_init_state, make_recipe
 
-CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "quickstart.py"
-BANK, QUERIES, MASKED = 2400, 1200, 240  # pictures: k-NN neighbours (of those trained on), queries, those with masks
-SIZE, ATTENTION_SIZE = 96, 192  # pixels: of the pictures, and of those whose attention is looked at, on a finer grid
-SHOWN = 8  # pictures in attention.png
+BANK, QUERIES, MASKED = 2400, 1200, 240  # images: k-NN neighbors (from the training set), k-NN queries, with masks
+SIZE, ATTENTION_SIZE = 96, 192  # pixels: side of the images; the same for attention, whose grid is finer
+SHOWN = 8  # images in attention.png
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains, evaluates, prints; returns the exit status."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    parser = argparse.ArgumentParser(prog="dino_jax.tools.quickstart", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--workdir", default="runs/quickstart", type=pathlib.Path)
-    parser.add_argument("--config", default=CONFIG)
+    about = __doc__.split("\n\n")[0]
+    parser = argparse.ArgumentParser(prog="dino_jax.tools.quickstart", description=about, allow_abbrev=False)
+    parser.add_argument("--workdir", default="runs/quickstart", type=pathlib.Path, help="default: runs/quickstart")
+    config_argument(parser, default="quickstart")
     args, overrides = parser.parse_known_args(argv)
     try:
         figures = quickstart(config_io.load(args.config, overrides), args.workdir)
@@ -60,13 +62,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def quickstart(config: ConfigDict, workdir: pathlib.Path) -> dict[str, float]:
     """Trains in `workdir/run`, writes `workdir/attention.png`, prints the table, returns the figures."""
     start = time.monotonic()
-    print(f"quickstart: drawing the pictures of {config.data.train}", file=sys.stderr)
+    print(f"quickstart: drawing the images of {config.data.train}", file=sys.stderr)
     source = in_memory(open_source(config.data.train))
     state = train(config, workdir / "run", source=source)
     recipe = make_recipe(config, steps_per_epoch(len(source), config.batch_size))
     fresh = jit_init_state(recipe, sharding.make_mesh(config.run.mesh))
     trained, untrained = (online.frozen_teacher(config, recipe, s) for s in (state, fresh))
-    print("quickstart: k-NN and attention, before and after", file=sys.stderr)
+    print("quickstart: k-NN and attention, before and after training", file=sys.stderr)
     sets = [in_memory(source, BANK), in_memory(Scenes("test", QUERIES, image_size=SIZE))]
     masked = Scenes("test", MASKED, image_size=ATTENTION_SIZE)
     figures = {
@@ -76,9 +78,8 @@ def quickstart(config: ConfigDict, workdir: pathlib.Path) -> dict[str, float]:
         "jaccard_untrained": attention_jaccard(untrained, masked),
         "jaccard_trained": attention_jaccard(trained, masked),
     }
-    picture = attention_picture(trained, masked)
     with writing(f"{workdir / 'attention.png'}: cannot write"):
-        Image.fromarray(picture).save(workdir / "attention.png")
+        Image.fromarray(attention_image(trained, masked)).save(workdir / "attention.png")
     figures = {name: round(value, 1) for name, value in figures.items()}
     figures["seconds"] = round(time.monotonic() - start, 1)
     print(report(figures, workdir))
@@ -92,22 +93,22 @@ def report(figures: dict[str, float], workdir: pathlib.Path) -> str:
     lines = [f"{'':20}{'k-NN top-1':>12}{'attention Jaccard':>20}"]
     for name, accuracy, overlap in rows:
         lines.append(f"{name:20}{accuracy:>11.1f}%" + (f"{overlap:>19.1f}%" if overlap is not None else f"{'-':>20}"))
-    return "\n".join([*lines, f"{figures['seconds']:.0f} seconds; pictures: {workdir / 'attention.png'}"])
+    return "\n".join([*lines, f"{figures['seconds']:.0f} seconds; attention maps: {workdir / 'attention.png'}"])
 
 
 def in_memory(source: Source, most: int | None = None) -> ArraySource:
-    """A source, or the first pictures of it, drawn once."""
+    """A source, or its first `most` images, read once and kept."""
     images, labels, _ = zip(*(source[i] for i in range(len(source))[:most]), strict=True)
     return ArraySource(np.stack(images), labels)
 
 
 def knn_pixels(config: ConfigDict, sets: Sequence[ArraySource]) -> float:
-    """20-NN top-1 in percent on raw pixels, centred on the training mean."""
+    """20-NN top-1 in percent on raw pixels, centered on the training mean."""
     pixels = [s.images.reshape(len(s), -1).astype(np.float32) for s in sets]
     return _knn(config, *((p - pixels[0].mean(0), s.labels) for p, s in zip(pixels, sets, strict=True)))
 
 
-def knn(config: ConfigDict, model: Frozen, sets: Sequence[ArraySource]) -> float:
+def knn(config: ConfigDict, model: Model, sets: Sequence[ArraySource]) -> float:
     """20-NN top-1 in percent on the CLS feature."""
     return _knn(config, *(extract(model, make_eval_dataset(s, resize=0, crop=SIZE, batch_size=200)) for s in sets))
 
@@ -117,28 +118,26 @@ def _knn(config: ConfigDict, bank: tuple, queries: tuple) -> float:
     return knn_classify(*bank, *queries, ks=(k,), temperature=config.eval.knn_temperature)[k][0]
 
 
-def cls_attention(model: Frozen, scenes: Scenes) -> np.ndarray:
-    """Attention of CLS to the patches in the last block, [B, H, h, w], for every picture."""
+def cls_attention(model: Model, scenes: Scenes) -> np.ndarray:
+    """Attention of CLS to the patches in the last block, float32 [B, H, h, w], of every image."""
     batches = make_eval_dataset(scenes, resize=0, crop=scenes.height, batch_size=40)
-    found = [w[batch["valid"], :, 0, 1:] for w, batch in run(model, lambda net, x: net.attention(x), batches)]
-    side = scenes.height // model.backbone.patch_size
-    return np.concatenate(found).reshape(len(scenes), -1, side, side)
+    return np.concatenate([maps[batch["valid"]] for maps, batch in run(model, ClsAttention(), batches)])
 
 
 def head_masks(attention: np.ndarray, side: int) -> np.ndarray:
-    """[.., H, h, w] attention -> boolean masks [.., H, side, side] that keep 60% of its mass."""
+    """Attention [.., H, h, w] -> boolean attention masks [.., H, side, side] that keep 60% of its mass."""
     flat = attention.reshape(*attention.shape[:-2], -1)
     return voc.enlarge(voc.attention_masks(flat, 0.6).reshape(attention.shape), side, side)
 
 
-def attention_jaccard(model: Frozen, scenes: Scenes) -> float:
-    """Mean over the pictures of the best head's Jaccard index with the object's mask, in percent."""
+def attention_jaccard(model: Model, scenes: Scenes) -> float:
+    """Mean over the images of the best head's Jaccard index with the object mask, in percent."""
     masks = head_masks(cls_attention(model, scenes), scenes.height)  # [B, H, side, side]
     return 100 * float(np.mean([voc.jaccard(masks[i], scenes.mask(i)).max() for i in range(len(scenes))]))
 
 
-def attention_picture(model: Frozen, scenes: Scenes) -> np.ndarray:
-    """Rows of: picture, attention of each head, the best head's mask, the true mask. uint8 [H, W, 3]."""
+def attention_image(model: Model, scenes: Scenes) -> np.ndarray:
+    """Rows of: image, attention of each head, the best head's attention mask, the object mask. uint8 [h, w, 3]."""
     shown = Scenes(scenes.split, SHOWN, image_size=scenes.height)
     attention = cls_attention(model, shown)
     masks = head_masks(attention, shown.height)
@@ -146,10 +145,10 @@ def attention_picture(model: Frozen, scenes: Scenes) -> np.ndarray:
     for i in range(SHOWN):
         image, truth = np.asarray(shown[i].image), shown.mask(i)
         best = masks[i][voc.jaccard(masks[i], truth).argmax()]
-        maps = [pictures.heat(head) for head in attention[i]]
-        rows.append([image, *maps, pictures.outline(image, best), pictures.outline(image, truth)])
+        maps = [drawing.heat(head) for head in attention[i]]
+        rows.append([image, *maps, drawing.outline(image, best), drawing.outline(image, truth)])
     titles = [f"head {h}" for h in range(attention.shape[1])]
-    return pictures.table(rows, ["picture", *titles, "best head, 60%", "true mask"])
+    return drawing.table(rows, ["image", *titles, "best head, 60%", "object mask"])
 
 
 if __name__ == "__main__":

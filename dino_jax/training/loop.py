@@ -20,6 +20,7 @@ from dino_jax.data.sources import Source, fingerprint, open_source
 from dino_jax.errors import UserError, writing
 from dino_jax.parallel import distributed, sharding
 from dino_jax.progress import Progress
+from dino_jax.storage import absolute, write_atomically
 from dino_jax.training import online
 from dino_jax.training.metrics import MetricWriter, Throughput
 from dino_jax.training.prefetch import BadFiles, Ready, device_batches
@@ -57,7 +58,7 @@ def train(config: ConfigDict, workdir: str | epath.Path, *, source: Source | Non
     """
     config_io.check(config)
     source = open_source(config.data.train) if source is None else source
-    workdir = epath.Path(workdir).expanduser()
+    workdir = absolute(workdir)
     if distributed.several():
         distributed.check_same(facts(config, workdir, source))
         distributed.check_devices()
@@ -84,10 +85,7 @@ def claim(workdir: epath.Path, config: ConfigDict) -> None:
                 "give another --workdir, or the same values to resume"
             )
         if jax.process_index() == 0:
-            workdir.mkdir(parents=True, exist_ok=True)
-            fresh = workdir / "config.json.new"
-            fresh.write_text(config_io.to_json(config))
-            fresh.replace(path)
+            write_atomically(path, config_io.to_json(config))
 
 
 def facts(config: ConfigDict, workdir: epath.Path, source: Source) -> dict[str, str]:

@@ -22,6 +22,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
 from dino_jax.errors import UserError, cause, writing
+from dino_jax.storage import absolute, is_remote, write_atomically
 
 JSONL = "metrics.jsonl"
 FLUSH_SECONDS = 30.0
@@ -58,7 +59,7 @@ class MetricWriter:
         wandb_project: str = "",
         config_json: str = "{}",
     ):
-        self._workdir = _path(workdir)
+        self._workdir = absolute(workdir)
         self._lines: _Lines | None = None
         self._board: _Board | None = None
         self._wandb: Any = None
@@ -144,7 +145,7 @@ def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
 
     A last line that a kill left unfinished is passed over. Raises `UserError` if there is no file or it is broken.
     """
-    path = _path(workdir) / JSONL
+    path = absolute(workdir) / JSONL
     if not path.exists():
         raise UserError(f"{path}: no such file; give the workdir of a run")
     names = {name: float(name) for name in ("NaN", "Infinity", "-Infinity")}
@@ -193,7 +194,7 @@ class _ObjectLines(_Lines):
         self._text.write(line + "\n")
 
     def flush(self) -> None:
-        self._path.write_text(self._text.getvalue())
+        write_atomically(self._path, self._text.getvalue())
 
     def close(self) -> None:
         pass
@@ -204,13 +205,8 @@ def _lines(path: epath.Path, resume_step: int | None) -> _Lines:
     kept = []
     if resume_step is not None and path.exists():
         kept = [line + "\n" for line, record in _records(path) if record["step"] <= resume_step]
-    if _in_bucket(path):
-        path.write_text("".join(kept))  # an object appears whole or not at all
-        return _ObjectLines(path)
-    fresh = path.with_name(path.name + ".new")
-    fresh.write_text("".join(kept))
-    fresh.replace(path)
-    return _Lines(path)
+    write_atomically(path, "".join(kept))
+    return _ObjectLines(path) if is_remote(path) else _Lines(path)
 
 
 class _Board:
@@ -218,7 +214,7 @@ class _Board:
 
     def __init__(self, folder: epath.Path, resume_step: int | None):
         self._folder = folder
-        self._temporary = tempfile.TemporaryDirectory() if _in_bucket(folder) else None
+        self._temporary = tempfile.TemporaryDirectory() if is_remote(folder) else None
         self._local = epath.Path(self._temporary.name) if self._temporary else folder
         self._local.mkdir(parents=True, exist_ok=True)
         self._events = EventsWriter(str(self._local / "events"), f".{resume_step or 0}")
@@ -233,7 +229,7 @@ class _Board:
         if self._temporary:
             self._folder.mkdir(parents=True, exist_ok=True)
             for path in self._local.iterdir():
-                (self._folder / path.name).write_bytes(path.read_bytes())
+                write_atomically(self._folder / path.name, path.read_bytes())
 
     def close(self) -> None:
         self._events._py_recordio_writer.close()  # EventsWriter.close leaves the file open where flushing fails
@@ -253,16 +249,8 @@ def _start_wandb(workdir: epath.Path, project: str, config_json: str, resume: bo
         mend = "`wandb login`, set WANDB_MODE=offline, or set it to ''"
         raise UserError(f"run.wandb={project}: wandb does not start: {cause(error)}; {mend}") from error
     with writing(f"{remembered}: cannot write"):
-        remembered.write_text(run.id)
+        write_atomically(remembered, run.id)
     return run
-
-
-def _path(workdir: epath.PathLike) -> epath.Path:
-    return epath.Path(workdir).expanduser()
-
-
-def _in_bucket(path: epath.Path) -> bool:
-    return "://" in str(path)
 
 
 def _valid(value: Any) -> Any:

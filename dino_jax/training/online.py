@@ -11,10 +11,11 @@ from ml_collections import ConfigDict
 
 from dino_jax.data.sources import open_source
 from dino_jax.errors import UserError
-from dino_jax.eval.features import Frozen, source_features
+from dino_jax.eval.features import source_features
 from dino_jax.eval.masks import open_masks
 from dino_jax.eval.protocols import voc
 from dino_jax.eval.protocols.knn import knn_classify
+from dino_jax.inference.model import Model
 from dino_jax.training.step import Recipe, TrainState
 
 Figures = dict[str, float]
@@ -30,7 +31,7 @@ class Evaluations:
 
     def __init__(self, config: ConfigDict, recipe: Recipe, epoch_steps: int):
         self.config, self.recipe = config, recipe
-        self.jobs: list[tuple[int, Callable[[Frozen], Figures]]] = []  # steps between, what to do
+        self.jobs: list[tuple[int, Callable[[Model], Figures]]] = []  # steps between, what to do
         options = config.eval
         if options.knn_every:
             _require(options, "knn_every", "knn_train", "knn_test")
@@ -56,7 +57,7 @@ class Evaluations:
                 figures |= job(model)
         return figures
 
-    def knn(self, model: Frozen) -> Figures:
+    def knn(self, model: Model) -> Figures:
         """`knn_top1` and `knn_top5` of `eval.knn_test` among `eval.knn_train`."""
         options = self.config.eval
         view = ConfigDict({key: options[key] for key in ("resize", "crop", "batch_size")})
@@ -68,9 +69,9 @@ class Evaluations:
         top1, top5 = knn_classify(*train, *test, ks=(k,), temperature=options.knn_temperature)[k]
         return {"knn_top1": top1, "knn_top5": top5}
 
-    def voc(self, model: Frozen) -> Figures:
+    def voc(self, model: Model) -> Figures:
         """`voc_jaccard_60` and `voc_jaccard_80` on `eval.voc_data`."""
-        settings = voc.default_config()
+        settings = voc.PROTOCOL.default_config()
         settings.size = self.config.eval.voc_size
         figures = voc.evaluate(model, self.config.eval.voc_data, settings)
         return {f"voc_{key}": value for key, value in figures.items()}
@@ -84,8 +85,8 @@ def _require(options: ConfigDict, reason: str, *keys: str) -> None:
             )
 
 
-def frozen_teacher(config: ConfigDict, recipe: Recipe, state: TrainState) -> Frozen:
-    """The teacher's backbone, copied whole to this process's host."""
+def frozen_teacher(config: ConfigDict, recipe: Recipe, state: TrainState) -> Model:
+    """The teacher's backbone as a model, copied whole to this process's host."""
 
     def local(x: Any) -> Any:
         whole = x.is_fully_addressable or x.is_fully_replicated
@@ -94,4 +95,4 @@ def frozen_teacher(config: ConfigDict, recipe: Recipe, state: TrainState) -> Fro
     variables = {"params": jax.tree.map(local, state.ema.teacher["backbone"])}
     if "backbone" in state.teacher_stats:
         variables["batch_stats"] = jax.tree.map(local, state.teacher_stats["backbone"])
-    return Frozen(recipe.network.backbone, variables, config.data.mean, config.data.std)
+    return Model(config, variables, recipe.network.backbone)

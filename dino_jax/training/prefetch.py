@@ -18,6 +18,7 @@ from dino_jax.data.sources import Source
 from dino_jax.errors import writing
 from dino_jax.parallel import sharding
 from dino_jax.render.renderer import make_renderer
+from dino_jax.storage import write_atomically
 
 
 class Ready(NamedTuple):
@@ -44,7 +45,7 @@ class BadFiles:
             self._known.update(new)
             with writing(f"{self._path}: cannot write"):
                 before = self._path.read_text() if self._path.exists() else ""
-                self._path.write_text(before + "".join(f"{name}\t{reason}\n" for name, reason in new.items()))
+                write_atomically(self._path, before + "".join(f"{name}\t{reason}\n" for name, reason in new.items()))
 
 
 def device_batches(

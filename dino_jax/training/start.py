@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from dino_jax import config_io
 from dino_jax.errors import UserError
 from dino_jax.models.vit import resize_pos_embed
+from dino_jax.storage import absolute, write_atomically
 from dino_jax.training.step import TrainState, make_recipe, state_from_student, to_items
 from dino_jax.weights import architecture, checkpoint, importer
 from dino_jax.weights.importer import Moments, Weights
@@ -92,10 +93,10 @@ def _fitted(
             fitted[key] = _placed(value, like)
     misfits += [f"{key} is unknown here" for key in have if key not in want and key.split("/")[1] != "head"]
     if misfits:
-        more = f" and {len(misfits) - 5} more" if len(misfits) > 5 else ""
+        more, model = f" and {len(misfits) - 5} more" if len(misfits) > 5 else "", weights.config.model
         raise UserError(
             f"init_from={config.init_from}: another backbone than config.model's: {', '.join(misfits[:5])}{more}; "
-            f"set model.name={weights.config.model.name} and model.patch_size={weights.config.model.patch_size}"
+            f"set model.name={model.name}, model.patch_size={model.patch_size} and model.registers={model.registers}"
         )
     return {"params": {}, "batch_stats": {}} | traverse_util.unflatten_dict(fitted, sep="/")
 
@@ -150,14 +151,14 @@ def write_checkpoint(weights: Weights, out: epath.PathLike) -> epath.Path:
     A whole network becomes a whole training state, its optimiser at the file's moments or at none; a backbone alone is
     a teacher without a head.
     """
-    out = epath.Path(out).expanduser()
+    out = absolute(out)
     folder = out / "checkpoints"
     if checkpoint.steps(folder):
         raise UserError(f"{out}: there are checkpoints here already; choose another --out")
     text = config_io.to_json(weights.config)
     with checkpoint.Checkpointer(folder, asynchronous=False) as checkpoints:
         checkpoints.save(0, _items(weights), text)
-    (out / "config.json").write_text(text)
+    write_atomically(out / "config.json", text)
     return out
 
 

@@ -44,6 +44,11 @@ class TrainState(flax.struct.PyTreeNode):
     salt: jax.Array  # int32, bumped by a rewind, so that other crops and masks are drawn
     bad_steps: jax.Array  # int32, non-finite losses in a row up to here
 
+    def __repr__(self) -> str:
+        """One line, for a notebook that shows what `train` returns."""
+        count = sum(leaf.size for leaf in jax.tree.leaves(self.student["params"]))
+        return f"TrainState(step={self.step}, parameters={count:,})"
+
     @property
     def teacher(self) -> Variables:
         """The teacher's variables, as `network.apply` takes them."""

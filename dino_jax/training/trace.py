@@ -9,6 +9,7 @@ import jax
 from etils import epath
 
 from dino_jax.errors import writing
+from dino_jax.storage import write_atomically
 
 
 class Trace:
@@ -35,6 +36,4 @@ class Trace:
             jax.profiler.stop_trace()
             found = [path for path in pathlib.Path(name).rglob("*") if path.is_file() and save]
             for path in found:
-                copy = self.folder / str(path.relative_to(name))
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                copy.write_bytes(path.read_bytes())
+                write_atomically(self.folder / str(path.relative_to(name)), path.read_bytes())

@@ -52,13 +52,18 @@ FORMATS = (  # the first whose marker is present counts
 
 
 def rules(config: ConfigDict, name: str) -> keys.Rules:
-    """What the format `official`, `timm` or `hf` calls this model's parameters; `UserError` if it has no such model."""
+    """What the format `official`, `timm` or `hf` calls this model's parameters; `UserError` if it has no such model.
+
+    The tensors of `timm` with registers are also others: see `containers.timm_prefix`.
+    """
     family = config.model.name.partition("_")[0].rstrip("0123456789")
     known = {fmt.name: fmt.rules for fmt in reversed(FORMATS) if fmt.family == family}
     if name == "timm":
         name = name if name in known else "official"  # the same names
     if name not in known:
         raise UserError(f"--format={name}: transformers has no {config.model.name}; choose official or timm")
+    if name == "hf" and config.model.registers:
+        raise UserError("--format=hf: transformers' ViT has no registers (model.registers); choose official or timm")
     return known[name]
 
 
@@ -96,6 +101,8 @@ def _fill_vit(config: ConfigDict, fmt: Format, backbone: Tensors, hints: Hints, 
     if (height // patch) * (width // patch) != count:
         raise UserError(f"{source}: a position table of {count} patches is not square; its grid cannot be known")
     depth = _count(backbone, lambda i: keys.renamed(f"blocks.{i}.norm1.weight", fmt.rules))
+    if "register_tokens" in backbone:
+        config.model.registers = backbone["register_tokens"].shape[1]
     _fill_shape(config, "vit_", {"embed_dim": embed_dim, "depth": depth}, hints.heads, source)
     _fill_input(config, chans, patch, (height, width))
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -26,6 +25,8 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from dino_jax.errors import UserError, cause, unwritable
+from dino_jax.storage import absolute
+from dino_jax.weights import quiet
 
 PyTree = Any
 T = TypeVar("T")
@@ -51,7 +52,7 @@ class Checkpointer:
     ):
         if keep < 1:
             raise UserError(f"at least one checkpoint must stay, but keep={keep}")
-        self.directory = _absolute(directory)
+        self.directory = absolute(directory)
         self._policy = _Keep(keep, keep_every_steps)
         self._asynchronous = asynchronous
         self._manager: ocp.CheckpointManager | None = None
@@ -90,6 +91,7 @@ class Checkpointer:
         if self._manager is not None:
             self._manager.close()
             self._manager = None
+            quiet.end()
 
     def latest_step(self) -> int | None:
         """The newest step that reads back whole, or None. Newer ones that do not are one logged warning.
@@ -114,6 +116,7 @@ class Checkpointer:
                 cleanup_tmp_directories=True,
                 save_root_metadata=False,
             )
+            quiet.begin()
             self._manager = ocp.CheckpointManager(self.directory, options=options)
         return self._manager
 
@@ -134,7 +137,7 @@ class Checkpointer:
 
 def steps(directory: epath.PathLike) -> list[int]:
     """The complete steps of a folder, ascending; none where there is no folder."""
-    found = ocp.path.step.standard_name_format().find_all(_absolute(directory))
+    found = ocp.path.step.standard_name_format().find_all(absolute(directory))
     return sorted(metadata.step for metadata in found)
 
 
@@ -143,7 +146,7 @@ def resolve(path: epath.PathLike) -> tuple[epath.Path, int]:
 
     Raises `UserError`, naming the path, where there is nothing, no complete step or only damaged ones.
     """
-    path = _absolute(path)
+    path = absolute(path)
     if not path.exists():
         raise UserError(f"{path}: there is no such checkpoint")
     if path.name.isdigit() and int(path.name) in steps(path.parent):
@@ -164,7 +167,7 @@ def restore(directory: epath.PathLike, step: int, items: Mapping[str, PyTree]) -
     Raises `UserError` if the step or an item is missing, if tree, shapes or dtypes differ (naming the first few
     keys), or if the data does not read back as it was written.
     """
-    folder = _absolute(directory) / str(step)
+    folder = absolute(directory) / str(step)
     restored = {}
     for name, wanted in items.items():
         _check_tree(folder / name, _abstract(folder, name), wanted)
@@ -177,12 +180,12 @@ def restore(directory: epath.PathLike, step: int, items: Mapping[str, PyTree]) -
 
 def abstract(directory: epath.PathLike, step: int, item: str) -> PyTree:
     """What an item holds: nested dicts and lists of `jax.ShapeDtypeStruct`, no shardings, from the files alone."""
-    return _abstract(_absolute(directory) / str(step), item)
+    return _abstract(absolute(directory) / str(step), item)
 
 
 def restore_config(directory: epath.PathLike, step: int) -> str:
     """The configuration that `save` was given, as JSON."""
-    return json.dumps(_read(_absolute(directory) / str(step), CONFIG, _json))
+    return json.dumps(_read(absolute(directory) / str(step), CONFIG, _json))
 
 
 @dataclasses.dataclass
@@ -252,7 +255,8 @@ def _read(folder: epath.Path, item: str, action: Callable[[epath.Path], T]) -> T
         there = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir())) or "nothing"
         raise UserError(f"{folder}: no {item!r} in this checkpoint; it has {there}")
     try:
-        return action(folder / item)
+        with quiet.quiet():
+            return action(folder / item)
     except Exception as error:  # broken files raise nearly anything: JSON, key, value and OS errors
         raise UserError(f"{folder / item}: cannot be read: {cause(error)}") from error
 
@@ -339,26 +343,5 @@ def _host_checksum(x: np.ndarray) -> np.uint32:
 _WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint32}  # by bytes an item
 
 
-def _absolute(path: epath.PathLike) -> epath.Path:
-    path = epath.Path(path).expanduser()
-    return path if "://" in str(path) else path.absolute()
-
-
 def _first(keys: Sequence[str], count: int = 3) -> str:
     return ", ".join(keys[:count]) + (f" and {len(keys) - count} more" if len(keys) > count else "")
-
-
-def _not_ours(record: logging.LogRecord) -> bool:
-    """Drops the tracebacks that Orbax, or asyncio of Orbax's tasks, logs of errors which become one line here."""
-    return not (record.levelno >= logging.ERROR and "orbax" in record.pathname + record.getMessage())
-
-
-def _unraised(lost: sys.UnraisableHookArgs, hook: Callable[[sys.UnraisableHookArgs], Any] = sys.unraisablehook) -> None:
-    """TensorStore's threads answer tasks that Orbax has given up after such an error, each with a traceback."""
-    if str(lost.exc_value) != "Event loop is closed":
-        hook(lost)
-
-
-sys.unraisablehook = _unraised
-for _name in ("absl", "asyncio"):
-    logging.getLogger(_name).addFilter(_not_ours)

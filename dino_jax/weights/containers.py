@@ -63,7 +63,8 @@ def is_tensors(value: Any) -> bool:
 def regular_names(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """A state dict of backbone and head with today's names: `backbone.*`, `head.mlp.*`, `head.last_layer.weight_[gv]`.
 
-    A last layer without weight norm (the released ResNet-50's) becomes the same function: direction and gain.
+    A last layer without weight norm (the released ResNet-50's) becomes the same function: direction and gain. So do
+    timm's registers and positions: see `timm_prefix`.
     """
     regular = {}
     for key, value in state.items():
@@ -73,7 +74,23 @@ def regular_names(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     if (plain := regular.pop("head.last_layer.weight", None)) is not None:
         regular["head.last_layer.weight_v"] = plain
         regular["head.last_layer.weight_g"] = np.linalg.norm(plain.astype(np.float32), axis=1, keepdims=True)
+    if (registers := regular.pop("backbone.reg_token", None)) is not None:
+        regular["backbone.register_tokens"] = registers
+        if (table := regular.get("backbone.pos_embed")) is not None:  # CLS has no row there: one of 0
+            regular["backbone.pos_embed"] = np.concatenate([np.zeros_like(table[:, :1]), table], axis=1)
     return regular
+
+
+def timm_prefix(backbone: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tensors of a ViT with registers as timm has them (`reg_tokens`, `no_embed_class`); others as they are.
+
+    `register_tokens` is `reg_token` there, and the position of CLS is part of `cls_token` instead of a table's row.
+    """
+    if "register_tokens" not in backbone:
+        return dict(backbone)
+    table = backbone["pos_embed"]  # [1, 1 + N, D]
+    changed = {"cls_token": backbone["cls_token"] + table[:, :1], "pos_embed": table[:, 1:]}
+    return {"reg_token" if key == "register_tokens" else key: changed.get(key, x) for key, x in backbone.items()}
 
 
 def section(tensors: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:

@@ -12,7 +12,9 @@ from etils import epath
 
 from dino_jax.errors import UserError
 from dino_jax.models import build_backbone
+from dino_jax.storage import absolute, write_atomically
 from dino_jax.weights import architecture, keys, programs
+from dino_jax.weights.containers import timm_prefix
 from dino_jax.weights.importer import ARGS, GAIN, Weights
 from dino_jax.weights.load import open_weights
 from dino_jax.weights.pth import write_pth
@@ -46,7 +48,7 @@ def export_weights(
     if format not in FORMATS:
         raise UserError(f"--format={format}: choose one of {', '.join(FORMATS)}")
     name, write = FORMATS[format]
-    out = epath.Path(out).expanduser()
+    out = absolute(out)
     suffixes = (".pth", ".safetensors") if format == "timm" else (epath.Path(name).suffix,)
     if out.suffix in (".pth", ".safetensors", ".stablehlo", ".onnx") and out.suffix not in suffixes:
         raise UserError(f"--out={out}: --format={format} writes {' or '.join(suffixes)}, or into a folder")
@@ -75,7 +77,8 @@ def backbone_tensors(weights: Weights, name: str) -> Tensors:
     """The teacher's backbone under the names of `official`, `timm` or `hf`; `UserError` if it has none for it."""
     rules = architecture.rules(weights.config, name)
     table = keys.key_table(architecture.backbone_shapes(weights.config), rules)
-    return keys.to_torch(table, part(weights.teacher, "backbone"))
+    tensors = keys.to_torch(table, part(weights.teacher, "backbone"))
+    return timm_prefix(tensors) if name == "timm" else tensors
 
 
 def part(variables: keys.Variables, name: str) -> keys.Variables:
@@ -120,11 +123,11 @@ def _write_timm(weights: Weights, path: epath.Path, **_: Any) -> None:
     if path.suffix == ".pth":
         write_pth(path, tensors)
     else:
-        path.write_bytes(safetensors.numpy.save(tensors, metadata={"format": "pt"}))
+        write_atomically(path, safetensors.numpy.save(tensors, metadata={"format": "pt"}))
 
 
 def _write_hf(weights: Weights, path: epath.Path, **_: Any) -> None:
-    path.write_bytes(safetensors.numpy.save(backbone_tensors(weights, "hf"), metadata={"format": "pt"}))
+    write_atomically(path, safetensors.numpy.save(backbone_tensors(weights, "hf"), metadata={"format": "pt"}))
     config, (height, width) = weights.config, weights.config.crops.global_size
     backbone = build_backbone(config.model, (height, width))
     description = {
@@ -143,15 +146,15 @@ def _write_hf(weights: Weights, path: epath.Path, **_: Any) -> None:
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
     }
-    (path.parent / "config.json").write_text(json.dumps(description, indent=2))
+    write_atomically(path.parent / "config.json", json.dumps(description, indent=2))
 
 
 def _write_stablehlo(weights: Weights, path: epath.Path, **options: Any) -> None:
-    path.write_bytes(programs.stablehlo(*_backbone(weights), channels=weights.config.model.in_chans, **options))
+    write_atomically(path, programs.stablehlo(*_backbone(weights), channels=weights.config.model.in_chans, **options))
 
 
 def _write_onnx(weights: Weights, path: epath.Path, **options: Any) -> None:
-    path.write_bytes(programs.onnx(*_backbone(weights), channels=weights.config.model.in_chans, **options))
+    write_atomically(path, programs.onnx(*_backbone(weights), channels=weights.config.model.in_chans, **options))
 
 
 def _backbone(weights: Weights) -> tuple[Any, keys.Variables]:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import urllib.error
 import urllib.request
 from typing import NamedTuple
 
 from etils import epath
-from tqdm import tqdm
 
-from dino_jax.errors import UserError
+from dino_jax.errors import UserError, did_you_mean
+from dino_jax.progress import Progress
+from dino_jax.storage import absolute
 
 BASE = "https://dl.fbaipublicfiles.com/dino/"
 CACHE = "DINO_JAX_CACHE"  # environment variable: where downloads are kept
@@ -52,15 +52,14 @@ PRETRAINED = {
 
 
 def known(name: str = "") -> str:
-    """The released names as the end of an error message; the nearest one first where `name` is close to it."""
-    near = difflib.get_close_matches(name, PRETRAINED, 1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    return f"{hint}names are {', '.join(key for key in PRETRAINED if not key.endswith('_full'))} (or with _full)"
+    """The released names as the end of an error message, with the one that is near to `name`."""
+    names = ", ".join(key for key in PRETRAINED if not key.endswith("_full"))
+    return f"names are {names} (or with _full){did_you_mean(name, PRETRAINED)}"
 
 
 def cache_folder() -> epath.Path:
     """Where downloads are kept: `$DINO_JAX_CACHE`, or `~/.cache/dino-jax`."""
-    return epath.Path(os.environ.get(CACHE, "~/.cache/dino-jax")).expanduser()
+    return absolute(os.environ.get(CACHE, "~/.cache/dino-jax"))
 
 
 def fetch(name: str, head: bool = False) -> epath.Path:
@@ -82,7 +81,9 @@ def fetch(name: str, head: bool = False) -> epath.Path:
 
 
 def download(address: str, target: epath.Path) -> None:
-    """Downloads to `target`, which appears only when it is complete; until then `<target>.part` grows.
+    """Downloads to `target`, which appears only when it is complete.
+
+    Until then `<target>.part` grows. It outlives a failure, unlike a `storage.new_file`, so that a download resumes.
 
     Raises:
       UserError: the transfer failed or the answer is a web page.
@@ -99,11 +100,12 @@ def download(address: str, target: epath.Path) -> None:
             total = have + int(answer.headers["Content-Length"])
             with (
                 partial.open("ab" if have else "wb") as file,
-                tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=target.name) as bar,
+                Progress(total, have, target.name, unit="B") as bar,
             ):
                 while block := answer.read(1 << 20):
                     file.write(block)
-                    bar.update(len(block))
+                    have += len(block)
+                    bar.update(have)
     except urllib.error.HTTPError as error:
         if error.code != 416:
             raise UserError(f"{target.name}: the server answered {error.code} {error.reason}; {mend}") from None

@@ -22,7 +22,7 @@ def stablehlo(
     """A serialised `jax.export.Exported` for cpu, cuda and tpu; `jax.export.deserialize(bytes).call(images)` runs it.
 
     Input: normalised float32 images [B, h, w, c], B any number. Output: features [B, D], and with `attention` the last
-    block's attention [B, H, N, N] after it.
+    block's attention [B, H, N, N] after it, tokens in the order CLS, registers, patches.
     """
     _require("flatbuffers")
     (batch,) = jax.export.symbolic_shape("b")

@@ -2,8 +2,8 @@
 
 Such a file is a zip archive of uncompressed members: `<name>/data.pkl` is a pickle of the object in which every tensor
 is a call of `torch._utils._rebuild_tensor_v2(storage, offset, size, stride, ...)`, and `<name>/data/<key>` holds the
-bytes of one storage. A pickle is a program that may call anything; `_Unpickler` knows a handful of names, each bound to
-a function of this module that can do no harm, and refuses all others. Sizes are checked before anything is allocated.
+bytes of one storage. `unpickle.Unpickler` reads it with the few names of `ALLOWED` and refuses all others. Sizes are
+checked before anything is allocated.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import io
 import math
 import pickle
 import re
-import tempfile
 import zipfile
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -26,6 +25,8 @@ import numpy as np
 from etils import epath
 
 from dino_jax.errors import UserError
+from dino_jax.storage import new_file
+from dino_jax.weights.unpickle import CODES, NUMERIC, STATES, RefusedError, Unpickler
 
 STORAGES = {
     "FloatStorage": np.dtype(np.float32),
@@ -42,8 +43,7 @@ STORAGES = {
 MAX_PICKLE = 64 << 20  # bytes of data.pkl; a full checkpoint has about 0.2 MB
 MAX_EXPANDED = 1 << 24  # elements of a tensor whose strides repeat its storage
 LEGACY_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # the pickled magic number of torch < 1.6
-PythonUnpickler: Any = pickle._Unpickler  # the pure-Python machines, whose parts type stubs do not list
-PythonPickler: Any = pickle._Pickler
+PythonPickler: Any = pickle._Pickler  # the pure-Python machine, whose parts type stubs do not list
 ALIGNMENT = 64  # bytes; where torch places each storage, so that it can be memory-mapped
 
 
@@ -97,10 +97,11 @@ def _read_zip(path: epath.Path, file: Any) -> Any:
                 raise UserError(f"{path}: it claims to hold more than its own size; refused")
             if f"{prefix}byteorder" in members and archive.read(f"{prefix}byteorder") != b"little":
                 raise UserError(f"{path}: written on a big-endian machine; load and save it once with torch elsewhere")
-            return _Unpickler(archive.read(pickles[0]), lambda key: archive.read(f"{prefix}data/{key}")).load()
+            storages = _Storages(lambda key: archive.read(f"{prefix}data/{key}"))
+            return Unpickler(archive.read(pickles[0]), ALLOWED, TAKES, load=storages).load()
     except UserError:
         raise
-    except _RefusedError as refused:
+    except RefusedError as refused:
         raise UserError(
             f"{path}: its pickle asks for {refused}, which no weights need; it may be hostile, and nothing was run"
         ) from None
@@ -113,60 +114,28 @@ def _read_zip(path: epath.Path, file: Any) -> Any:
         raise UserError(f"{path}: damaged or not a torch checkpoint ({type(error).__name__}: {reason})") from None
 
 
-class _RefusedError(Exception):
-    """A name that is not on the allow-list."""
-
-
 @dataclasses.dataclass(frozen=True)
 class _StorageType:
     dtype: np.dtype
 
 
-class _Unpickler(PythonUnpickler):
-    """Python's own pickle machine (its memo is a dict, so no opcode can reserve memory) with three doors closed.
+class _Storages:
+    """The storages of an archive by persistent id, each read once."""
 
-    `find_class` hands out only `ALLOWED`; `persistent_load` only storages of the archive; BUILD, which else sets
-    attributes on anything, only fills a Namespace, an OrderedDict's `_metadata` (dropped) and a dtype's byte order.
-    """
+    def __init__(self, read: Callable[[str], bytes]):
+        self._read = read
+        self._known: dict[str, np.ndarray] = {}
 
-    dispatch: ClassVar = dict(PythonUnpickler.dispatch)
-
-    def __init__(self, data: bytes, read_storage: Callable[[str], bytes]):
-        super().__init__(io.BytesIO(data), encoding="utf-8")
-        self.read_storage = read_storage
-        self.storages: dict[str, np.ndarray] = {}
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and name in STORAGES:
-            return _StorageType(STORAGES[name])
-        if module == "numpy.dtypes" and name in NUMPY_DTYPES:
-            return lambda: _DType(NUMPY_DTYPES[name])
-        try:
-            return ALLOWED[f"{module}.{name}"]
-        except KeyError:
-            raise _RefusedError(f"{module}.{name}") from None
-
-    def persistent_load(self, pid: Any) -> np.ndarray:
+    def __call__(self, pid: Any) -> np.ndarray:
         kind, storage_type, key, _, count = pid
         if kind != "storage" or not isinstance(storage_type, _StorageType) or not isinstance(key, str):
             raise ValueError("a persistent id that is no storage")
-        if key not in self.storages:
-            data = self.read_storage(key)
+        if key not in self._known:
+            data = self._read(key)
             if len(data) != count * storage_type.dtype.itemsize:
                 raise ValueError(f"storage {key} has {len(data)} bytes for {count} of {storage_type.dtype}")
-            self.storages[key] = np.frombuffer(data, storage_type.dtype)
-        return self.storages[key]
-
-    def load_build(self) -> None:
-        state, target = self.stack.pop(), self.stack[-1]
-        if isinstance(target, argparse.Namespace):
-            vars(target).update(state)
-        elif isinstance(target, _DType):
-            target.order = state[1]
-        elif not isinstance(target, collections.OrderedDict):
-            raise ValueError(f"state for a {type(target).__name__}")
-
-    dispatch[pickle.BUILD[0]] = load_build
+            self._known[key] = np.frombuffer(data, storage_type.dtype)
+        return self._known[key]
 
 
 def _rebuild_tensor(storage: np.ndarray, offset: int, shape: tuple, strides: tuple, *_: Any) -> np.ndarray:
@@ -184,40 +153,18 @@ def _rebuild_tensor(storage: np.ndarray, offset: int, shape: tuple, strides: tup
     return view if count else np.zeros(shape, storage.dtype)
 
 
-@dataclasses.dataclass
-class _DType:
-    """A numeric dtype as NumPy pickles it: a code such as `f8`, then the byte order by BUILD."""
-
-    code: str
-    align: bool = False
-    copy: bool = True
-    order: str = "="
-
-
-def _scalar(dtype: _DType, data: bytes) -> Any:
-    if not (isinstance(dtype, _DType) and dtype.code in NUMPY_DTYPES.values() and dtype.order in "<>=|"):
-        raise ValueError(f"a NumPy scalar of type {dtype}")
-    order = dtype.order if dtype.order in "<>" else ""
-    return np.frombuffer(data, f"{order}{dtype.code}", 1)[0]
-
-
-def _encode(text: str, encoding: str) -> bytes:
-    if encoding not in ("latin1", "latin-1"):
-        raise _RefusedError(f"_codecs.encode({encoding!r})")
-    return text.encode("latin1")
-
-
-CODES = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")
-NUMPY_DTYPES = {type(np.dtype(code)).__name__: code for code in CODES}
 ALLOWED = {
+    **{f"torch.{name}": _StorageType(dtype) for name, dtype in STORAGES.items()},
+    **NUMERIC,
     "collections.OrderedDict": collections.OrderedDict,
     "argparse.Namespace": argparse.Namespace,
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
     "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
-    "numpy.core.multiarray.scalar": _scalar,
-    "numpy._core.multiarray.scalar": _scalar,
-    "numpy.dtype": _DType,
-    "_codecs.encode": _encode,
+}
+TAKES = {
+    **STATES,
+    argparse.Namespace: lambda namespace, state: namespace.__dict__.update(state),
+    collections.OrderedDict: lambda *_: None,  # its `_metadata` is dropped
 }
 
 
@@ -232,7 +179,7 @@ def _read_legacy(path: epath.Path) -> Any:
         ) from None
     from numpy._core.multiarray import scalar
 
-    dtypes = [type(np.dtype(code)) for code in NUMPY_DTYPES.values()]
+    dtypes = [type(np.dtype(code)) for code in CODES]
     safe: list[Any] = [argparse.Namespace, np.dtype, *dtypes, (_codecs.encode, "_codecs.encode")]
     safe += [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
     try:
@@ -292,22 +239,15 @@ def write_pth(path: epath.PathLike, value: Any) -> None:
 
     Arrays become contiguous tensors. The same value gives the same bytes. The file appears whole or not at all.
     """
-    path = epath.Path(path)
     buffer = io.BytesIO()
     pickler = _Pickler(buffer)
     pickler.dump(value)
-    with tempfile.TemporaryDirectory() as folder:
-        local = epath.Path(folder) / "archive.pth"
-        with local.open("wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-            _add(archive, "data.pkl", buffer.getvalue())
-            _add(archive, "byteorder", b"little")
-            for key, storage in enumerate(pickler.storages):
-                _add(archive, f"data/{key}", storage.tobytes())
-            _add(archive, "version", b"3\n")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.parent / f"{path.name}.part"
-        local.copy(partial, overwrite=True)
-        partial.replace(path)
+    with new_file(path) as local, zipfile.ZipFile(local, "w", zipfile.ZIP_STORED) as archive:
+        _add(archive, "data.pkl", buffer.getvalue())
+        _add(archive, "byteorder", b"little")
+        for key, storage in enumerate(pickler.storages):
+            _add(archive, f"data/{key}", storage.tobytes())
+        _add(archive, "version", b"3\n")
 
 
 def _add(archive: zipfile.ZipFile, name: str, data: bytes) -> None:

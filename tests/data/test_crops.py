@@ -11,7 +11,7 @@ from scipy import stats
 
 from dino_jax.config import default
 from dino_jax.data import crops as C
-from dino_jax.data.crops import CropParams, centre_box, draw_boxes, draw_crops, render_crops
+from dino_jax.data.crops import CropParams, center_box, draw_boxes, draw_crops, render_crops
 from tests.peers import peer
 
 RATIO = (3 / 4, 4 / 3)
@@ -49,7 +49,7 @@ def one_by_one(rng: np.random.Generator, height: int, width: int, scale: tuple[f
         wide, tall = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < wide <= width and 0 < tall <= height:
             return int(rng.integers(height - tall + 1)), int(rng.integers(width - wide + 1)), tall, wide
-    return centre_box(height, width, RATIO)
+    return center_box(height, width, RATIO)
 
 
 def boxes(count: int, height: int, width: int, scale: tuple[float, float]) -> np.ndarray:
@@ -141,7 +141,7 @@ def test_the_same_generator_gives_related_boxes_at_any_resolution():
 
 
 def test_without_colour_only_box_and_flip_are_drawn():
-    params = draw_crops(np.random.default_rng(0), 60, 80, default().crops, colour=False)
+    params = draw_crops(np.random.default_rng(0), 60, 80, default().crops, color=False)
     assert not params.jitter.any()
     assert not params.gray.any()
     assert not params.solarize.any()

@@ -56,7 +56,7 @@ def test_what_went_in_comes_out(folder, tmp_path):
     assert [after[i] for i in range(len(after))] == kept
     assert after.class_names == before.class_names == ("cats", "dogs")
     assert manifest == json.loads((tmp_path / MANIFEST).read_text())
-    assert manifest["bad"] == [["dogs/é03.jpg", "not a picture in a known format"]]
+    assert manifest["bad"] == [["dogs/é03.jpg", "not an image in a known format"]]
     assert (manifest["count"], manifest["labels"]) == (11, {"0": 6, "1": 5})
     assert [shard["count"] for shard in manifest["shards"]] == [5, 4, 2]
     assert set(contents(tmp_path)) == {MANIFEST, *(shard["file"] for shard in manifest["shards"])}
@@ -143,13 +143,13 @@ def test_damaged_shards_of_a_finished_folder_are_made_anew(folder, tmp_path, cap
     shards[2].unlink()
     packed(folder, out, progress=True)
     assert contents(out) == before
-    assert "3 of 3 shards were damaged and made anew" in capsys.readouterr().err
+    assert "3 of 3 shards were damaged and made again" in capsys.readouterr().err
     changed = tmp_path / "changed"
     shutil.copytree(folder, changed)
     packed(changed, tmp_path / "other")
     min((tmp_path / "other").glob("*.array_record")).unlink()
     Image.new("RGB", (20, 20)).save(changed / "cats" / "é02.png")
-    with pytest.raises(UserError, match="the source changed; name another --out"):
+    with pytest.raises(UserError, match="the source has changed; name another --out"):
         packed(changed, tmp_path / "other")
 
 
@@ -178,7 +178,7 @@ def test_a_folder_belongs_to_one_source_and_settings(folder, tmp_path):
         (["{}/good", "--out={}/out", "--channels=7"], "has 3 channels where 7 are expected"),
         (
             ["{}/bad", "--out={}/out", "--workers=1"],
-            "at least 2 of 3 pictures cannot be read, more than --max-bad-share",
+            "at least 2 of 3 images cannot be read, more than --max-bad-share",
         ),
         (["{}/good", "--out={}/out", "--config.seed=1"], "takes no configuration"),
     ],
@@ -209,7 +209,7 @@ def test_a_disk_that_fills_up_gets_one_clear_line_and_it_goes_on(folder, tmp_pat
     child = subprocess.run([sys.executable, "-c", FULL, *command], capture_output=True, text=True)
     assert child.returncode == 2
     line = child.stderr.splitlines()[-1]
-    assert "array_record: cannot be written: " in line and "it goes on from here" in line
+    assert "array_record: cannot be written: " in line and "run it again: it resumes" in line
     assert list(tmp_path.glob("*.part")) == []
     assert main(command) == 0
     assert len(open_source(str(tmp_path))) == 11
@@ -219,7 +219,7 @@ def test_a_disk_that_fills_up_gets_one_clear_line_and_it_goes_on(folder, tmp_pat
 def test_shards_go_to_a_bucket(folder, tmp_path):
     command = [sys.executable, "-m", "dino_jax", "pack", str(folder), "--out=gs://bucket/packed", "--shard-size=5"]
     with serve() as (store, environment):
-        for line in ("11 pictures in 3 shards", "11 pictures in 3 shards"):
+        for line in ("11 images in 3 shards", "11 images in 3 shards"):
             child = subprocess.run(
                 [*command, "--workers=1", "--max-bad-share=0.1"],
                 env=os.environ | environment,

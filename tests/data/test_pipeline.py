@@ -17,7 +17,7 @@ from dino_jax.data.arrays import ArraySource
 from dino_jax.data.crops import CropParams, draw_crops, render_crops
 from dino_jax.data.example import Example
 from dino_jax.data.pipeline import (
-    centre_crop,
+    center_crop,
     epoch_order,
     example_rng,
     make_dataset,
@@ -245,7 +245,7 @@ def test_errors_of_workers_reach_the_user(config, tmp_path):
     for index in range(20):
         (tmp_path / f"{index}.png").write_bytes(b"broken" if index else png(0))
     config.run.workers, config.data.max_bad_share = 2, 0.2
-    with pytest.raises(UserError, match=r"at least \d+ of 20 pictures cannot be read") as caught:
+    with pytest.raises(UserError, match=r"at least \d+ of 20 images cannot be read") as caught:
         take(2, open_source(str(tmp_path)), config)
     assert "\n" not in str(caught.value)
 
@@ -279,8 +279,8 @@ def test_unreadable_pictures_are_replaced_and_reported(damaged, config):
     order = [epoch_order(60, config.seed, 0, range(60))[k : k + 20] for k in (0, 20, 40)]
     reported = [entry for batch in batches for entry in batch["bad"]]
     assert {name: reason for _, name, reason in reported} == {
-        "07.png": "not a picture in a known format",
-        "30.png": "not a picture in a known format",
+        "07.png": "not an image in a known format",
+        "30.png": "not an image in a known format",
         "50.png": "cannot be read: No such file or directory",
     }
     for batch, expected in zip(batches, order, strict=True):
@@ -306,7 +306,7 @@ def test_a_data_set_without_a_readable_picture_is_an_error_at_once(tmp_path, con
     for index in range(25):
         (tmp_path / f"{index}.png").write_bytes(b"broken")
     config.data.max_bad_share = share
-    with pytest.raises(UserError, match=r"none of the 25 pictures tried can be read; the last is 9\.png: not"):
+    with pytest.raises(UserError, match=r"none of the 25 images tried can be read; the last is 9\.png: not"):
         make_dataset(open_source(str(tmp_path)), config)
 
 
@@ -319,7 +319,7 @@ def test_one_readable_picture_is_enough_if_allowed(tmp_path, config):
 
 
 def test_a_batch_larger_than_the_data_set_is_an_error(config):
-    with pytest.raises(UserError, match="batch_size = 20 is more than the 19 pictures"):
+    with pytest.raises(UserError, match="batch_size = 20 is more than the 19 images"):
         make_dataset(pictures(19), config)
 
 
@@ -334,7 +334,7 @@ def test_an_unknown_renderer_is_an_error(source, config):
 def test_other_channel_counts_keep_their_colours_with_a_notice(config, render, channels, caplog):
     config.data.render, config.model.in_chans = render, channels
     (batch,) = take(1, pictures(20, channels), config)
-    assert "without colour operations" in caplog.text
+    assert "without color operations" in caplog.text
     if render == "host":
         assert batch["globals"].shape == (20, 2, 16, 20, channels)
     else:
@@ -372,7 +372,7 @@ def test_the_evaluation_view_has_torchvisions_sizes():
     assert resize_shorter(np.zeros((500, 333, 5), np.uint8), 256).shape == (384, 256, 5)
     assert resize_shorter(np.zeros((1, 60000, 3), np.uint8), 256).shape == (256, 4096, 3)
     small = np.full((3, 10, 1), 7, np.uint8)
-    found = centre_crop(small, (6, 4))
+    found = center_crop(small, (6, 4))
     assert found.shape == (6, 4, 1)
     assert (found[1:4] == 7).all()
     assert (found[[0, 4, 5]] == 0).all()
@@ -389,4 +389,4 @@ def test_the_evaluation_view_equals_torchvisions(height, width):
             transforms.CenterCrop((20, 28)),
         ]
     )
-    np.testing.assert_array_equal(centre_crop(resize_shorter(picture, 24), (20, 28)), view(Image.fromarray(picture)))
+    np.testing.assert_array_equal(center_crop(resize_shorter(picture, 24), (20, 28)), view(Image.fromarray(picture)))

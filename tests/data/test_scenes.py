@@ -10,7 +10,7 @@ import pytest
 
 from dino_jax.data.scenes import CLASSES, Scenes
 from dino_jax.data.scenes_render import TEXTURES, coverage, render
-from dino_jax.data.scenes_shapes import SHAPES, Dice, moments, normalise
+from dino_jax.data.scenes_shapes import SHAPES, Dice, moments, normalize
 from dino_jax.errors import UserError
 
 
@@ -56,7 +56,7 @@ def test_labels_are_balanced_and_shuffled():
 @pytest.mark.parametrize("name", SHAPES)
 def test_shapes_have_unit_area_and_no_offset(name):
     for seed in range(5):
-        outline = normalise(SHAPES[name](Dice(np.random.default_rng(seed))))
+        outline = normalize(SHAPES[name](Dice(np.random.default_rng(seed))))
         total = moments(outline[0]) - sum(moments(hole) for hole in outline[1:])
         np.testing.assert_allclose(total, [0, 0, 1], atol=1e-12)
         assert max(np.hypot(*polygon.T).max() for polygon in outline) < 1.2
@@ -86,7 +86,7 @@ def test_mask_has_the_area_of_the_object():
     for index in range(24):
         scene = scenes.scene(index)
         thing = object_of(scene)
-        thing = thing._replace(matrix=0.6 * thing.matrix, centre=(0.5, 0.5))  # all of it in the picture
+        thing = thing._replace(matrix=0.6 * thing.matrix, center=(0.5, 0.5))  # all of it in the picture
         _, owner = render(scene._replace(pieces=(thing,)), 128, 128)
         assert owner.sum() == pytest.approx(abs(np.linalg.det(thing.matrix)) * 128**2, rel=0.04)
 
@@ -98,7 +98,7 @@ def test_mask_is_where_the_object_shows():
         scene = scenes.scene(index)._replace(noise=0.0, light=(0.0, 0.0))
         thing, pictures = object_of(scene), []
         for value in (0, 1):
-            painted = thing._replace(pattern=thing.pattern._replace(colours=np.full((2, 3, 1, 1), value, np.float32)))
+            painted = thing._replace(pattern=thing.pattern._replace(colors=np.full((2, 3, 1, 1), value, np.float32)))
             pieces = tuple(painted if piece is thing else piece for piece in scene.pieces)
             pictures.append(render(scene._replace(pieces=pieces), 96, 96)[0][:, :, 0].astype(int))
         shows = (pictures[1] - pictures[0]) / 255
@@ -115,7 +115,7 @@ def test_the_object_alone_changes_the_picture():
         thing, touched = object_of(scene), np.zeros((64, 64), bool)
         image, owner = render(scene, 64, 64)
         without, nobody = render(scene._replace(pieces=tuple(p for p in scene.pieces if p is not thing)), 64, 64)
-        window, share = coverage(thing.outline, 64 * thing.matrix, 64 * np.array(thing.centre), 64, 64)
+        window, share = coverage(thing.outline, 64 * thing.matrix, 64 * np.array(thing.center), 64, 64)
         touched[window] = share > 0
         changed = (image != without).any(-1)
         assert not changed[~touched].any() and not nobody.any()

@@ -81,7 +81,7 @@ def test_a_flat_folder_is_unlabelled(tmp_path, caplog):
     assert labels(source) == [-1] * 3
     write(tmp_path / "sub" / "x.png")
     assert names(open_source(str(tmp_path))) == ["sub/x.png"]
-    assert "3 pictures beside the class folders are left out" in caplog.text
+    assert "3 images beside the class folders are left out" in caplog.text
 
 
 def test_links_are_followed_and_broken_ones_are_bad_pictures(tree):
@@ -253,7 +253,7 @@ def test_mistakes_in_tars_are_named(tmp_path):
     tar(tmp_path / "json.tar", {"1.png": image_bytes(1), "1.json": b"{"})
     (tmp_path / "empty").mkdir()
     for name, message in {
-        "whole.tar": r"whole.tar: 1 of 2 pictures have no label",
+        "whole.tar": r"whole.tar: 1 of 2 images have no label",
         "squeezed.tar": r"squeezed.tar: cannot be read as a tar file .*compressed\? gunzip it first",
         "cut.tar": r"cut.tar: cannot be read as a tar file .*cut off\? get it again",
         "rubbish.tar": r"rubbish.tar: cannot be read as a tar file .*damaged",
@@ -311,7 +311,7 @@ def test_tfds(tfds_dir):
     ("spec", "message"),
     [
         ("tfds:tiny_pictures:valid?data_dir={}", r"splits: train, test"),
-        ("tfds:tiny_pictures:train?data_dir={}&image=photo", r"no picture 'photo' in"),
+        ("tfds:tiny_pictures:train?data_dir={}&image=photo", r"no image 'photo' in"),
         ("tfds:tiny_pictures:train?data_dir={}&label=kind", r"no 'kind' in"),
         ("tfds:cifarr10:train?data_dir={}", r"did you mean 'cifar10'"),
         ("tfds:mnist:train?data_dir={}", r"not prepared in .*tfds build mnist --file_format=array_record"),
@@ -338,7 +338,7 @@ def test_hugging_face_datasets(tmp_path, monkeypatch):
     assert [level(source[i]) for i in range(6)] == list(range(6))
     for spec, message in [
         (f"hf:{tmp_path}/d:test", "no split 'test'"),
-        (f"hf:{tmp_path}/d:train?image=kind", "no picture 'kind'"),
+        (f"hf:{tmp_path}/d:train?image=kind", "no image 'kind'"),
         ("hf:nobody/nothing:train", "hf:nobody/nothing:train: "),
     ]:
         with pytest.raises(UserError, match=message):
@@ -361,12 +361,12 @@ def test_specs_are_split_by_kind_not_by_url_scheme(tmp_path):
         ("folder:{}/none", "no such folder"),
         ("folder:{}/picture.png", "not a folder"),
         ("{}/picture.png", "not a folder, a list"),
-        ("{}/empty", "the folder is empty; put pictures there or name another"),
-        ("{}/text", "no pictures in it .*; put pictures there or name another"),
+        ("{}/empty", "the folder is empty; put images there or name another"),
+        ("{}/text", "no images in it .*; put images there or name another"),
         ("list:{}/none.txt", "no such list"),
-        ("{}/blank.txt", "names no pictures"),
+        ("{}/blank.txt", "names no images"),
         ("{}/missing.txt", "2 of 3 files are missing, first gone.png"),
-        ("{}/halfway.txt", "1 of 2 pictures have no label"),
+        ("{}/halfway.txt", "1 of 2 images have no label"),
         ("arrays:{}/none.npz", "no such file"),
         ("{}/other.npz", "no array 'images' in it .it has pixels"),
         ("{}/counts.npz", "3 of them but 2 labels"),

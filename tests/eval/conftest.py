@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
-from dino_jax.eval.features import Frozen
-from dino_jax.models import ViT
+from dino_jax.config import default
+from dino_jax.inference.model import Model
+from dino_jax.weights import architecture
 
 COLOURS = ((220, 40, 40), (40, 200, 60), (50, 70, 230))
 
@@ -17,10 +17,16 @@ COLOURS = ((220, 40, 40), (40, 200, 60), (50, 70, 230))
 @pytest.fixture(scope="session")
 def vit():
     """A ViT of two blocks, width 16, patch 4, with random weights large enough for features to differ."""
-    backbone = ViT(embed_dim=16, depth=2, heads=2, patch_size=4, image_size=(16, 16))
-    shapes = jax.eval_shape(backbone.init, jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
-    rng = np.random.default_rng(0)
-    return Frozen(backbone, jax.tree.map(lambda x: rng.normal(x.ndim == 1, 0.1, x.shape).astype(np.float32), shapes))
+    return tiny_model()
+
+
+def tiny_model(**changes) -> Model:
+    """That ViT, or one that differs from it in keys of `config.model`."""
+    config, rng = default(), np.random.default_rng(0)
+    config.model.update({"name": "vit_tiny", "embed_dim": 16, "depth": 2, "heads": 2, "patch_size": 4, **changes})
+    config.crops.global_size = (16, 16)
+    shapes = architecture.backbone_shapes(config)
+    return Model(config, jax.tree.map(lambda x: rng.normal(x.ndim == 1, 0.1, x.shape).astype(np.float32), shapes))
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ def small(config):
 
 
 def test_knn_protocol(vit, class_folders, tmp_path):
-    config = small(knn.default_config())
+    config = small(knn.PROTOCOL.default_config())
     figures = knn.evaluate(vit, str(class_folders), config, workdir=str(tmp_path / "work"))
     assert set(figures) == {"top1_k10", "top1_k20", "top5_k10", "top5_k20"}  # 24 training pictures: no k=100
     assert figures["top1_k10"] > 80 and figures["top5_k10"] == 100
@@ -30,7 +30,7 @@ def test_knn_protocol(vit, class_folders, tmp_path):
 
 
 def test_lowshot_protocol(vit, class_folders, tmp_path):
-    config = small(lowshot.default_config())
+    config = small(lowshot.PROTOCOL.default_config())
     config.shares = (0.25, 1.0)
     figures = lowshot.evaluate(vit, str(class_folders), config)
     assert figures["top1_100%"] > 80 and figures["top1_25%"] > 50
@@ -46,7 +46,7 @@ def test_both_sources_are_opened_before_the_long_part(vit, class_folders, protoc
     monkeypatch.setattr(features, "extract", lambda *_, **__: pytest.fail("features were computed"))
     for data in (f"{class_folders / 'train'},{class_folders / 'nothing'}", f"absent,{class_folders / 'val'}"):
         with pytest.raises(UserError, match="no such file or folder"):
-            protocol.evaluate(vit, data, small(protocol.default_config()))
+            protocol.evaluate(vit, data, small(protocol.PROTOCOL.default_config()))
 
 
 def test_subsets_are_per_class_nested_and_seeded():

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -7,8 +9,10 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from dino_jax.config import default
 from dino_jax.errors import UserError
 from dino_jax.eval import features
+from dino_jax.inference.model import Model
 from dino_jax.models import ViT
 
 
@@ -25,7 +29,7 @@ class Tiny(nn.Module):
 @pytest.fixture(scope="module")
 def model():
     backbone = Tiny()
-    return features.Frozen(backbone, backbone.init(jax.random.key(0), jnp.zeros((1, 4, 4, 3))))
+    return Model(default(), backbone.init(jax.random.key(0), jnp.zeros((1, 4, 4, 3))), backbone)
 
 
 def batches(images, size):
@@ -76,7 +80,7 @@ def test_dataset_features_are_kept_and_found_again(model, tmp_path):
     assert kept.stat().st_mtime_ns == stamp
     np.testing.assert_array_equal(first[0], again[0])
     np.testing.assert_array_equal(first[1], np.arange(11) % 3)
-    other = model._replace(variables=jax.tree.map(lambda x: x + 1, model.variables))
+    other = dataclasses.replace(model, variables=jax.tree.map(lambda x: x + 1, model.variables))
     assert not np.allclose(
         features.dataset_features(other, str(tmp_path / "set.npz"), config, workdir=str(tmp_path / "work"))[0], first[0]
     )

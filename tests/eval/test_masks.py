@@ -84,7 +84,7 @@ def test_bad_layouts_are_named(voc_folder, tmp_path):
 
 
 def test_voc_protocol(vit, voc_folder, tmp_path):
-    config = voc.default_config()
+    config = voc.PROTOCOL.default_config()
     config.size, config.batch_size, config.random = 32, 2, True
     figures = voc.evaluate(vit, str(voc_folder), config, workdir=str(tmp_path / "work"))
     assert set(figures) == {"jaccard_60", "jaccard_80", "jaccard_60_random", "jaccard_80_random"}
@@ -94,7 +94,7 @@ def test_voc_protocol(vit, voc_folder, tmp_path):
 
 
 def test_the_supervised_reference_is_a_weight_file_of_the_same_network(vit, voc_folder, tmp_path):
-    model, config = vit._replace(variables={"params": vit.variables["params"]}), voc.default_config()
+    model, config = vit._replace(variables={"params": vit.variables["params"]}), voc.PROTOCOL.default_config()
     config.size, config.batch_size = 32, 2
     other = jax.tree.map(lambda x: -x, model.variables)
     wanted = voc.evaluate(model._replace(variables=other), str(voc_folder), config)
@@ -109,7 +109,7 @@ def test_the_supervised_reference_is_a_weight_file_of_the_same_network(vit, voc_
 
 
 def test_an_attention_that_follows_the_object_scores_full(vit, voc_folder, monkeypatch):
-    config = voc.default_config()
+    config = voc.PROTOCOL.default_config()
     config.size, config.batch_size = 32, 1
 
     def perfect(model, view, batches):
@@ -125,7 +125,7 @@ def test_an_attention_that_follows_the_object_scores_full(vit, voc_folder, monke
 
 @pytest.mark.parametrize("protocol", [voc, dense])
 def test_a_size_below_a_patch_is_named(vit, voc_folder, protocol):
-    config = protocol.default_config()
+    config = protocol.PROTOCOL.default_config()
     config.size = 3
     with pytest.raises(UserError, match=r"config\.size=3 is smaller than a patch of 4"):
         protocol.evaluate(vit, str(voc_folder), config)
@@ -135,7 +135,7 @@ def test_masks_without_objects_are_an_error(vit, tmp_path):
     (tmp_path / "images").mkdir()
     Image.new("RGB", (16, 16)).save(tmp_path / "images" / "a.png")
     save_mask(tmp_path / "masks" / "a.png", np.zeros((16, 16), np.uint8))
-    config = voc.default_config()
+    config = voc.PROTOCOL.default_config()
     config.size = 16
-    with pytest.raises(UserError, match="no picture has an object"):
+    with pytest.raises(UserError, match="no image has an object"):
         voc.evaluate(vit, str(tmp_path), config)

@@ -21,24 +21,27 @@ if process >= 0:
 import jax.numpy as jnp
 import numpy as np
 from dino_jax.eval.protocols import finetune, knn, linear
-from dino_jax.eval.features import Frozen, dataset_features
+from dino_jax.config import default
+from dino_jax.eval.features import dataset_features
+from dino_jax.inference.model import Model
 from dino_jax.models import ViT
 
 backbone = ViT(embed_dim=16, depth=2, heads=2, patch_size=4, image_size=(16, 16))
 shapes = jax.eval_shape(backbone.init, jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
 rng = np.random.default_rng(0)
-model = Frozen(backbone, jax.tree.map(lambda x: rng.normal(x.ndim == 1, 0.1, x.shape).astype(np.float32), shapes))
+variables = jax.tree.map(lambda x: rng.normal(x.ndim == 1, 0.1, x.shape).astype(np.float32), shapes)
+model = Model(default(), variables, backbone)
 small = {"resize": 16, "crop": 16, "batch_size": 8}
 figures = {}
-config = knn.default_config()
+config = knn.PROTOCOL.default_config()
 config.update(small | {"k": (3, 9)})
 figures |= knn.evaluate(model, folder, config)
 features, labels = dataset_features(model, folder + "/train", config)
 figures |= {"features": float(np.abs(features).sum()), "labels": labels.tolist()}
-config = linear.default_config()
+config = linear.PROTOCOL.default_config()
 config.update(small | {"features": ("1+avg",), "lrs": (0.1,), "epochs": 2})
 figures |= {f"linear_{key}": value for key, value in linear.evaluate(model, folder, config).items()}
-config = finetune.default_config()
+config = finetune.PROTOCOL.default_config()
 config.update(small | {"size": 16, "epochs": 1, "repeats": 1, "warmup_epochs": 0})
 figures |= {f"finetune_{key}": value for key, value in finetune.evaluate(model, folder, config).items()}
 print("FIGURES", json.dumps(figures), flush=True)

@@ -10,8 +10,8 @@ import pytest
 
 from dino_jax.config import default
 from dino_jax.errors import UserError
-from dino_jax.eval import PROTOCOLS
 from dino_jax.eval import run as verb
+from dino_jax.eval.protocols import knn, linear, lowshot, retrieval, voc
 
 
 @pytest.fixture
@@ -20,11 +20,11 @@ def loaded(monkeypatch):
     backbone = types.SimpleNamespace(embed_dim=8, depth=1, patch_size=4)
     model = types.SimpleNamespace(backbone=backbone, variables={}, config=default())
     monkeypatch.setattr(verb, "load", lambda checkpoint, heads: model)
+    return model
 
 
-def protocol_that(monkeypatch, evaluate):
-    module = verb.protocol("knn")
-    monkeypatch.setattr(module, "evaluate", evaluate)
+def protocol_that(monkeypatch, evaluate, module=knn, **changes):
+    monkeypatch.setattr(module, "PROTOCOL", module.PROTOCOL._replace(run=evaluate, **changes))
 
 
 def test_a_file_and_overrides_reach_the_protocol(loaded, monkeypatch, tmp_path, capsys):
@@ -33,8 +33,8 @@ def test_a_file_and_overrides_reach_the_protocol(loaded, monkeypatch, tmp_path, 
         monkeypatch, lambda model, data, config, workdir: seen.append((data, config, workdir)) or {"top1": 7.0}
     )
     (tmp_path / "mine.py").write_text(
-        "from dino_jax.eval.protocols.knn import default_config\n"
-        "def get_config():\n    config = default_config()\n    config.crop = 96\n    return config\n"
+        "from dino_jax.eval.protocols.knn import PROTOCOL\n"
+        "def get_config():\n    config = PROTOCOL.default_config()\n    config.crop = 96\n    return config\n"
     )
     options = {
         "config_file": str(tmp_path / "mine.py"),
@@ -46,7 +46,8 @@ def test_a_file_and_overrides_reach_the_protocol(loaded, monkeypatch, tmp_path, 
     ((data, config, workdir),) = seen
     assert (data, workdir, config.crop, config.k, config.temperature) == ("d", work, 96, (3,), 0.07)
     assert json.loads((tmp_path / "o.json").read_text()) == {"top1": 7.0}
-    assert capsys.readouterr().out.splitlines()[1].split() == ["top1", "7.00"]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ["top1", "7.00"] and json.loads(lines[-1]) == {"top1": 7.0}
     (tmp_path / "mine.py").write_text("from dino_jax.config import default as get_config\n")
     with pytest.raises(UserError, match=r"mine\.py: not a configuration of knn"):
         verb.evaluate("knn", "c", "d", config_file=str(tmp_path / "mine.py"))
@@ -66,15 +67,6 @@ def test_no_memory_is_one_line_and_other_failures_stay_what_they_are(loaded, mon
     protocol_that(monkeypatch, broken)
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
         verb.evaluate("knn", "c", "d")
-
-
-@pytest.mark.parametrize("name", [*PROTOCOLS, "all"])
-def test_defaults_pass_the_check_and_the_keys_are_listed(name):
-    module = verb.everything if name == "all" else verb.protocol(name)
-    config = module.default_config()
-    assert verb.check(config) is config
-    listed = verb.keys(name)
-    assert name == "all" or all(f"  --config.{key} = " in listed for key in config)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +94,7 @@ def test_numbers_that_no_protocol_can_use_are_named_before_anything_is_loaded(na
 def test_sizes_that_the_patches_do_not_divide_are_named_by_their_key(loaded, monkeypatch, tmp_path):
     protocol_that(monkeypatch, lambda *_: {"top1": 7.0})
     assert verb.evaluate("knn", "c", "d", overrides=["--config.crop=32"]) == {"top1": 7.0}
-    with pytest.raises(UserError, match=r"--config\.crop=35: not divisible into patches of 4 pixels: give 32"):
+    with pytest.raises(UserError, match=r"--config\.crop=35: not divisible into patches of 4 pixels: set it to 32"):
         verb.evaluate("knn", "c", "d", overrides=["--config.crop=35"])
     (tmp_path / "train").mkdir()
     (tmp_path / "val").mkdir()
@@ -117,3 +109,62 @@ def test_what_cannot_be_written_is_named_before_the_long_part(loaded, monkeypatc
         verb.evaluate("knn", "c", "d", out=str(tmp_path / "file" / "o.json"))
     with pytest.raises(UserError, match=r"--workdir=.*file/x: cannot be written: "):
         verb.evaluate("knn", "c", "d", workdir=str(tmp_path / "file" / "x"))
+
+
+def test_data_sets_are_found_in_and_below_a_folder(tmp_path):
+    for folder in (
+        "imagenet/train",
+        "imagenet/val",
+        "DAVIS/ImageSets/2017",
+        "VOCdevkit/VOC2012/ImageSets/Segmentation",
+    ):
+        (tmp_path / folder).mkdir(parents=True)
+    found = verb.find(str(tmp_path))
+    assert found == {
+        **dict.fromkeys(("knn", "linear", "lowshot"), str(tmp_path / "imagenet")),
+        "vos": str(tmp_path / "DAVIS"),
+        **dict.fromkeys(("voc", "dense"), str(tmp_path)),
+    }
+    with pytest.raises(UserError, match="no data set"):
+        verb.find(str(tmp_path / "imagenet" / "train"))
+    with pytest.raises(UserError, match="no such folder"):
+        verb.find(str(tmp_path / "nothing"))
+
+
+def test_pairs_of_sources_are_data_too(tmp_path):
+    assert set(verb.find("arrays:a.npz,arrays:b.npz")) == {"knn", "linear", "lowshot"}
+    scenes = verb.find("scenes:train?size=9,scenes:val?size=3")
+    assert scenes["dense"] == scenes["knn"] == "scenes:train?size=9,scenes:val?size=3"
+    assert scenes["voc"] == scenes["vos"] == "scenes:val?size=3"
+    assert "retrieval" not in scenes
+
+
+def test_what_is_absent_is_said_and_what_fails_does_not_stop_the_others(loaded, tmp_path, monkeypatch, caplog, capsys):
+    def broken(*_):
+        raise UserError("a mask is missing")
+
+    protocol_that(monkeypatch, lambda model, data, config, workdir: {"k": len(config.k)})
+    protocol_that(monkeypatch, broken, voc)
+    for module in (linear, lowshot):
+        protocol_that(monkeypatch, broken, module, data=retrieval.PROTOCOL.data)
+    for folder in ("train", "val", "images", "masks"):
+        (tmp_path / folder).mkdir()
+    out = tmp_path / "o.json"
+    with caplog.at_level("INFO"), pytest.raises(UserError, match=r"1 of 2 protocols failed: voc \(a mask is missing\)"):
+        verb.evaluate("all", "c", str(tmp_path), overrides=["--config.knn.k=(3,)"], out=str(out))
+    assert json.loads(out.read_text()) == {"knn/k": 1}
+    assert capsys.readouterr().out.splitlines()[0].startswith("knn ")
+    for notice in ("vos is left out: no DAVIS", "retrieval is left out: no rox", "finetune is left out"):
+        assert notice in caplog.text
+
+
+def test_a_network_without_patches_leaves_their_protocols_out(loaded, tmp_path, caplog):
+    loaded.backbone.patch_size = None
+    for folder in ("images", "masks"):
+        (tmp_path / folder).mkdir()
+    with caplog.at_level("INFO"):
+        assert verb.evaluate("all", "c", str(tmp_path)) == {}
+    assert "voc is left out: it needs patch tokens" in caplog.text
+    for name in ("copydetection", "vos", "voc", "dense"):
+        with pytest.raises(UserError, match=f"{name} needs patch tokens, which this backbone does not have"):
+            verb.evaluate(name, "c", str(tmp_path))

@@ -13,7 +13,6 @@ from PIL import Image
 from dino_jax.config import default
 from dino_jax.errors import UserError
 from dino_jax.inference import model as features
-from dino_jax.inference.anysize import round_up
 from dino_jax.inference.model import Model, load, write_features
 from dino_jax.weights import architecture
 from dino_jax.weights.pth import write_pth
@@ -37,7 +36,7 @@ def model_of(name: str = "vit_tiny", devices=None) -> Model:
         return np.abs(values) + 1 if path[-1].key == "var" else values / np.sqrt(np.prod(leaf.shape[:-1]))
 
     variables = jax.tree_util.tree_map_with_path(number, architecture.backbone_shapes(config))
-    return Model(config, variables, devices or jax.devices()[:1])
+    return Model(config, variables, devices=devices or jax.devices()[:1])
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +50,12 @@ def pictures(sizes=SIZES, channels=3):
 
 
 def alone(model, image):
-    """Tokens [1 + N, D] of one picture by the plain forward pass."""
+    """CLS [D] and patches [rows, columns, D] of one picture by the plain forward pass."""
     p = model.backbone.patch_size or 1
     image = image[: image.shape[0] // p * p, : image.shape[1] // p * p]
     tokens = jax.jit(lambda variables, x: model.backbone.apply(variables, x, method="tokens"))
-    return np.asarray(tokens(jax.device_get(model.variables), image[None]))[0, 0]
+    found = tokens(jax.device_get(model.variables), image[None])
+    return np.asarray(found.cls[0, 0]), np.asarray(found.patches[0, 0])
 
 
 @pytest.mark.parametrize("devices", [1, 8])
@@ -66,25 +66,19 @@ def test_any_sizes_equal_each_picture_alone(devices):
     assert cls.shape == (len(SIZES), 24)
     assert cls.dtype == np.float32
     for i, image in enumerate(images):
-        tokens = alone(model, image)
-        np.testing.assert_allclose(cls[i], tokens[0], atol=1e-5)
+        feature, tokens = alone(model, image)
+        np.testing.assert_allclose(cls[i], feature, atol=1e-5)
         assert patches[i].shape == (image.shape[0] // 8, image.shape[1] // 8, 24)
-        np.testing.assert_allclose(patches[i].reshape(-1, 24), tokens[1:], atol=1e-5)
+        np.testing.assert_allclose(patches[i], tokens, atol=1e-5)
     np.testing.assert_allclose(model.features(images), cls, atol=1e-6)
 
 
 def test_new_sizes_compile_next_to_nothing(vit):
     vit.features(pictures())
-    before = vit._forward._cache_size()
+    before = vit._packed_forward._cache_size()
     sizes = [(8 * rows, 8 * columns) for rows in range(1, 6) for columns in range(1, 6)]
     vit.features(pictures(sizes))
-    assert vit._forward._cache_size() - before <= 6  # for 25 sizes
-
-
-def test_filling_up_wastes_at_most_a_quarter():
-    filled = [round_up(count) for count in range(1, 5000)]
-    assert all(count <= length <= 1.25 * count for count, length in enumerate(filled, 1))
-    assert len(set(filled)) < 50
+    assert vit._packed_forward._cache_size() - before <= 6  # for 25 sizes
 
 
 def test_order_is_kept_over_many_batches(vit, monkeypatch):
@@ -121,7 +115,7 @@ def test_other_backbones(name, sizes):
         _, patches = model.features(images, patches=True)
         for image, tokens in zip(images, patches, strict=True):
             assert tokens.shape == (image.shape[0] // 8, image.shape[1] // 8, 32)
-            np.testing.assert_allclose(tokens.reshape(-1, 32), alone(model, image)[1:], atol=1e-5)
+            np.testing.assert_allclose(tokens, alone(model, image)[1], atol=1e-5)
     else:
         with pytest.raises(UserError, match="no tokens"):
             model.features(images, patches=True)
@@ -182,7 +176,7 @@ def test_the_verb_writes_a_file(load_reference, tmp_path):
     (folder / "dog" / "broken.png").write_bytes(b"no picture")
     options = {"heads": 3, "patches": True, "progress": False}
     count = write_features(tmp_path / "w.pth", str(folder), tmp_path / "out" / "f.npz", **options)
-    assert count == {"pictures": 4, "unreadable": 1}
+    assert count == {"images": 4, "unreadable": 1}
     model = load(tmp_path / "w.pth", heads=3)
     with np.load(tmp_path / "out" / "f.npz") as file:
         assert file["labels"].tolist() == [0, 0, 1, 1]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dino_jax.models import BACKBONES, resize_pos_embed
-from tests.models.torch_names import to_variables
+from tests.models.torch_names import sequence, to_variables
 from tests.peers import peer
 
 pytestmark = pytest.mark.extra
@@ -72,7 +72,7 @@ def tokens_and_attention(model, variables, images):
         return tuple(model.apply(variables, images, method=method) for method in ("tokens", "attention"))
 
     tokens, attention = jax.jit(both)(variables, images)
-    return tokens[0], attention
+    return sequence(tokens)[0], attention
 
 
 def timm_last_attention(model, images):

@@ -86,7 +86,7 @@ def test_network_reads_every_group():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"name": "vit_smal"}, "did you mean vit_small"),
+        ({"name": "vit_smal"}, "did you mean 'vit_small'"),
         ({"dtype": "float16"}, "model.dtype"),
         ({"precision": "low"}, "model.precision"),
         ({"heads": 5}, "not divisible by model.heads 5"),

@@ -47,13 +47,15 @@ def test_init_std_is_that_of_the_blocks_alone(variables, images):
 def test_one_interface(variables, images):
     model = tiny()
     tokens = model.apply(variables, images, method="tokens")
-    assert tokens.shape == (1, 4, 9, 32)
-    np.testing.assert_allclose(model.apply(variables, images), tokens[-1, :, 0], atol=1e-6)
+    assert [x.shape for x in tokens] == [(1, 4, 32), (1, 4, 0, 32), (1, 4, 4, 2, 32)]
+    np.testing.assert_allclose(model.apply(variables, images), tokens.cls[-1], atol=1e-6)
     first, last = (model.apply(variables, images, block, method="attention") for block in (0, -1))
     np.testing.assert_array_equal(first, model.apply(variables, images, -2, method="attention"))
     assert first.shape == (4, 2, 9, 9)
     assert not np.allclose(first, last)
     np.testing.assert_allclose(last.sum(-1), 1, atol=1e-5)
+    shown = model.apply(variables, images, method="cls_attention")
+    np.testing.assert_array_equal(shown, last[:, :, 0, 1:].reshape(4, 2, 4, 2))
 
 
 def test_drop_path_zero_removes_a_branch_of_a_sample(variables, images):

@@ -34,8 +34,11 @@ def test_one_interface(variables, images):
         return model.apply(variables, images), tokens, model.apply(variables, images, method="attention")
 
     feature, tokens, last = run(variables, images)
-    assert (tokens.shape, last.shape) == ((2, 4, 1 + 8, 32), (4, 2, 1, 1 + 8))
-    np.testing.assert_allclose(feature, tokens[-1, :, 0], atol=1e-5)
+    assert [x.shape for x in tokens] == [(2, 4, 32), (2, 4, 0, 32), (2, 4, 4, 2, 32)]
+    assert last.shape == (4, 2, 1, 1 + 8)
+    np.testing.assert_allclose(feature, tokens.cls[-1], atol=1e-5)
+    shown = model.apply(variables, images, method="cls_attention")
+    np.testing.assert_allclose(shown, last[:, :, 0, 1:].reshape(4, 2, 4, 2), atol=1e-6)
     np.testing.assert_allclose(last.sum(-1), 1, atol=1e-5)
     earlier = model.apply(variables, images, -2, method="attention")
     np.testing.assert_array_equal(earlier, model.apply(variables, images, 0, method="attention"))

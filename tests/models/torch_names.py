@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 
+import jax.numpy as jnp
 import numpy as np
 
-from dino_jax.models import Head, ViT
+from dino_jax.models import Head, Tokens, ViT
 
 _PATCHES = re.compile(r"^patch_embed\.proj(?=\.(weight|bias)$)")  # a ViT's; an XCiT's patch_embed.proj is a list
 _LEAVES = {"weight": "kernel", "weight_g": "g", "weight_v": "v", "running_mean": "mean", "running_var": "var"}
@@ -41,6 +42,11 @@ def section(data: dict[str, np.ndarray], prefix: str, dtype=None) -> dict[str, n
     """The entries whose keys start with `prefix`, which is removed; converted to `dtype` if given."""
     found = {key.removeprefix(prefix): value for key, value in data.items() if key.startswith(prefix)}
     return found if dtype is None else {key: value.astype(dtype) for key, value in found.items()}
+
+
+def sequence(tokens: Tokens) -> jnp.ndarray:
+    """All tokens in the network's order, [..., N, D]: CLS, registers, patches row by row."""
+    return jnp.concatenate([tokens.cls[..., None, :], tokens.registers, tokens.flat_patches], axis=-2)
 
 
 def vit_of(state: dict[str, np.ndarray], heads: int, dtype) -> ViT:

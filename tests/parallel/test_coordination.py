@@ -11,11 +11,11 @@ import jax
 import pytest
 
 from dino_jax.parallel import coordination as peers
-from dino_jax.parallel.coordination import Peers, Verdict, code_facts
+from dino_jax.parallel.coordination import ProcessGroup, Verdict, code_facts
 
 
 class Store:
-    """What `Peers` asks of the client of JAX's coordination service."""
+    """What `ProcessGroup` asks of the client of JAX's coordination service."""
 
     def __init__(self) -> None:
         self.values: dict[str, str] = {}
@@ -41,18 +41,18 @@ def two(monkeypatch):
     monkeypatch.setattr(peers, "LOOK", 0.01)
     logger = logging.getLogger("dino_jax")  # other processes than the first are quieter
     level, store = logger.level, Store()
-    pair = [Peers(rank, 2, store, patience=2.0) for rank in (0, 1)]
+    pair = [ProcessGroup(rank, 2, store, patience=2.0) for rank in (0, 1)]
     yield pair
     for peer in pair:
         peer.end()
     logger.setLevel(level)
 
 
-def both(pair: list[Peers], check: Callable[[Peers], None]) -> list[str]:
+def both(pair: list[ProcessGroup], check: Callable[[ProcessGroup], None]) -> list[str]:
     """What the check says to each; "": nothing."""
     said = ["", ""]
 
-    def run(peer: Peers) -> None:
+    def run(peer: ProcessGroup) -> None:
         try:
             check(peer)
         except Verdict as error:
@@ -76,7 +76,7 @@ def test_another_copy_of_the_code_is_named_by_its_file_on_every_process(two, mon
     turn = threading.local()
     monkeypatch.setattr(peers, "code_facts", lambda: copies[turn.rank])
 
-    def check(peer: Peers) -> None:
+    def check(peer: ProcessGroup) -> None:
         turn.rank = peer.rank
         peer.check_same({})
 
@@ -90,10 +90,10 @@ def test_another_copy_of_the_code_is_named_by_its_file_on_every_process(two, mon
 
 
 def test_a_device_that_fails_or_stays_silent_is_named_with_its_process(two, monkeypatch):
-    monkeypatch.setattr(Peers, "_in_time", lambda peer, action: action(peer))
+    monkeypatch.setattr(ProcessGroup, "_in_time", lambda peer, action: action(peer))
     monkeypatch.setattr(peers, "_each_answers", lambda peer: "" if peer.rank == 0 else "TPU_3 cannot add 1 and 1")
     monkeypatch.setattr(peers, "_all_answer", lambda peer: "")
-    said = both(two, Peers.check_devices)
+    said = both(two, ProcessGroup.check_devices)
     assert said[0] == said[1] and said[0].startswith("process 1 (") and said[0].endswith("TPU_3 cannot add 1 and 1")
 
 

@@ -84,7 +84,7 @@ def test_what_is_missing_gives_status_2_one_line_and_json(answer, tmp_path, caps
     absent = tmp_path / "absent"
     assert main(["doctor", f"--data={absent}", "--config=absent.py"]) == 2
     said = capsys.readouterr()
-    assert said.err == "dino-jax: error: missing: config, data; each with its mend above\n"
+    assert said.err == "dino-jax: error: missing: config, data; the fix for each is above\n"
     found = json.loads(said.out.splitlines()[-1])
     assert found["ok"] is False
     assert (found["checks"]["config"], found["checks"]["data"]) == ("missing", "missing")
@@ -348,7 +348,7 @@ def test_data_whose_first_picture_is_damaged(tmp_path):
     (tmp_path / "a.jpg").write_bytes(b"not a picture")
     check = doctor._data("data", str(tmp_path), None)
     assert check.state == "missing"
-    assert "not a picture" in check.found
+    assert "not an image" in check.found
 
 
 @pytest.mark.parametrize("spec", ["/nowhere", "tfds", "scene:train", "scenes:train?sise=3", "list:/nowhere.txt", ""])

@@ -15,7 +15,7 @@ from dino_jax.errors import UserError
 from dino_jax.tools import plan
 from dino_jax.tools.plan import compiler
 from dino_jax.tools.plan.chips import CHIPS, chip_of
-from dino_jax.tools.plan.flops import _backbone, step_flops
+from dino_jax.tools.plan.flops import step_flops
 from dino_jax.tools.plan.hlo import collectives
 from tests.tiny import tiny_config
 
@@ -94,7 +94,7 @@ def test_forward_flops_are_the_published_ones(name, gmacs):
     config.model.name = name
     from dino_jax.models import build_backbone
 
-    macs = sum(_backbone(build_backbone(config.model, 224), [(224, 224)])) / 2
+    macs = sum(build_backbone(config.model, 224).flops(224, 224)) / 2
     assert macs / 1e9 == pytest.approx(gmacs, rel=0.01)
 
 
@@ -151,7 +151,7 @@ def test_chips_by_their_device_kind():
         (["--topology=cpu:many"], "is no number of devices"),
         (["--topology=gpu"], "JAX finds no gpu here"),
         (["--topology=,"], "give one such as"),
-        (["--topology=cpu:4", "--images=8"], "more than the 8 pictures"),
+        (["--topology=cpu:4", "--images=8"], "more than the 8 images"),
         (["--topology=cpu:4", "--config.run.mesh.fsdp=3"], "does not fit 4 device(s)"),
         (["--topology=cpu:4", "--config.run.remat=all"], "run.remat"),
     ],

@@ -309,7 +309,7 @@ def test_bad_data_gets_one_clear_line(bad_input, tmp_path):
         (broken / f"{i}.jpg").write_bytes(b"\xff\xd8 not a picture")
     for folder in (empty, text, broken, tmp_path / "absent"):
         assert str(folder) in bad_input([f"data.train={folder}"])
-    assert "none of the 20 pictures" in bad_input([f"data.train={broken}"])
+    assert "none of the 20 images" in bad_input([f"data.train={broken}"])
 
 
 def test_settings_that_do_not_fit_get_one_clear_line(bad_input):

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
-import re
 import resource
 import struct
 import subprocess
@@ -20,7 +18,6 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from dino_jax.errors import UserError
-from dino_jax.progress import Progress
 from dino_jax.training.metrics import MetricWriter, Throughput, read_metrics
 from tests.gcs_stand_in import serve
 
@@ -189,59 +186,6 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def test_progress_without_a_terminal_is_a_line_now_and_then():
-    clock, stream = Clock(), io.StringIO()
-    with Progress(1000, 200, "train", stream=stream, interval=30, clock=clock) as progress:
-        for step in range(201, 401):
-            clock.now += 0.5  # 100 seconds
-            progress.update(step, epoch=step / 100, loss=5.4321, images_per_second="412")
-    shown = stream.getvalue().splitlines()
-    assert len(shown) == 4 and "\r" not in stream.getvalue()
-    assert "261/1000" in shown[2 - 1]
-    assert re.search(
-        r"^train \[=+> *\] 321/1000  ETA 0:05:40  epoch 3.21  loss 5.432  images_per_second 412$", shown[2]
-    )
-
-
-def test_progress_on_a_terminal_is_one_line():
-    clock, stream = Clock(), Terminal()
-    with Progress(10, stream=stream, clock=clock) as progress:
-        for step in range(1, 11):
-            clock.now += 1
-            progress.update(step, loss=1.0)
-        progress.note("step 10: k-NN 41.2%")
-    text = stream.getvalue()
-    assert text.count("\n") == 2  # the note's and the last
-    assert text.count("\r") == 12
-    assert "ETA 0:00:09" in text and "ETA 0:00:00" in text
-    assert "k-NN 41.2%\n\r[====================] 10/10" in text
-    width = int(os.environ.get("COLUMNS", 80))
-    assert all(len(part) <= width + 3 for part in re.split(r"[\r\n]", text))
-
-
-def test_progress_forgets_an_old_pace_and_can_be_silent():
-    clock, stream = Clock(), io.StringIO()
-    progress = Progress(10_000, stream=stream, clock=clock, active=False)
-    for seconds in (60, *([1] * 300)):  # compiling took a minute
-        clock.now += seconds
-        progress.update(progress._history[-1][1] + 1)
-    assert progress.eta() == pytest.approx(10_000 - 301)
-    progress.update(100)  # a rewind
-    assert progress.eta() == math.inf
-    clock.now += 2
-    progress.update(101)
-    assert progress.eta() == pytest.approx(2 * (10_000 - 101))
-    progress.note("unheard")
-    progress.close()
-    assert stream.getvalue() == ""
-    assert Progress(5, active=False).eta() == math.inf
 
 
 def test_throughput():

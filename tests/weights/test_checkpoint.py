@@ -283,6 +283,58 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, asynchronous, capfd
     checkpointer.close()
 
 
+def test_no_hook_is_left_behind_by_importing_and_saving(tmp_path):
+    code = """
+        import importlib, logging, pkgutil, sys
+
+        def hooks():
+            known = [logging.getLogger(), *(logging.getLogger(name) for name in logging.root.manager.loggerDict)]
+            return {logger.name: list(logger.filters) for logger in known if logger.filters}
+
+        before = sys.unraisablehook
+        import absl.logging, orbax.checkpoint, jax
+        others = hooks()
+        import dino_jax
+        for module in pkgutil.walk_packages(dino_jax.__path__, "dino_jax."):
+            if not module.name.endswith("__main__"):
+                importlib.import_module(module.name)
+        assert sys.unraisablehook is before and hooks() == others, hooks()
+        with dino_jax.weights.checkpoint.Checkpointer(sys.argv[1]) as checkpointer:
+            checkpointer.save(1, {"rest": {"x": jax.numpy.ones(3)}}, "{}")
+            assert sys.unraisablehook is not before
+            assert checkpointer.latest_step() == 1
+        assert sys.unraisablehook is before and hooks() == others, hooks()
+        print("passed")
+    """
+    child = run_child(code, tmp_path)
+    assert child.stdout == "passed\n", child.stderr[-3000:]
+
+
+def test_late_answers_after_an_error_are_no_tracebacks(tmp_path):
+    code = """
+        import gc, pathlib, sys, time
+        import jax
+        from dino_jax.errors import UserError
+        from dino_jax.weights import checkpoint
+
+        items = {"rest": {f"x{i}": jax.random.normal(jax.random.key(i), (100_000,)) for i in range(30)}}
+        with checkpoint.Checkpointer(sys.argv[1]) as checkpointer:
+            checkpointer.save(1, items, "{}")
+        for path in pathlib.Path(sys.argv[1], "1", "rest").rglob("d/*"):
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        for _ in range(3):
+            try:
+                checkpoint.restore(sys.argv[1], 1, {"rest": checkpoint.abstract(sys.argv[1], 1, "rest")})
+            except UserError as error:
+                print(error)
+            gc.collect()
+            time.sleep(0.5)
+    """
+    child = run_child(code, tmp_path)
+    assert child.stdout.count("cannot be read") == 3
+    assert child.stderr == ""
+
+
 def test_an_unwritable_folder_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(

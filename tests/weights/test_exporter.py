@@ -23,11 +23,11 @@ from tests.weights.test_importer import same
 TINY = {"vit": {"embed_dim": 24, "depth": 2, "heads": 3}, "xcit": {"embed_dim": 32, "depth": 2, "heads": 4}}
 
 
-def random_weights(name: str, head: bool = False, size=(32, 32), **head_options) -> Weights:
+def random_weights(name: str, head: bool = False, size=(32, 32), registers: int = 0, **head_options) -> Weights:
     """A network of the registry, ViT and XCiT made tiny, with random numbers in every variable."""
     config, rng = default(), np.random.default_rng(0)
     config.model.name, config.model.patch_size = name, 8
-    config.model.update(TINY.get(name.partition("_")[0], {}))
+    config.model.update({**TINY.get(name.partition("_")[0], {}), "registers": registers})
     config.crops.global_size, config.crops.local_size = size, (16, 16)
     config.head.update({"out_dim": 16, "hidden_dim": 20, "bottleneck_dim": 12, **head_options})
 
@@ -104,6 +104,26 @@ def test_whole_networks_come_back_bit_identical(tmp_path, name, options):
     assert all(key.startswith("module.") for key in content["student"])
     has_batch_norm = name == "resnet18" or "use_bn" in options
     assert all(key.startswith("module.") == has_batch_norm for key in content["teacher"])
+
+
+def test_registers_come_back(tmp_path):
+    """Bit by bit in the official layout; in timm's, which folds a position into CLS, as the same function."""
+    weights = random_weights("vit_tiny", head=True, registers=2)
+    write_pth(tmp_path / "full.pth", official(weights))
+    again = importer.read(tmp_path / "full.pth")
+    assert again.config.model.registers == 2
+    assert same((again.teacher, again.student, again.center), (weights.teacher, weights.student, weights.center))
+    tensors = backbone_tensors(weights, "timm")
+    assert tensors["reg_token"].shape == (1, 2, 24) and tensors["pos_embed"].shape == (1, 16, 24)
+    write_pth(tmp_path / "timm.pth", tensors)
+    theirs = importer.read(tmp_path / "timm.pth", heads=3)
+    assert theirs.config.model.registers == 2
+    images = np.random.default_rng(1).normal(size=(2, 32, 32, 3)).astype(np.float32)
+    model = build_backbone(weights.config.model, (32, 32))
+    one, two = (model.apply(part(w.teacher, "backbone"), images, method="tokens") for w in (weights, theirs))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), one, two)
+    with pytest.raises(UserError, match=r"registers \(model\.registers\); choose official or timm"):
+        backbone_tensors(weights, "hf")
 
 
 def test_other_channel_counts_and_small_stem(tmp_path):

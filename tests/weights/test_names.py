@@ -98,7 +98,7 @@ def test_no_connection(monkeypatch, tmp_path):
 
 
 def test_unknown_name():
-    with pytest.raises(UserError, match="did you mean dino_vits16"):
+    with pytest.raises(UserError, match="did you mean 'dino_vits16'"):
         names.fetch("dino_vit16")
 
 

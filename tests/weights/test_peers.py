@@ -14,6 +14,7 @@ from dino_jax.weights import importer
 from dino_jax.weights.exporter import backbone_tensors, export_weights, part
 from dino_jax.weights.importer import Weights
 from dino_jax.weights.load import open_weights
+from tests.models.torch_names import sequence
 from tests.peers import peer
 from tests.tiny import tiny_config
 from tests.weights.test_exporter import random_weights
@@ -22,10 +23,15 @@ pytestmark = pytest.mark.extra
 
 
 def ours(weights: Weights, images: np.ndarray, method=None) -> np.ndarray:
-    """Our output for images [B, c, h, w]."""
+    """Our output for images [B, c, h, w], or that of a method."""
     backbone = build_backbone(weights.config.model, weights.config.crops.global_size)
     apply = jax.jit(lambda variables, x: backbone.apply(variables, x, method=method))
     return np.asarray(apply(part(weights.teacher, "backbone"), jnp.asarray(images.transpose(0, 2, 3, 1))))
+
+
+def all_tokens(backbone, x):
+    """The last block's tokens in the network's order, [B, N, D]."""
+    return sequence(backbone.tokens(x))[0]
 
 
 def images(size=(32, 32), batch=2):
@@ -69,6 +75,36 @@ PEERS = {
 def headless(resnet):
     resnet.fc = peer("torch.nn").Identity()
     return resnet
+
+
+def test_registers_are_timm_s(tmp_path):
+    """timm has the position of CLS inside of its token: the same function; its own tensors come back as they were."""
+    torch = peer("torch")
+    model = randomise(torch, timm_vit(reg_tokens=4, no_embed_class=True))
+    with torch.no_grad():
+        expected = model(torch.from_numpy(images())).numpy()
+    torch.save(model.state_dict(), tmp_path / "theirs.pth")
+    weights = importer.read(tmp_path / "theirs.pth", heads=3)
+    assert weights.config.model.registers == 4
+    np.testing.assert_allclose(ours(weights, images()), expected, atol=1e-4)
+
+    weights = random_weights("vit_tiny", registers=4)  # CLS has a position of its own here
+    path = export_weights(write_checkpoint(weights, tmp_path / "run"), tmp_path / "ours.safetensors", format="timm")
+    tensors = peer("safetensors.torch").load_file(path)
+    model.load_state_dict(tensors, strict=True)
+    with torch.no_grad():
+        last = model.forward_features(torch.from_numpy(images())).numpy()  # [B, 1 + 4 + N, D]
+    backbone = build_backbone(weights.config.model, (32, 32))
+    variables, pixels = part(weights.teacher, "backbone"), images().transpose(0, 2, 3, 1)
+    tokens = backbone.apply(variables, pixels, method="tokens")
+    np.testing.assert_allclose(tokens.cls[0], last[:, 0], atol=1e-4)
+    np.testing.assert_allclose(tokens.registers[0], last[:, 1:5], atol=1e-4)
+    np.testing.assert_allclose(tokens.flat_patches[0], last[:, 5:], atol=1e-4)
+    again = importer.read(path, heads=3)
+    np.testing.assert_allclose(ours(again, images()), tokens.cls[0], atol=1e-6)
+    back = backbone_tensors(again, "timm")
+    for key, value in tensors.items():
+        np.testing.assert_array_equal(back[key], value.numpy(), err_msg=key)
 
 
 @pytest.mark.parametrize("name", PEERS)
@@ -143,7 +179,7 @@ def test_a_trained_run_loads_strictly_into_transformers(trained, tmp_path):
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     with torch.no_grad():
         tokens = model.eval()(torch.from_numpy(images())).last_hidden_state.numpy()
-    np.testing.assert_allclose(ours(weights, images(), "tokens")[0], tokens, atol=1e-4)
+    np.testing.assert_allclose(ours(weights, images(), all_tokens), tokens, atol=1e-4)
 
 
 def test_a_whole_model_loads_into_timm_by_its_name(tmp_path):
@@ -170,7 +206,7 @@ def test_a_run_exports_to_transformers(tmp_path):
     with torch.no_grad():
         output = model.eval()(torch.from_numpy(images()), output_attentions=True)
     tokens = output.last_hidden_state.numpy()
-    np.testing.assert_allclose(ours(weights, images(), "tokens")[0], tokens, atol=1e-4)
+    np.testing.assert_allclose(ours(weights, images(), all_tokens), tokens, atol=1e-4)
     np.testing.assert_allclose(ours(weights, images(), "attention"), output.attentions[-1].numpy(), atol=1e-4)
 
     model.save_pretrained(tmp_path / "saved")

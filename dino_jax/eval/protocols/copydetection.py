@@ -1,8 +1,8 @@
 """Copy detection on INRIA Copydays (paper table 4; official `eval_copy_detection.py`).
 
 Layout: `DATA/original`, `DATA/strong` and, where present, `DATA/jpegqual/*` and `DATA/crops/*`. Every copy is a query
-and the originals, with distractors if given, are the database. A picture's feature is CLS beside the GeM-pooled patch
-tokens, whitened by a PCA of other pictures. The score is the mean average precision of the best 20.
+and the originals, with distractors if given, are the database. An image's feature is CLS beside the GeM-pooled patch
+tokens, whitened by a PCA of other images. The score is the mean average precision of the best 20.
 """
 
 from __future__ import annotations
@@ -16,27 +16,26 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
 from PIL import Image
 
+from dino_jax.config import Key
 from dino_jax.errors import UserError
-from dino_jax.eval.features import Frozen, run
+from dino_jax.eval.features import run
 from dino_jax.eval.images import batches_by_size, list_pictures, parallel, read_picture, resize
+from dino_jax.eval.protocol import THREADS, Data, Protocol
 from dino_jax.eval.ranking import Whitening, average_precision, gem, similarity
+from dino_jax.inference.model import Model
 
 DEPTH = 20
 PREFIX = 4  # leading characters of a file name that a copy shares with its original
 
-
-def default_config() -> ConfigDict:
-    """The protocol's keys."""
-    config = ConfigDict()
-    config.size = 320  # pictures are squeezed to this square, bicubic
-    config.whitening = placeholder(str)  # folder of pictures that fit the whitening (the paper: 20k of YFCC100M)
-    config.distractors = placeholder(str)  # folder of pictures added to the database (the paper: 10k of YFCC100M)
-    config.batch_size = 32
-    config.threads = 4
-    return config.lock()
+KEYS = {
+    "size": Key(320, "side of the square that images are resized to, bicubic", "[1, inf)"),
+    "whitening": Key(str, "folder of images that fit the whitening (the paper: 20k of YFCC100M)"),
+    "distractors": Key(str, "folder of images added to the database (the paper: 10k of YFCC100M)"),
+    "batch_size": Key(32, "images per batch", "[1, inf)"),
+    "threads": THREADS,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,14 +43,12 @@ class ClsAndGem:
     """CLS and the GeM-pooled patch tokens of the last block side by side, [B, 2 * D]."""
 
     def __call__(self, backbone: nn.Module, images: jax.Array) -> jax.Array:
-        tokens = backbone.tokens(images, 1)[0]  # [B, N, D]
-        return jnp.concatenate([tokens[:, 0], gem(tokens[:, 1:])], axis=1)
+        tokens = backbone.tokens(images)
+        return jnp.concatenate([tokens.cls[0], gem(tokens.flat_patches[0])], axis=1)
 
 
-def evaluate(model: Frozen, data: str, config: ConfigDict, workdir: str | None = None) -> dict[str, float]:
+def evaluate(model: Model, data: str, config: ConfigDict, workdir: str | None = None) -> dict[str, float]:
     """`map_<block>` in percent for every block of copies found: `map_strong`, `map_jpegqual/3`, ..."""
-    if model.backbone.patch_size is None:
-        raise UserError("copydetection needs a backbone with patch tokens, a ViT")
     blocks = _blocks(data)
     features = {name: squeezed_features(model, paths, config) for name, paths in blocks.items()}
     database = features["original"]
@@ -66,6 +63,18 @@ def evaluate(model: Frozen, data: str, config: ConfigDict, workdir: str | None =
         f"map_{name}": 100 * copy_score(database, features[name], originals, [path.name[:PREFIX] for path in paths])
         for name, paths in blocks.items()
     }
+
+
+PROTOCOL = Protocol(
+    run=evaluate,
+    keys=KEYS,
+    data=Data("folder with original and strong", lambda f: (f / "original").is_dir() and (f / "strong").is_dir()),
+    needs_patches=True,
+    whole_patches=("size",),
+    published={"map_strong": {"B/16": 81.7, "B/8": 85.5}},
+    source="the paper, table 4: B/16 at 224, B/8 at 320 pixels, whitened and with distractors",
+    order=50,
+)
 
 
 def copy_score(database: np.ndarray, queries: np.ndarray, originals: Sequence[str], copies: Sequence[str]) -> float:
@@ -85,7 +94,7 @@ def copy_score(database: np.ndarray, queries: np.ndarray, originals: Sequence[st
 
 
 def _blocks(data: str) -> dict[str, list[epath.Path]]:
-    """The pictures of every block by its name, the originals first."""
+    """The images of every block by its name, the originals first."""
     root = epath.Path(data)
     if not (root / "original").is_dir():
         raise UserError(f"--data={data}: no folder named original in it: give the Copydays folder")
@@ -100,8 +109,8 @@ def _blocks(data: str) -> dict[str, list[epath.Path]]:
     return blocks
 
 
-def squeezed_features(model: Frozen, paths: Sequence[epath.Path], config: ConfigDict) -> np.ndarray:
-    """`ClsAndGem` [N, 2 * D] of pictures squeezed to a square."""
+def squeezed_features(model: Model, paths: Sequence[epath.Path], config: ConfigDict) -> np.ndarray:
+    """`ClsAndGem` [N, 2 * D] of images resized to a square."""
 
     def load(path: epath.Path) -> np.ndarray:
         return resize(read_picture(path, len(model.mean)), config.size, config.size, Image.Resampling.BICUBIC)

@@ -1,7 +1,7 @@
 """Dense transfer: semantic segmentation by a linear head on frozen patch tokens, scored by mean IoU.
 
-The head gives each patch its class scores, which are enlarged bilinearly to the picture. It is trained by AdamW with a
-cosine on crops mirrored and resized at random; pictures are tested squeezed to a square and scored at their own size.
+The head gives each patch its class scores, which are enlarged bilinearly to the image. It is trained by AdamW with a
+cosine on crops mirrored and resized at random; images are tested resized to a square and scored at their own size.
 Data: VOC's layout (21 classes, trained on `train`, tested on `val`), `scenes:` specs, or folders with images and masks.
 
 Legend: B batch, h x w patches, S side in pixels, D width, K classes.
@@ -22,43 +22,52 @@ from etils import epath
 from ml_collections import ConfigDict
 from PIL import Image
 
+from dino_jax.config import Key
 from dino_jax.errors import UserError
 from dino_jax.eval.batches import cut, data_mesh, draw_crop, rounded
 from dino_jax.eval.draw import SHOWN, palette, save_rows, tile, tinted
-from dino_jax.eval.features import Frozen, Net, Patches, net_of, normalise, run, whole_patches
+from dino_jax.eval.features import Patches, run, whole_patches
 from dino_jax.eval.images import grouped, linear_matrix, nearest, parallel, resize
-from dino_jax.eval.masks import IGNORE, Masked, MaskedPictures, train_test_masks
+from dino_jax.eval.masks import IGNORE, Masked, MaskedPictures, train_test_masks, voc_root
+from dino_jax.eval.protocol import SEED, THREADS, Data, Protocol
+from dino_jax.inference.model import Forward, Model
 from dino_jax.parallel.sharding import process_rows, replicated, to_devices
 
 _log = logging.getLogger(__name__)
 
-
-def default_config() -> ConfigDict:
-    """The protocol's keys."""
-    config = ConfigDict()
-    config.size = 480  # side of the square that the network sees, cut to whole patches
-    config.epochs = 20
-    config.batch_size = 16
-    config.lr = 1e-3
-    config.weight_decay = 1e-4
-    config.scale = (0.25, 1.0)  # share of a training picture's area that a crop takes
-    config.seed = 0
-    config.threads = 4
-    return config.lock()
+KEYS = {
+    "size": Key(480, "side of the square that the network sees, cut to whole patches", "[1, inf)"),
+    "epochs": Key(20, "passes over the training images", "[1, inf)"),
+    "batch_size": Key(16, "images per step, over all devices", "[1, inf)"),
+    "lr": Key(1e-3, "learning rate at the start of its cosine", "(0, inf)"),
+    "weight_decay": Key(1e-4, "of the head", "[0, inf)"),
+    "scale": Key((0.25, 1.0), "share of a training image's area that a crop takes, low and high", "(0, 1]"),
+    "seed": SEED,
+    "threads": THREADS,
+}
 
 
-def evaluate(model: Frozen, data: str, config: ConfigDict, workdir: str | None = None) -> dict[str, float]:
+def evaluate(model: Model, data: str, config: ConfigDict, workdir: str | None = None) -> dict[str, float]:
     """`miou` over the classes that occur (background included) and `pixel_accuracy`, in percent.
 
-    With a `workdir`, `dense.png` there shows some pictures beside truth and prediction.
+    With a `workdir`, `dense.png` there shows some images beside truth and prediction.
     """
-    if model.backbone.patch_size is None:
-        raise UserError("dense needs a backbone with patch tokens, a ViT")
+    if len(config.scale) != 2 or config.scale[0] > config.scale[1]:
+        raise UserError(f"--config.scale={config.scale}: two shares are needed, the lower first")
     train, test = train_test_masks(data, len(model.mean))
     classes = train.num_classes or max(_largest(part, config) for part in (train, test)) + 1
     head = fit(model, train, classes, config)
     path = None if workdir is None else epath.Path(workdir) / "dense.png"
     return iou_scores(confusion(model, head, test, classes, config, path))
+
+
+PROTOCOL = Protocol(
+    run=evaluate,
+    keys=KEYS,
+    data=Data("VOC folder", lambda folder: voc_root(str(folder)) is not None, scenes="both"),
+    needs_patches=True,
+    order=80,
+)
 
 
 def iou_scores(counts: np.ndarray) -> dict[str, float]:
@@ -71,7 +80,7 @@ def iou_scores(counts: np.ndarray) -> dict[str, float]:
     }
 
 
-def fit(model: Frozen, train: MaskedPictures, classes: int, config: ConfigDict) -> dict[str, jax.Array]:
+def fit(model: Model, train: MaskedPictures, classes: int, config: ConfigDict) -> dict[str, jax.Array]:
     """The trained head: kernel [D, K], bias [K]."""
     mesh = data_mesh()
     size = rounded(config.batch_size, mesh)
@@ -80,14 +89,14 @@ def fit(model: Frozen, train: MaskedPictures, classes: int, config: ConfigDict) 
     optimizer = optax.adamw(schedule, weight_decay=config.weight_decay)
     side = whole_patches(model, config.size)
     shape = jax.ShapeDtypeStruct((1, side, side, len(model.mean)), jnp.uint8)
-    width = jax.eval_shape(functools.partial(_tokens, net_of(model)), model.variables, shape).shape[-1]
+    width = jax.eval_shape(functools.partial(_tokens, model.forward), model.variables, shape).shape[-1]
     head = {"kernel": np.zeros((width, classes), np.float32), "bias": np.zeros(classes, np.float32)}
     variables, head = jax.device_put((model.variables, head), replicated(mesh))
     opt_state = jax.device_put(optimizer.init(head), replicated(mesh))
 
     @functools.partial(jax.jit, donate_argnums=(1, 2))
     def step(variables, head, opt_state, batch):
-        tokens = jax.lax.stop_gradient(_tokens(net_of(model), variables, batch["image"]))
+        tokens = jax.lax.stop_gradient(_tokens(model.forward, variables, batch["image"]))
         grads = jax.grad(lambda head: _loss(head, tokens, batch["labels"]))(head)
         updates, opt_state = optimizer.update(grads, opt_state, head)
         return optax.apply_updates(head, updates), opt_state
@@ -114,8 +123,8 @@ def _pixels(head: dict[str, jax.Array], tokens: jax.Array, side: int) -> jax.Arr
     return jnp.einsum("yh,xw,bhwk->byxk", rows, columns, scores, precision="highest")
 
 
-def _tokens(net: Net, variables: Any, images: jax.Array) -> jax.Array:
-    tokens: Any = net.backbone.apply(variables, normalise(images, net.mean, net.std), method=Patches())
+def _tokens(net: Forward, variables: Any, images: jax.Array) -> jax.Array:
+    tokens: jax.Array = net(variables, images, Patches())
     return tokens
 
 
@@ -140,7 +149,7 @@ def _train_batches(
 
 
 def confusion(
-    model: Frozen,
+    model: Model,
     head: dict[str, jax.Array],
     test: MaskedPictures,
     classes: int,

@@ -1,6 +1,6 @@
-"""Weighted k-nearest-neighbour classification of frozen features (paper section 4.1; official `eval_knn.py`).
+"""Weighted k-nearest-neighbor classification of frozen features (paper section 4.1; official `eval_knn.py`).
 
-Features are L2-normalised, the k most similar training images vote for their label with weight exp(similarity / T),
+Features are L2-normalized, the k most similar training images vote for their label with weight exp(similarity / T),
 and a test image counts for top-1 (top-5) when its class is the first (among the first five) by votes.
 
 The training features stay on the host and pass through the devices chunk by chunk, while every device keeps the best
@@ -24,35 +24,38 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
+from dino_jax.config import Key
 from dino_jax.data.decode import decode
 from dino_jax.data.sources import open_source
 from dino_jax.errors import UserError
 from dino_jax.eval.draw import GREEN, RED, SHOWN, save_rows, tile
-from dino_jax.eval.features import Frozen, source_features
-from dino_jax.eval.splits import check_labels, train_test
+from dino_jax.eval.features import source_features
+from dino_jax.eval.protocol import CROP, RESIZE, WORKERS, Protocol
+from dino_jax.eval.splits import CLASSES, check_labels, train_test
+from dino_jax.inference.model import Model
+from dino_jax.models.layers import unit
 
 ROUND = 128  # training images in a chunk are a multiple of this
 QUERY_BLOCK = 5120  # queries on a device in one call
 QUERY_ROWS = 512  # of them compared at once
 AT_ONCE = 2  # calls: a CPU ranks for one while it multiplies for another
 
+_unit = jax.jit(unit)
 
-def default_config() -> ConfigDict:
-    """The protocol's keys."""
-    config = ConfigDict()
-    config.k = (10, 20, 100, 200)  # numbers of neighbours; those beyond the training set's size are left out
-    config.temperature = 0.07
-    config.resize = 256  # shorter side before the centre crop, bicubic; 0: no resize
-    config.crop = 224
-    config.batch_size = 256
-    config.workers = 0  # reading processes; 0: threads of this one
-    return config.lock()
+KEYS = {
+    "k": Key((10, 20, 100, 200), "numbers of neighbors; those beyond the training set's size are left out", "[1, inf)"),
+    "temperature": Key(0.07, "of the neighbors' votes", "(0, inf)"),
+    "resize": RESIZE,
+    "crop": CROP,
+    "batch_size": Key(256, "images per batch", "[1, inf)"),
+    "workers": WORKERS,
+}
 
 
-def evaluate(model: Frozen, data: str, config: ConfigDict, workdir: str | None = None) -> dict[str, float]:
+def evaluate(model: Model, data: str, config: ConfigDict, workdir: str | None = None) -> dict[str, float]:
     """`top1_k<k>` and `top5_k<k>` in percent. `data` is as in `splits.train_test`.
 
-    With a `workdir` the features are kept there, and `knn.png` shows some test pictures and their neighbours, those of
+    With a `workdir` the features are kept there, and `knn.png` shows some test images and their neighbors, those of
     the same class framed in green.
     """
     train, test = train_test(data)
@@ -69,18 +72,41 @@ def evaluate(model: Frozen, data: str, config: ConfigDict, workdir: str | None =
     return {f"top{n}_k{k}": value for k, pair in scores.items() for n, value in zip((1, 5), pair, strict=True)}
 
 
+PROTOCOL = Protocol(
+    run=evaluate,
+    keys=KEYS,
+    data=CLASSES,
+    whole_patches=("crop",),
+    published={
+        "top1_k20": {
+            "S/16": 74.5,
+            "S/8": 78.3,
+            "B/16": 76.1,
+            "B/8": 77.4,
+            "RN50": 67.5,
+            "XCiT-S12/16": 76.0,
+            "XCiT-S12/8": 77.1,
+            "XCiT-M24/16": 76.4,
+            "XCiT-M24/8": 77.9,
+        }
+    },
+    source="ImageNet; the official README",
+    order=10,
+)
+
+
 def _draw(path: epath.Path, train: tuple, test: tuple) -> None:
-    """`train` and `test`: a source, the features of its pictures and their labels."""
+    """`train` and `test`: a source, the features of its images and their labels."""
     if any(len(source) != len(features) for source, features, _ in (train, test)):
-        return  # some could not be read, so the rows are not the pictures' numbers
+        return  # some could not be read, so the rows are not the images' numbers
     chosen = np.unique(np.linspace(0, len(test[1]) - 1, SHOWN).astype(int))
     near = nearest(test[1][chosen], train[1], min(SHOWN, len(train[1])), devices=jax.local_devices())[1]
     rows = []
     for query, places in zip(chosen, near, strict=True):
         row = [tile(decode(test[0][int(query)].image, 3), 96)]
         for place in places:
-            colour = GREEN if train[2][place] == test[2][query] else RED
-            row.append(tile(decode(train[0][int(place)].image, 3), 96, colour))
+            color = GREEN if train[2][place] == test[2][query] else RED
+            row.append(tile(decode(train[0][int(place)].image, 3), 96, color))
         rows.append(row)
     save_rows(path, rows)
 
@@ -100,32 +126,32 @@ def knn_classify(
     """Top-1 and top-5 accuracy in percent for each k.
 
     Args:
-      train_features: [N, D] float, need not be normalised; any array with NumPy slicing, a memory map included.
+      train_features: [N, D] float, need not be normalized; any array with NumPy slicing, a memory map included.
       train_labels: [N] int in 0..num_classes-1.
       test_features: [Q, D] float.
       test_labels: [Q] int.
-      ks: numbers of neighbours; the largest must not exceed N.
+      ks: numbers of neighbors; the largest must not exceed N.
       temperature: T of the vote's weight.
       num_classes: by default one more than the largest label.
       chunk: training images on the devices at a time.
       devices: default all.
 
     Raises:
-      UserError: more neighbours asked than there are training images, missing or negative labels, unequal lengths.
+      UserError: more neighbors asked than there are training images, missing or negative labels, unequal lengths.
     """
     _check(train_features, train_labels, test_features, test_labels, ks)
     train_labels, test_labels = np.asarray(train_labels), np.asarray(test_labels)
     if num_classes is None:
         num_classes = int(max(train_labels.max(), test_labels.max())) + 1
     similarities, indices = nearest(test_features, train_features, max(ks), chunk=chunk, devices=devices)
-    neighbour_labels = train_labels[indices]  # [Q, K]
-    return {k: vote(similarities[:, :k], neighbour_labels[:, :k], test_labels, temperature, num_classes) for k in ks}
+    neighbor_labels = train_labels[indices]  # [Q, K]
+    return {k: vote(similarities[:, :k], neighbor_labels[:, :k], test_labels, temperature, num_classes) for k in ks}
 
 
 def vote(
-    similarities: np.ndarray, neighbour_labels: np.ndarray, labels: np.ndarray, temperature: float, num_classes: int
+    similarities: np.ndarray, neighbor_labels: np.ndarray, labels: np.ndarray, temperature: float, num_classes: int
 ) -> tuple[float, float]:
-    """Top-1 and top-5 in percent from each query's neighbours: similarities and their labels [Q, k], truth [Q].
+    """Top-1 and top-5 in percent from each query's neighbors: similarities and their labels [Q, k], truth [Q].
 
     Equal votes are ranked by class number; as in the official code, top-5 looks at no more than k classes.
     """
@@ -135,7 +161,7 @@ def vote(
     for start in range(0, len(labels), step):
         rows = slice(start, start + step)
         truth = labels[rows, None]  # [q, 1]
-        cells = np.arange(len(truth))[:, None] * num_classes + neighbour_labels[rows]
+        cells = np.arange(len(truth))[:, None] * num_classes + neighbor_labels[rows]
         flat = np.bincount(cells.ravel(), weights[rows].ravel(), len(truth) * num_classes)
         votes = flat.reshape(-1, num_classes)  # [q, classes]
         own = np.take_along_axis(votes, truth, axis=1)
@@ -163,13 +189,13 @@ def nearest(
     put = functools.partial(_put, mesh=mesh, dtype=dtype)
     share = _equal(_equal(-(-len(queries) // len(devices)), QUERY_BLOCK)[1], QUERY_ROWS)
     rows = math.prod(share) * len(devices)  # in a block, over all devices
-    blocks = [_normalise(put(queries[i : i + rows], rows, P("data"))) for i in range(0, len(queries), rows)]
+    blocks = [_unit(put(queries[i : i + rows], rows, P("data"))) for i in range(0, len(queries), rows)]
     best: list[tuple[jax.Array, ...]] = [()] * len(blocks)
     chunk = -(-max(min(chunk, len(bank)), k) // ROUND) * ROUND
     search = _search(mesh, k)
     with ThreadPoolExecutor(AT_ONCE) as pool:
         for start in range(0, len(bank), chunk):
-            part = _normalise(put(bank[start : start + chunk], chunk, P()))
+            part = _unit(put(bank[start : start + chunk], chunk, P()))
             place = np.int32(start), np.int32(min(chunk, len(bank) - start))
             work = lambda block, found: jax.block_until_ready(search(part, *place, block, *found))  # noqa: B023, E731
             best = list(pool.map(work, blocks, best))
@@ -249,12 +275,6 @@ def candidates(values: jax.Array, k: int, valid: jax.Array) -> tuple[jax.Array, 
     return mask(held, columns).reshape(len(values), -1), columns.reshape(len(values), -1)
 
 
-@jax.jit
-def _normalise(x: jax.Array) -> jax.Array:
-    """Rows divided by their L2 norm, which is floored at 1e-12 as torch's `normalize` does."""
-    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
-
-
 def _check(
     train_features: np.ndarray,
     train_labels: np.ndarray,
@@ -266,6 +286,6 @@ def _check(
         if len(features) != len(labels) or not len(features):
             raise UserError(f"knn: {len(features)} {name} features for {len(labels)} labels: give one label a feature")
         if np.min(labels) < 0:
-            raise UserError(f"knn: the {name} images have no labels: use class folders or a labelled source")
+            raise UserError(f"knn: the {name} images have no labels: use class folders or a labeled source")
     if max(ks) > len(train_features):
         raise UserError(f"knn: k={max(ks)} exceeds the {len(train_features)} training images: lower k")

@@ -1,9 +1,9 @@
-"""Linear classification on frozen features (paper table 2; official `eval_linear.py`), a whole grid side by side.
+"""Linear classification of frozen features (paper table 2; official `eval_linear.py`), a grid of heads at once.
 
-The features of one forward pass feed a linear head for every choice of features and of learning rate: `4` stands for
-the CLS tokens of the last four blocks, `1+avg` for the last CLS and the mean patch token. Training is SGD with momentum
-0.9 and no decay, the learning rate scaled by batch / 256 and lowered by a cosine over epochs. The official protocol
-reports the best epoch on the test set; with `holdout` head and epoch are chosen on training pictures left out instead.
+One forward pass feeds a linear head for every choice of features and of learning rate: `4` stands for the CLS tokens
+of the last four blocks, `1+avg` for the last CLS and the mean patch token. Training is SGD with momentum 0.9 and no
+decay, the learning rate scaled by batch / 256 and lowered by a cosine over epochs. The official protocol reports the
+best epoch on the test set; with `holdout` head and epoch are chosen on training images that are left out instead.
 
 Legend: B batch, F features, L learning rates, K classes.
 """
@@ -23,15 +23,16 @@ import numpy as np
 import optax
 from etils import epath
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
 
+from dino_jax.config import Key
 from dino_jax.data.sources import Source, open_source
 from dino_jax.errors import UserError
 from dino_jax.eval.batches import Subset, crop_and_flip, data_mesh, test_batches, train_batches
-from dino_jax.eval.features import Frozen, Net, Pooled, fingerprint, linear_input, net_of, normalise
+from dino_jax.eval.features import Pooled, fingerprint, linear_input
+from dino_jax.eval.protocol import RESIZE, SEED, THREADS, Protocol
 from dino_jax.eval.results import load_arrays, save_arrays
-from dino_jax.eval.splits import class_count, train_test
-from dino_jax.models import ViT
+from dino_jax.eval.splits import CLASSES, class_count, train_test
+from dino_jax.inference.model import Forward, Model
 from dino_jax.parallel.sharding import replicated
 from dino_jax.weights.names import PRETRAINED, fetch
 from dino_jax.weights.pth import read_pth
@@ -40,29 +41,32 @@ _log = logging.getLogger(__name__)
 
 Heads = dict[str, dict[str, Any]]  # choice of features -> kernel [L, F, K], bias [L, K]
 
+KEYS = {
+    "features": Key(
+        (), 'such as ("4", "1+avg"): numbers of last blocks, +avg with the mean patch token; (): by backbone'
+    ),
+    "lrs": Key(
+        (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
+        "learning rates for 256 images; scaled by batch_size / 256",
+        "(0, inf)",
+    ),
+    "epochs": Key(100, "passes over the training images", "[1, inf)"),
+    "batch_size": Key(1024, "images per step, over all devices", "[1, inf)"),
+    "eval_every": Key(1, "epochs between evaluations", "[1, inf)"),
+    "holdout": Key(0.0, "share of the training images that select head and epoch; 0: the test set does", "[0, 1)"),
+    "head": Key(str, "test this linear head (.pth, or a released model's name) and train nothing"),
+    "resize": RESIZE,
+    "crop": Key(224, "side of training crops and of the center crop of test images", "[1, inf)"),
+    "seed": SEED,
+    "threads": THREADS,
+}
 
-def default_config() -> ConfigDict:
-    """The protocol's keys."""
-    config = ConfigDict()
-    config.features = ()  # last blocks, `+avg` for the mean patch token, such as ("4", "1+avg"); (): see `choices`
-    config.lrs = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # for 256 pictures; scaled by batch_size / 256
-    config.epochs = 100
-    config.batch_size = 1024
-    config.eval_every = 1  # epochs
-    config.holdout = 0.0  # share of the training pictures that select head and epoch; 0: the test set does
-    config.head = placeholder(str)  # a linear head (.pth, or a released model's name): tested, nothing is trained
-    config.resize = 256  # shorter side of test pictures before the centre crop, bicubic; 0: no resize
-    config.crop = 224
-    config.seed = 0
-    config.threads = 4
-    return config.lock()
 
-
-def evaluate(model: Frozen, data: str, config: ConfigDict, workdir: str | None = None) -> dict[str, Any]:
+def evaluate(model: Model, data: str, config: ConfigDict, workdir: str | None = None) -> dict[str, Any]:
     """`top1` and `top5` in percent of the selected head, what was selected and how, and `top1_<head>` of each.
 
     A head's own figure is of its best epoch by the same rule. `data` is as in `splits.train_test`. With a `workdir` the
-    heads are saved there after every evaluation and a broken-off run goes on.
+    heads are saved there after every evaluation, and an interrupted run resumes.
     """
     train_spec, test_spec = train_test(data)
     test = open_source(test_spec)
@@ -86,19 +90,42 @@ def evaluate(model: Frozen, data: str, config: ConfigDict, workdir: str | None =
     return _report(np.stack(history), names)
 
 
+PROTOCOL = Protocol(
+    run=evaluate,
+    keys=KEYS,
+    data=CLASSES,
+    whole_patches=("crop",),
+    published={
+        "top1": {
+            "S/16": 77.0,
+            "S/8": 79.7,
+            "B/16": 78.2,
+            "B/8": 80.1,
+            "RN50": 75.3,
+            "XCiT-S12/16": 77.8,
+            "XCiT-S12/8": 79.2,
+            "XCiT-M24/16": 78.8,
+            "XCiT-M24/8": 80.3,
+        }
+    },
+    source="ImageNet; the official README",
+    order=20,
+)
+
+
 def _report(history: np.ndarray, names: list[str]) -> dict[str, Any]:
     """From epoch, top-1 and top-5 (test, then held-out) [evaluations, 3 or 5, heads] to the figures."""
     chosen_by = history[:, 1] if history.shape[1] == 3 else history[:, 3]
     best = chosen_by.argmax(axis=0)  # [heads] evaluation at which each head is taken
     head = int(chosen_by.max(axis=0).argmax())
     epoch, top1, top5 = (float(x) for x in history[best[head], :3, head])
-    rule = "best epoch and head on the test set (official)" if history.shape[1] == 3 else "best on held-out pictures"
+    rule = "best epoch and head on the test set (official)" if history.shape[1] == 3 else "best on held-out images"
     figures: dict[str, Any] = {"top1": top1, "top5": top5, "head": names[head], "epoch": int(epoch), "selection": rule}
     return figures | {f"top1_{name}": float(history[best[i], 1, i]) for i, name in enumerate(names)}
 
 
 def _hold_out(train: Source, config: ConfigDict) -> tuple[Source, Source | None]:
-    """The pictures to train on and those to select by."""
+    """The images to train on and those to select by."""
     if not config.holdout:
         return train, None
     order = np.random.default_rng(config.seed).permutation(len(train))
@@ -114,16 +141,14 @@ def parse_choice(choice: str) -> tuple[int, bool]:
     return int(match[1]), match[2] is not None
 
 
-def choices(model: Frozen, config: ConfigDict) -> tuple[str, ...]:
-    """The choices of features; by default the paper's for S (`4`) and B (`1+avg`), for others those that they have."""
+def choices(model: Model, config: ConfigDict) -> tuple[str, ...]:
+    """The choices of features; by default those of the backbone."""
     if config.features:
         return tuple(str(choice) for choice in config.features)
-    if isinstance(model.backbone, ViT):
-        return str(min(4, model.backbone.depth)), "1+avg"
-    return ("1",) if model.backbone.patch_size is None else ("1", "1+avg")
+    return model.backbone.linear_features
 
 
-def _init(model: Frozen, config: ConfigDict, classes: int) -> tuple[Heads, Heads]:
+def _init(model: Model, config: ConfigDict, classes: int) -> tuple[Heads, Heads]:
     """Kernels N(0, 0.01), zero biases, zero momentum; every learning rate starts from the same kernel."""
     rng, rates = np.random.default_rng(config.seed), len(config.lrs)
     heads = {}
@@ -134,15 +159,15 @@ def _init(model: Frozen, config: ConfigDict, classes: int) -> tuple[Heads, Heads
     return heads, jax.tree.map(np.zeros_like, heads)
 
 
-def widths(model: Frozen, config: ConfigDict) -> dict[str, int]:
+def widths(model: Model, config: ConfigDict) -> dict[str, int]:
     """The number of inputs of a head for each choice of features."""
     images = jax.ShapeDtypeStruct((1, config.crop, config.crop, len(model.mean)), jnp.uint8)
-    inputs = jax.eval_shape(functools.partial(_inputs, net_of(model), choices(model, config)), model.variables, images)
+    inputs = jax.eval_shape(functools.partial(_inputs, model.forward, choices(model, config)), model.variables, images)
     return {choice: x.shape[1] for choice, x in inputs.items()}
 
 
 def _train_epoch(
-    model: Frozen, source: Source, config: ConfigDict, epoch: int, heads: Heads, momentum: Heads
+    model: Model, source: Source, config: ConfigDict, epoch: int, heads: Heads, momentum: Heads
 ) -> tuple[Heads, Heads]:
     mesh = data_mesh()
     cosine = (1 + math.cos(math.pi * epoch / config.epochs)) / 2
@@ -159,27 +184,27 @@ def _train_epoch(
         threads=config.threads,
     )
     for batch in batches:
-        heads, momentum = _train_step(net_of(model), variables, heads, momentum, batch, rates)
+        heads, momentum = _train_step(model.forward, variables, heads, momentum, batch, rates)
     return heads, momentum
 
 
-def score(model: Frozen, source: Source, heads: Heads, config: ConfigDict) -> np.ndarray:
+def score(model: Model, source: Source, heads: Heads, config: ConfigDict) -> np.ndarray:
     """Top-1 and top-5 in percent of every head, [2, heads]."""
     mesh = data_mesh()
     variables, heads = jax.device_put((model.variables, heads), replicated(mesh))
     counts = [
-        jax.device_get(_test_step(net_of(model), variables, heads, batch))
+        jax.device_get(_test_step(model.forward, variables, heads, batch))
         for batch in test_batches(source, config, mesh, len(model.mean))
     ]
     total = sum(valid for _, valid in counts)
     if not total:
-        raise UserError("none of the test pictures can be read: check --data")
+        raise UserError("none of the test images can be read: check --data")
     return 100 * sum(found for found, _ in counts) / total
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
 def _train_step(
-    net: Net, variables: Any, heads: Heads, momentum: Heads, batch: dict[str, jax.Array], rates: jax.Array
+    net: Forward, variables: Any, heads: Heads, momentum: Heads, batch: dict[str, jax.Array], rates: jax.Array
 ) -> tuple[Heads, Heads]:
     inputs = _inputs(net, tuple(heads), variables, batch["image"])
     weight = batch["valid"] / jnp.maximum(jnp.sum(batch["valid"]), 1)  # [B]
@@ -196,16 +221,16 @@ def _train_step(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _test_step(net: Net, variables: Any, heads: Heads, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+def _test_step(net: Forward, variables: Any, heads: Heads, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
     logits = logits_of(heads, _inputs(net, tuple(heads), variables, batch["image"]))  # [heads, B, K]
     return hits(logits, batch["label"], batch["valid"]), jnp.sum(batch["valid"])
 
 
-def _inputs(net: Net, choices: tuple[str, ...], variables: Any, images: jax.Array) -> dict[str, jax.Array]:
+def _inputs(net: Forward, choices: tuple[str, ...], variables: Any, images: jax.Array) -> dict[str, jax.Array]:
     """The input [B, F] of the heads of every choice, from one forward pass over uint8 [B, h, w, C]."""
     wanted = {choice: parse_choice(choice) for choice in choices}
     view = Pooled(max(n for n, _ in wanted.values()))
-    pooled: Any = net.backbone.apply(variables, normalise(images, net.mean, net.std), method=view)
+    pooled = net(variables, images, view)
     return {choice: linear_input(pooled, n, avgpool) for choice, (n, avgpool) in wanted.items()}
 
 
@@ -225,7 +250,7 @@ def hits(logits: jax.Array, labels: jax.Array, valid: jax.Array) -> jax.Array:
     return jnp.stack([jnp.sum((rank < depth) & valid, axis=1) for depth in (1, 5)])
 
 
-def _file_name(model: Frozen, config: ConfigDict, classes: int, examples: int) -> str:
+def _file_name(model: Model, config: ConfigDict, classes: int, examples: int) -> str:
     settings = sorted({**config.to_dict(), "threads": 0}.items())
     key = f"{settings} {classes} {examples} {fingerprint(model)}"
     return f"linear-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
@@ -237,7 +262,7 @@ def _save(path: epath.Path, epoch: int, heads: Heads, momentum: Heads, history: 
 
 
 def _restore(path: epath.Path | None, heads: Heads, momentum: Heads) -> tuple[int, Heads, Heads, list[np.ndarray]]:
-    """Epochs done, heads, momentum and scores so far, from a broken-off run if there was one."""
+    """Epochs done, heads, momentum and scores so far, from an interrupted run if there was one."""
     if path is None or not path.exists():
         return 0, heads, momentum, []
     saved = load_arrays(path)
@@ -246,7 +271,7 @@ def _restore(path: epath.Path | None, heads: Heads, momentum: Heads) -> tuple[in
     return int(saved["epoch"]), heads, momentum, list(saved["history"])
 
 
-def _test_released(model: Frozen, test: Source, config: ConfigDict) -> dict[str, Any]:
+def _test_released(model: Model, test: Source, config: ConfigDict) -> dict[str, Any]:
     """The figures of a released head, whose width tells which of the choices it was trained on."""
     kernel, bias = read_head(config.head)
     fitting = [choice for choice, width in widths(model, config).items() if width == len(kernel)]

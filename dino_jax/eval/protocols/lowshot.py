@@ -1,7 +1,7 @@
 """Low-shot classification: logistic regression on frozen features with few labels (paper table 11).
 
 The regression has an l2 penalty of lambda = 0.1 / n and no intercept (issue 121 of the official repository), on the
-output of the backbone without augmentation. The labelled subset is drawn per class from a seed, or listed in files.
+output of the backbone without augmentation. The labeled subset is drawn per class from a seed, or listed in files.
 """
 
 from __future__ import annotations
@@ -12,30 +12,30 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from dino_jax.config import Key
 from dino_jax.data.folders import Files
 from dino_jax.data.sources import open_source
 from dino_jax.errors import UserError
-from dino_jax.eval.features import Frozen, dataset_features, source_features
+from dino_jax.eval.features import dataset_features, source_features
 from dino_jax.eval.logistic import fit_logistic
-from dino_jax.eval.splits import check_labels, train_test
+from dino_jax.eval.protocol import CROP, RESIZE, WORKERS, Protocol
+from dino_jax.eval.splits import CLASSES, check_labels, train_test
+from dino_jax.inference.model import Model
+
+KEYS = {
+    "shares": Key((0.01, 0.1), "shares of the labels", "(0, 1]"),
+    "lists": Key((), "files that name training images, such as SimCLR's; they replace `shares`"),
+    "penalty": Key(0.1, "lambda times the number of labeled images", "(0, inf)"),
+    "tolerance": Key(1e-4, "certified distance of the objective from its optimum", "(0, inf)"),
+    "seed": Key(0, "of the subsets", "[0, 4294967295]"),
+    "resize": RESIZE,
+    "crop": CROP,
+    "batch_size": Key(256, "images per batch", "[1, inf)"),
+    "workers": WORKERS,
+}
 
 
-def default_config() -> ConfigDict:
-    """The protocol's keys."""
-    config = ConfigDict()
-    config.shares = (0.01, 0.1)  # of the labels
-    config.lists = ()  # files that name training pictures, such as SimCLR's; they replace `shares`
-    config.penalty = 0.1  # lambda times the number of labelled pictures
-    config.tolerance = 1e-4  # certified distance of the objective from its optimum
-    config.seed = 0  # of the subsets
-    config.resize = 256  # shorter side before the centre crop, bicubic; 0: no resize
-    config.crop = 224
-    config.batch_size = 256
-    config.workers = 0  # reading processes; 0: threads of this one
-    return config.lock()
-
-
-def evaluate(model: Frozen, data: str, config: ConfigDict, workdir: str | None = None) -> dict[str, float]:
+def evaluate(model: Model, data: str, config: ConfigDict, workdir: str | None = None) -> dict[str, float]:
     """`top1_<subset>` in percent for every subset, with the `gap_<subset>` that its fit left.
 
     `data` is as in `splits.train_test`; features are kept in `workdir`.
@@ -53,10 +53,21 @@ def evaluate(model: Frozen, data: str, config: ConfigDict, workdir: str | None =
     return figures
 
 
+PROTOCOL = Protocol(
+    run=evaluate,
+    keys=KEYS,
+    data=CLASSES,
+    whole_patches=("crop",),
+    published={"top1_1%": {"S/16": 64.5}, "top1_10%": {"S/16": 72.2}, "top1_100%": {"S/16": 75.7}},
+    source="ImageNet; the paper's appendix",
+    order=30,
+)
+
+
 def _subsets(
-    model: Frozen, train: str, config: ConfigDict, workdir: str | None
+    model: Model, train: str, config: ConfigDict, workdir: str | None
 ) -> Iterator[tuple[str, tuple[np.ndarray, np.ndarray]]]:
-    """Name, features and labels of each labelled subset."""
+    """Name, features and labels of each labeled subset."""
     for path in config.lists:
         yield epath.Path(path).stem, source_features(model, listed(path, train), path, config, workdir=workdir)
     if config.lists:
@@ -79,7 +90,7 @@ def per_class(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
 
 
 def listed(path: str, train: str) -> Files:
-    """The pictures of the class folders in `train` that the file at `path` names, one a line.
+    """The images of the class folders in `train` that the file at `path` names, one a line.
 
     A name is a path in `train`, or as in SimCLR's lists just the file's, whose class folder is what precedes its `_`.
 

@@ -1,8 +1,8 @@
-"""Image retrieval on revisited Oxford and Paris (Radenovic et al. 2018; paper table 3; `eval_image_retrieval.py`).
+"""Image retrieval on revisited Oxford and Paris (Radenovic et al. 2018; paper table 3).
 
-Layout: `DATA/roxford5k` (or `rparis6k`) with `gnd_roxford5k.pkl` and `jpg/NAME.jpg`, or that folder itself. Pictures
-are shrunk to fit a square (PIL's thumbnail), queries are not cropped to their box, and features are compared by cosine.
-At several scales the features of the resized pictures are averaged.
+As the official `eval_image_retrieval.py`. Layout: `DATA/roxford5k` (or `rparis6k`) with `gnd_roxford5k.pkl` and
+`jpg/NAME.jpg`, or that folder itself. Images are shrunk to fit a square (PIL's thumbnail), queries are not cropped to
+their box, and features are compared by cosine. At several scales the features of the resized images are averaged.
 """
 
 from __future__ import annotations
@@ -12,34 +12,35 @@ from collections.abc import Sequence
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
 from PIL import Image
 
+from dino_jax.config import Key
 from dino_jax.data.crops import to_pil
 from dino_jax.errors import UserError
 from dino_jax.eval.draw import GRAY, GREEN, RED, SHOWN, save_rows, tile
-from dino_jax.eval.features import Cls, Frozen, run
+from dino_jax.eval.features import Cls, run
 from dino_jax.eval.gnd import read_gnd
 from dino_jax.eval.images import batches_by_size, linear_resize, parallel, read_picture
+from dino_jax.eval.protocol import THREADS, Data, Protocol
 from dino_jax.eval.ranking import revisited_scores, similarity
+from dino_jax.inference.model import Model
 
 PAPER = {"roxford5k": (224, False), "rparis6k": (512, True)}  # size, multiscale
 SETS = tuple(PAPER)
 SCALES = (1.0, 2**-0.5, 0.5)
-SIDE = 128  # pixels of a tile in the picture
+SIDE = 128  # of a tile in retrieval-*.png, pixels
+
+KEYS = {
+    "size": Key(int, "side of the square that an image must fit; unset: 224 for Oxford, 512 for Paris", "[1, inf)"),
+    "multiscale": Key(
+        bool, "average the features at scales 1, 0.71 and 0.5; unset: False for Oxford, True for Paris, as the paper"
+    ),
+    "batch_size": Key(32, "images per batch", "[1, inf)"),
+    "threads": THREADS,
+}
 
 
-def default_config() -> ConfigDict:
-    """The protocol's keys."""
-    config = ConfigDict()
-    config.size = placeholder(int)  # side of the square that a picture must fit; null: the paper's, see `PAPER`
-    config.multiscale = placeholder(bool)  # average the features at scales 1, 0.71 and 0.5; null: the paper's
-    config.batch_size = 32
-    config.threads = 4
-    return config.lock()
-
-
-def evaluate(model: Frozen, data: str, config: ConfigDict, workdir: str | None = None) -> dict[str, float]:
+def evaluate(model: Model, data: str, config: ConfigDict, workdir: str | None = None) -> dict[str, float]:
     """`<set>_map_medium`, `<set>_map_hard` and `<set>_mp@<k>_<level>` in percent, for every set found in `data`.
 
     With a `workdir`, `retrieval-<set>.png` there shows some queries and the best of the database: easy and hard ones
@@ -62,14 +63,30 @@ def evaluate(model: Frozen, data: str, config: ConfigDict, workdir: str | None =
     return figures
 
 
+PROTOCOL = Protocol(
+    run=evaluate,
+    keys=KEYS,
+    data=Data("roxford5k or rparis6k", lambda folder: any((folder / name).is_dir() for name in SETS)),
+    published={
+        "roxford5k_map_medium": {"S/16": 41.8},
+        "roxford5k_map_hard": {"S/16": 13.7},
+        "rparis6k_map_medium": {"S/16": 63.1},
+        "rparis6k_map_hard": {"S/16": 34.4},
+    },
+    source="ImageNet weights; the paper, table 3: Oxford at 224 on one scale, Paris at 512 on three; "
+    "with dino_vits16_gldv2 51.5 and 24.3, 75.3 and 51.6",
+    order=40,
+)
+
+
 def _draw(path: epath.Path, paths: dict, scores: np.ndarray, truth: list[dict], channels: int) -> None:
     rows = []
     for query in np.unique(np.linspace(0, len(truth) - 1, SHOWN).astype(int)):
         row = [tile(read_picture(paths["qimlist"][query], channels), SIDE)]
         for place in np.argsort(-scores[:, query], kind="stable")[:SHOWN]:
             good = place in truth[query]["easy"] or place in truth[query]["hard"]
-            colour = GREEN if good else GRAY if place in truth[query]["junk"] else RED
-            row.append(tile(read_picture(paths["imlist"][place], channels), SIDE, colour))
+            color = GREEN if good else GRAY if place in truth[query]["junk"] else RED
+            row.append(tile(read_picture(paths["imlist"][place], channels), SIDE, color))
         rows.append(row)
     save_rows(path, rows)
 
@@ -85,9 +102,9 @@ def _sets(data: str) -> list[epath.Path]:
 
 
 def multiscale_features(
-    model: Frozen, paths: Sequence[epath.Path], config: ConfigDict, size: int, scales: Sequence[float]
+    model: Model, paths: Sequence[epath.Path], config: ConfigDict, size: int, scales: Sequence[float]
 ) -> np.ndarray:
-    """Features [N, D] of pictures shrunk to fit a square of side `size`, the mean over `scales`."""
+    """Features [N, D] of images shrunk to fit a square of side `size`, the mean over `scales`."""
     patch = model.backbone.patch_size or 1
 
     def load(path: epath.Path) -> np.ndarray:
@@ -103,7 +120,7 @@ def multiscale_features(
 
 
 def shrink_to_fit(pixels: np.ndarray, size: int) -> np.ndarray:
-    """PIL's `thumbnail` into a square of side `size`, Lanczos; smaller pictures stay as they are."""
+    """PIL's `thumbnail` into a square of side `size`, Lanczos; smaller images stay as they are."""
     planes = to_pil(pixels)
     for plane in planes:
         plane.thumbnail((size, size), Image.Resampling.LANCZOS)
@@ -118,5 +135,5 @@ def scaled(pixels: np.ndarray, scale: float, patch: int) -> np.ndarray:
         pixels = linear_resize(pixels, height, width, 1 / scale)
     height, width = (side // patch * patch for side in pixels.shape[:2])
     if not height or not width:
-        raise UserError(f"a picture of {pixels.shape[0]} x {pixels.shape[1]} pixels is smaller than a patch of {patch}")
+        raise UserError(f"an image of {pixels.shape[0]} x {pixels.shape[1]} pixels is smaller than a patch of {patch}")
     return pixels[:height, :width]

@@ -1,15 +1,16 @@
-"""How well the attention of the CLS token outlines objects: Jaccard similarity on VOC12 (paper section 4.2, figure 4).
+"""How well the attention of CLS outlines objects: Jaccard similarity on VOC12 (paper section 4.2, figure 4).
 
 For every head the mask keeps the patches that carry the largest share of the attention (60% in the text, 80% in
 appendix D). Each object counts with the best head's intersection over union, and an image with the mean of its objects
-(the author's description in issue 54 of the official repository). Pictures are squeezed to a square, bilinear; masks
-are compared at the picture's own size.
+(the author's description in issue 54 of the official repository). Images are resized to a square, bilinear; attention
+masks are compared at the image's own size.
 
 Legend: B batch, H heads, N patches.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,39 +19,36 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
 from PIL import Image
 
+from dino_jax.config import Key
 from dino_jax.errors import UserError
 from dino_jax.eval.draw import GREEN, ORANGE, SHOWN, save_rows, tile, tinted
-from dino_jax.eval.features import ClsAttention, Frozen, run, whole_patches
+from dino_jax.eval.features import ClsAttention, run, whole_patches
 from dino_jax.eval.images import grouped, parallel, resize
-from dino_jax.eval.masks import IGNORE, Masked, MaskedPictures, open_masks
+from dino_jax.eval.masks import IGNORE, Masked, MaskedPictures, open_masks, voc_root
+from dino_jax.eval.protocol import THREADS, Data, Protocol
+from dino_jax.inference.model import Model
 from dino_jax.weights.load import open_weights
 
-
-def default_config() -> ConfigDict:
-    """The protocol's keys."""
-    config = ConfigDict()
-    config.masses = (0.6, 0.8)  # shares of the attention that the masks keep
-    config.size = 480  # side of the square that pictures are squeezed to, cut to whole patches
-    config.block = -1  # whose attention
-    config.split = "val"  # of VOC's ImageSets/Segmentation
-    config.random = False  # the same network with random weights, too
-    config.supervised = placeholder(str)  # a weight file of the same network trained with labels, too, such as DeiT's
-    config.batch_size = 8
-    config.threads = 4
-    return config.lock()
+KEYS = {
+    "masses": Key((0.6, 0.8), "shares of the attention that the masks keep", "(0, 1]"),
+    "size": Key(480, "side of the square that images are resized to, cut to whole patches", "[1, inf)"),
+    "block": Key(-1, "block whose attention is taken; negative: from the end"),
+    "split": Key("val", "of VOC's ImageSets/Segmentation"),
+    "random": Key(False, "score the same network with random weights, too"),
+    "supervised": Key(str, "score this weight file of the same network trained with labels, such as DeiT's, too"),
+    "batch_size": Key(8, "images per batch", "[1, inf)"),
+    "threads": THREADS,
+}
 
 
-def evaluate(model: Frozen, data: str, config: ConfigDict, workdir: str | None = None) -> dict[str, float]:
+def evaluate(model: Model, data: str, config: ConfigDict, workdir: str | None = None) -> dict[str, float]:
     """`jaccard_60` and `jaccard_80` in percent (by `config.masses`); the same with `_random` and `_supervised` after
     them for the references that are asked for.
 
-    `data` is as in `masks.open_masks`. With a `workdir`, `voc.png` there shows some pictures beside truth and masks.
+    `data` is as in `masks.open_masks`. With a `workdir`, `voc.png` there shows some images, truth and attention masks.
     """
-    if model.backbone.patch_size is None:
-        raise UserError("voc needs a backbone with attention, a ViT or an XCiT")
     pictures = open_masks(data, config.split, len(model.mean))
     references = _references(model, config)
     figures = _score(model, pictures, config, None if workdir is None else epath.Path(workdir) / "voc.png")
@@ -59,23 +57,42 @@ def evaluate(model: Frozen, data: str, config: ConfigDict, workdir: str | None =
     return figures
 
 
-def _references(model: Frozen, config: ConfigDict) -> dict[str, Frozen]:
+def _has_masks(folder: epath.Path) -> bool:
+    return voc_root(str(folder)) is not None or ((folder / "images").is_dir() and (folder / "masks").is_dir())
+
+
+PROTOCOL = Protocol(
+    run=evaluate,
+    keys=KEYS,
+    data=Data("VOC folder, or one with images and masks", _has_masks, scenes="test"),
+    needs_patches=True,
+    published={
+        "jaccard_60": {"S/16": 45.9, "S/8": 44.7},
+        "jaccard_60_random": {"S/16": 22.0, "S/8": 21.8},
+        "jaccard_60_supervised": {"S/16": 27.3, "S/8": 23.7},
+    },
+    source="VOC12 val; the paper, figure 4",
+    order=70,
+)
+
+
+def _references(model: Model, config: ConfigDict) -> dict[str, Model]:
     """The networks to compare with, by name."""
     shape = jnp.zeros((1, *[whole_patches(model, config.size)] * 2, len(model.mean)))
     found = {}
     if config.random:
-        found["random"] = model._replace(variables=jax.jit(model.backbone.init)(jax.random.key(0), shape))
+        found["random"] = dataclasses.replace(model, variables=jax.jit(model.backbone.init)(jax.random.key(0), shape))
     if config.supervised is not None:
         weights = open_weights(config.supervised, heads=model.backbone.heads)
         variables = {name: tree["backbone"] for name, tree in weights.teacher.items() if "backbone" in tree}
         expected = jax.eval_shape(model.backbone.init, jax.random.key(0), shape)
         if jax.tree.map(np.shape, variables["params"]) != jax.tree.map(np.shape, expected["params"]):
             raise UserError(f"--config.supervised={config.supervised}: not the weights of the network of --checkpoint")
-        found["supervised"] = model._replace(variables=variables)
+        found["supervised"] = dataclasses.replace(model, variables=variables)
     return found
 
 
-def _score(model: Frozen, pictures: MaskedPictures, config: ConfigDict, path: epath.Path | None) -> dict[str, float]:
+def _score(model: Model, pictures: MaskedPictures, config: ConfigDict, path: epath.Path | None) -> dict[str, float]:
     side = whole_patches(model, config.size)
     scores: dict[float, list[float]] = {mass: [] for mass in config.masses}
     shown: list[list[np.ndarray]] = []
@@ -88,7 +105,7 @@ def _score(model: Frozen, pictures: MaskedPictures, config: ConfigDict, path: ep
             if path is not None and len(shown) < SHOWN:
                 shown.append(_row(masked, masks))
     if np.isnan(scores[config.masses[0]]).all():
-        raise UserError("voc: no picture has an object in its mask: check --data")
+        raise UserError("voc: no image has an object in its mask: check --data")
     if shown and path is not None:
         save_rows(path, shown)
     return {f"jaccard_{round(100 * mass)}": 100 * float(np.nanmean(values)) for mass, values in scores.items()}
@@ -104,11 +121,11 @@ def _batches(pictures: MaskedPictures, side: int, config: ConfigDict) -> Iterato
 
 
 def _row(masked: Masked, masks: np.ndarray) -> list[np.ndarray]:
-    """Picture, truth and the best head's mask (by all objects together)."""
+    """Image, truth and the best head's mask (by all objects together)."""
     truth = (masked.objects > 0) & (masked.objects != IGNORE)
     best = masks[jaccard(masks, truth).argmax()]
-    colours = np.array([(0, 0, 0), GREEN, ORANGE], np.uint8)
-    panels = masked.pixels, *(tinted(masked.pixels, mask * n, colours) for n, mask in ((1, truth), (2, best)))
+    colors = np.array([(0, 0, 0), GREEN, ORANGE], np.uint8)
+    panels = masked.pixels, *(tinted(masked.pixels, mask * n, colors) for n, mask in ((1, truth), (2, best)))
     return [tile(panel, 160) for panel in panels]
 
 

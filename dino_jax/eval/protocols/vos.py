@@ -1,13 +1,14 @@
-"""Video object segmentation on DAVIS 2017 by label propagation (paper table 5; official `eval_video_segmentation.py`).
+"""Video object segmentation on DAVIS 2017 by label propagation (paper table 5).
 
-The first frame's annotation is carried through the video by patch similarity (`propagation`), and the result is scored
-by J and F (`davis`). Layout: `DATA/JPEGImages/480p/VIDEO/*.jpg`, `DATA/Annotations/480p/VIDEO/*.png` and
-`DATA/ImageSets/2017/val.txt`. `scenes:` specs give rendered clips instead.
+As the official `eval_video_segmentation.py`: the first frame's annotation is carried through the video by patch
+similarity (`propagation`), and the result is scored by J and F (`davis`). Layout: `DATA/JPEGImages/480p/VIDEO/*.jpg`,
+`DATA/Annotations/480p/VIDEO/*.png` and `DATA/ImageSets/2017/val.txt`. `scenes:` specs give rendered clips instead.
 """
 
 from __future__ import annotations
 
 import collections
+import dataclasses
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -20,35 +21,44 @@ from etils import epath
 from ml_collections import ConfigDict
 from PIL import Image
 
+from dino_jax.config import Key
 from dino_jax.data.scenes import Scenes
 from dino_jax.data.sources import open_source
 from dino_jax.errors import UserError
 from dino_jax.eval import davis
 from dino_jax.eval.draw import SHOWN, palette, save_rows, tile, tinted
-from dino_jax.eval.features import Frozen, Patches, fingerprint, run
-from dino_jax.eval.images import grouped, linear_resize, list_pictures, nearest, parallel, read_labels, read_picture
+from dino_jax.eval.features import Patches, fingerprint, run
+from dino_jax.eval.images import (
+    grouped,
+    linear_resize,
+    list_pictures,
+    listed,
+    nearest,
+    parallel,
+    read_labels,
+    read_picture,
+)
 from dino_jax.eval.propagation import hard_labels, propagate
+from dino_jax.eval.protocol import THREADS, Data, Protocol
 from dino_jax.eval.results import save_json
+from dino_jax.inference.model import Model
 
-STD = (0.228, 0.224, 0.225)  # as the official script has it, .228 where ImageNet's is .229
+STD = (0.228, 0.224, 0.225)  # the official script's; ImageNet's first value is 0.229
 LABELS = 4  # the number of labels is rounded up to a multiple of this, so that videos share compiled programs
 
 _log = logging.getLogger(__name__)
 
-
-def default_config() -> ConfigDict:
-    """The protocol's keys."""
-    config = ConfigDict()
-    config.size = 480  # shorter side
-    config.multiple = 64  # the longer side is cut down to a multiple of this
-    config.context = 7  # previous frames beside the first
-    config.radius = 12  # reach of a patch, in rows and in columns
-    config.topk = 5
-    config.temperature = 0.1
-    config.split = "val"  # of ImageSets/2017
-    config.batch_size = 4  # frames
-    config.threads = 4
-    return config.lock()
+KEYS = {
+    "size": Key(480, "shorter side of the frames", "[1, inf)"),
+    "multiple": Key(64, "the longer side is cut down to a multiple of this", "[1, inf)"),
+    "context": Key(7, "previous frames beside the first", "[0, inf)"),
+    "radius": Key(12, "reach of a patch, in rows and in columns", "[0, inf)"),
+    "topk": Key(5, "most similar patches whose labels are averaged", "[1, inf)"),
+    "temperature": Key(0.1, "of the similarities' softmax", "(0, inf)"),
+    "split": Key("val", "of ImageSets/2017"),
+    "batch_size": Key(4, "frames per batch", "[1, inf)"),
+    "threads": THREADS,
+}
 
 
 class Video(NamedTuple):
@@ -60,16 +70,16 @@ class Video(NamedTuple):
     truth: Callable[[], np.ndarray]
 
 
-def evaluate(model: Frozen, data: str, config: ConfigDict, workdir: str | None = None) -> dict[str, float]:
+def evaluate(model: Model, data: str, config: ConfigDict, workdir: str | None = None) -> dict[str, float]:
     """J&F, and mean, recall and decay of J and F in percent, over all objects.
 
     With a `workdir` the label maps are written to `vos-<settings>/VIDEO/*.png` with a palette, and videos that are
     there are not computed again; `objects.json` beside them has each object's figures, and `vos.png` shows some videos.
     """
-    if model.backbone.patch_size is None:
-        raise UserError("vos needs a backbone with patch tokens, a ViT")
     if len(model.mean) == len(STD):
-        model = model._replace(std=STD)
+        config_of_model = model.config.copy_and_resolve_references()
+        config_of_model.data.std = STD
+        model = dataclasses.replace(model, config=config_of_model)
     folder = None
     if workdir is not None:
         folder = epath.Path(workdir) / f"vos-{_settings(model, data, config)}"
@@ -94,14 +104,25 @@ def evaluate(model: Frozen, data: str, config: ConfigDict, workdir: str | None =
     return davis.summarize(objects.values())
 
 
-def _settings(model: Frozen, data: str, config: ConfigDict) -> str:
+PROTOCOL = Protocol(
+    run=evaluate,
+    keys=KEYS,
+    data=Data("DAVIS's ImageSets/2017", lambda folder: (folder / "ImageSets" / "2017").is_dir(), scenes="test"),
+    needs_patches=True,
+    published={"J&F_mean": {"S/16": 61.8, "S/8": 69.9, "B/16": 62.3, "B/8": 71.4}},
+    source="DAVIS 2017 val; the paper, table 5",
+    order=60,
+)
+
+
+def _settings(model: Model, data: str, config: ConfigDict) -> str:
     """A short name of everything that the label maps depend on."""
     keys = ("size", "multiple", "context", "radius", "topk", "temperature")
     key = f"{data} {fingerprint(model)} {[config[key] for key in keys]}"
     return hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
-def segment(model: Frozen, video: Video, first: np.ndarray, config: ConfigDict) -> np.ndarray:
+def segment(model: Model, video: Video, first: np.ndarray, config: ConfigDict) -> np.ndarray:
     """Label maps uint8 [T, H, W] of all frames, from the annotation uint8 [H, W] of the first, which stays as it is."""
     patch = model.backbone.patch_size
     height, width = frame_size(first.shape[0], first.shape[1], config.size, config.multiple)
@@ -165,12 +186,7 @@ def open_videos(data: str, split: str, channels: int = 3) -> Iterator[Video]:
         yield from (_clip(source, index) for index in range(len(source)))
         return
     root = epath.Path(data)
-    listing = root / "ImageSets" / "2017" / f"{split}.txt"
-    if not listing.exists():
-        raise UserError(f"{listing}: no such file: give the DAVIS 2017 folder as --data")
-    names = listing.read_text().split()
-    if not names:
-        raise UserError(f"{listing}: the list is empty")
+    names = listed(root / "ImageSets" / "2017" / f"{split}.txt", "give the DAVIS 2017 folder as --data")
     yield from (_davis(root, name, channels) for name in names)
 
 
@@ -198,7 +214,7 @@ def _stacked(name: str, maps: list[np.ndarray]) -> np.ndarray:
 
 
 def _save(folder: epath.Path, stems: Sequence[str], labels: np.ndarray) -> None:
-    """Indexed pictures; the folder gets its name only when all of them are there."""
+    """Indexed images. The whole folder is renamed at the end, since it is read back only if complete."""
     partial = folder.parent / f"{folder.name}.partial"
     partial.mkdir(parents=True, exist_ok=True)
     for stem, frame in zip(stems, labels, strict=True):

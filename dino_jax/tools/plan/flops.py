@@ -1,47 +1,36 @@
-"""The FLOPs of a training step of a ViT, counted from its sizes: what the compiler's count is held against."""
+"""The FLOPs of a training step, counted from the sizes: what the compiler's count is compared with."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from dino_jax.models import ViT, build_network
+from dino_jax.models import build_network
 
 
 def step_flops(config: ConfigDict, rows: float, model_ways: int = 1) -> float | None:
-    """Floating-point operations of one device in one step on `rows` images; None for a backbone that is no ViT.
+    """Floating-point operations of one device in one step on `rows` images; None for a backbone without a count.
 
     Matrix products only, a multiplication and an addition each: teacher forward on 2 global crops; student forward on
     all, and backward at twice the forward (once for the patches, whose input needs no gradient); another forward of the
     blocks with `run.remat=blocks`. The prototypes are shared by `model_ways` devices.
     """
     network, crops = build_network(config), config.crops
-    vit, head = network.backbone, network.head
-    if not isinstance(vit, ViT):
+    backbone, head = network.backbone, network.head
+    globals_ = backbone.flops(*crops.global_size)
+    locals_ = backbone.flops(*crops.local_size) if crops.local_count else (0.0, 0.0)
+    if globals_ is None or locals_ is None:
         return None
-    sizes = [tuple(crops.global_size)] * 2
-    crop_sizes = sizes + [tuple(crops.local_size)] * crops.local_count
-    patches, blocks = _backbone(vit, crop_sizes)
-    crop_head = _head(head, vit.embed_dim, model_ways)
-    loss = 2 * 2 * len(crop_sizes) * head.out_dim / model_ways  # each crop against both targets
+    patches, blocks = (2 * whole + crops.local_count * part for whole, part in zip(globals_, locals_, strict=True))
+    count = 2 + crops.local_count
+    crop_head = _head(head, backbone.embed_dim, model_ways)
+    loss = 2 * 2 * count * head.out_dim / model_ways  # each crop against both targets
     recomputed = blocks if config.run.remat == "blocks" else 0
-    student = 2 * patches + 3 * (blocks + crop_head * len(crop_sizes)) + 2 * loss + recomputed
-    teacher = sum(_backbone(vit, sizes)) + 2 * crop_head
+    student = 2 * patches + 3 * (blocks + crop_head * count) + 2 * loss + recomputed
+    teacher = 2 * sum(globals_) + 2 * crop_head
     return rows * (student + teacher)
-
-
-def _backbone(vit: ViT, crop_sizes: Sequence[tuple[int, int]]) -> tuple[float, float]:
-    """Forward FLOPs of the patch embedding, and of the blocks, on crops of these sizes."""
-    width, patch = vit.embed_dim, vit.patch_size
-    counts = [(height // patch) * (wide // patch) for height, wide in crop_sizes]  # patches of each crop
-    patches = 2 * sum(counts) * patch * patch * vit.in_chans * width
-    tokens = [count + 1 for count in counts]
-    linear = 2 * 12 * width * width * sum(tokens)  # qkv 3, projection 1, MLP 4 + 4
-    attention = 2 * 2 * width * sum(n * n for n in tokens)  # query by key, weights by value
-    return patches, vit.depth * (linear + attention)
 
 
 def _head(head: Any, width: int, model_ways: int) -> float:

@@ -34,7 +34,7 @@ def copydays(tmp_path):
 
 
 def small():
-    config = copydetection.default_config()
+    config = copydetection.PROTOCOL.default_config()
     config.size, config.batch_size = 32, 4
     return config
 

@@ -13,7 +13,7 @@ from dino_jax.parallel.sharding import make_mesh
 
 
 def small():
-    config = dense.default_config()
+    config = dense.PROTOCOL.default_config()
     config.size, config.epochs, config.batch_size, config.lr, config.threads = 32, 12, 8, 0.1, 2
     return config
 

@@ -9,15 +9,30 @@ import pytest
 from dino_jax.data.sources import open_source
 from dino_jax.errors import UserError
 from dino_jax.eval.protocols import finetune
+from dino_jax.inference.model import Model
+from dino_jax.models import XCiT
 from dino_jax.parallel.sharding import make_mesh
 
 
 def small(epochs=2):
-    config = finetune.default_config()
+    config = finetune.PROTOCOL.default_config()
     config.epochs, config.batch_size, config.lr, config.warmup_epochs = epochs, 8, 0.05, 1
     config.size, config.resize, config.crop, config.threads, config.repeats = 16, 16, 16, 2, 1
     config.ema = 0.5
     return config
+
+
+def flat(tree):
+    """Path -> leaf, such as `backbone/pos_embed`."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+@pytest.fixture(scope="module")
+def xcit():
+    """An XCiT of two blocks and two of class attention, width 16, patch 8."""
+    backbone = XCiT(embed_dim=16, depth=2, heads=2, eta=1.0, patch_size=8)
+    return Model(backbone, jax.jit(backbone.init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3))))
 
 
 def test_protocol_trains_and_resumes_to_the_same_end(vit, class_folders, tmp_path, monkeypatch):
@@ -65,14 +80,43 @@ def test_decay_and_layers(vit):
         "backbone/norm/scale": 3,
         "head/kernel": 3,
     }
-    assert {name: finetune.layer_of(name, 2) for name in layers} == layers
+    assert flat(finetune.layers_of(params)).items() >= layers.items()
+
+
+def test_class_attention_blocks_are_layers_above_the_others(xcit):
+    params = {"backbone": xcit.variables["params"], "head": {"kernel": np.zeros((16, 3)), "bias": np.zeros(3)}}
+    found = flat(finetune.layers_of(params))
+    layers = {
+        "backbone/cls_token": 0,
+        "backbone/patch_embed/proj_0_0/kernel": 0,
+        "backbone/pos_embeder/token_projection/kernel": 0,
+        "backbone/blocks_0/attn/qkv/kernel": 1,
+        "backbone/blocks_1/gamma1": 2,
+        "backbone/cls_attn_blocks_0/attn/qkv/kernel": 3,
+        "backbone/cls_attn_blocks_1/mlp/fc1/kernel": 4,
+        "backbone/norm/scale": 5,
+        "head/bias": 5,
+    }
+    assert {name: found[name] for name in layers} == layers
+
+
+def test_an_xcit_is_fine_tuned_with_the_default_drop_path(xcit, class_folders):
+    config = small(1)
+    config.layer_decay = 0.9
+    assert config.drop_path == 0.1
+    figures = finetune.evaluate(xcit, str(class_folders), config)
+    assert all(0 <= value <= 100 for value in figures.values())
+    factors = np.asarray(finetune.drop_path(jax.random.key(0), finetune.xcit.forward, 4000, config))
+    assert factors.shape == (2, 3, 4000)  # attention, MLP and local branches
+    np.testing.assert_allclose(factors.mean(-1), 1, atol=0.05)
+    np.testing.assert_allclose((factors == 0).mean(-1), 0.1, atol=0.02)
 
 
 def test_learning_rates_by_layer_and_schedule():
     config = small()
     config.layer_decay, config.weight_decay, config.epochs, config.warmup_epochs = 0.5, 0.0, 10, 2
-    optimizer = finetune.make_optimizer(config, 5, 2)
-    params = {"blocks_0": {"kernel": jnp.ones((2, 2))}, "head": {"kernel": jnp.ones((2, 2))}}
+    optimizer = finetune.make_optimizer(config, 5)
+    params = {name: {"kernel": jnp.ones((2, 2))} for name in ("blocks_0", "blocks_1", "head")}
     state = optimizer.init(params)
     rates = []
     for _ in range(50):
@@ -99,7 +143,7 @@ def test_a_step_equals_the_formula(vit):
     }
     before = jax.device_get(state.params)
     mix = finetune.draw_mix(rng, 16, 16, 0.0, 0.0)
-    state = finetune.make_step(finetune.net_of(vit), config, 3, optimizer)(state, batch, mix)
+    state = finetune.make_step(vit.forward, config, 3, optimizer)(state, batch, mix)
     images = (batch["image"][:6] / 255 - np.array(vit.mean)) / np.array(vit.std)
     features = np.asarray(vit.backbone.apply(vit.variables, jnp.asarray(images, jnp.float32)))
     logits = features @ before["head"]["kernel"]
@@ -123,7 +167,7 @@ def test_one_device_equals_eight(vit, class_folders, monkeypatch):
         monkeypatch.setattr(finetune, "data_mesh", lambda mesh=mesh: mesh)
         config.erasing = config.drop_path = config.mixup = config.cutmix = 0.0  # they draw for every row, filling too
         state = finetune.init(vit, config, 3, optimizer)
-        step = finetune.make_step(finetune.net_of(vit), config, 3, optimizer)
+        step = finetune.make_step(vit.forward, config, 3, optimizer)
         state = finetune._train_epoch(vit, source, config, 0, step, state)
         trained.append(jax.device_get(state.params))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *trained)
@@ -132,7 +176,7 @@ def test_one_device_equals_eight(vit, class_folders, monkeypatch):
 def test_drop_path_is_unbiased_and_rises(vit):
     config = small()
     config.drop_path = 0.4
-    masks = np.asarray(finetune.drop_path(jax.random.key(0), finetune.net_of(vit), 4000, config))
+    masks = np.asarray(finetune.drop_path(jax.random.key(0), vit.forward, 4000, config))
     assert masks.shape == (2, 2, 4000)
     assert np.all(masks[0] == 1) and set(np.unique(masks[1]).round(4)) == {0, np.float32(1 / 0.6).round(4)}
     np.testing.assert_allclose(masks.mean(-1), 1, atol=0.05)

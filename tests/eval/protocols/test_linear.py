@@ -5,20 +5,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dino_jax.config import default
 from dino_jax.data.sources import open_source
 from dino_jax.errors import UserError
 from dino_jax.eval import batches as training
 from dino_jax.eval.batches import crop_and_flip, data_mesh, train_batches
-from dino_jax.eval.features import Frozen, net_of
 from dino_jax.eval.protocols import linear
 from dino_jax.eval.splits import class_count
+from dino_jax.inference.model import Model
 from dino_jax.models import BACKBONES
 from dino_jax.parallel.sharding import make_mesh
 from dino_jax.weights.pth import write_pth
 
 
 def small(epochs=3):
-    config = linear.default_config()
+    config = linear.PROTOCOL.default_config()
     config.features, config.lrs, config.epochs = ("2", "1+avg"), (0.01, 1.0), epochs
     config.resize, config.crop, config.batch_size, config.threads = 16, 16, 16, 2
     return config
@@ -79,7 +80,7 @@ def test_a_step_is_the_sgd_of_torch(vit):
     config = small()
     config.features = ("2",)
     heads, momentum = linear._init(vit, config, 3)
-    inputs = np.asarray(linear._inputs(net_of(vit), ("2",), vit.variables, images)["2"])
+    inputs = np.asarray(linear._inputs(vit.forward, ("2",), vit.variables, images)["2"])
     peers = []
     for lr in (0.01, 1.0):
         layer = torch.nn.Linear(inputs.shape[1], 3)
@@ -100,7 +101,7 @@ def test_a_step_is_the_sgd_of_torch(vit):
     }
     for _ in range(3):
         heads, momentum = linear._train_step(
-            net_of(vit), vit.variables, heads, momentum, filled, np.array([0.01, 1.0], np.float32)
+            vit.forward, vit.variables, heads, momentum, filled, np.array([0.01, 1.0], np.float32)
         )
     for i, layer in enumerate(peers):
         np.testing.assert_allclose(heads["2"]["kernel"][i].T, layer.weight.detach().numpy(), atol=2e-4)
@@ -129,13 +130,13 @@ def test_released_heads_are_read_and_fitted_by_their_width(vit, class_folders, t
 
 
 def test_choices(vit):
-    config = linear.default_config()
+    config = linear.PROTOCOL.default_config()
     for name, wanted in {
         "vit_base": ("4", "1+avg"),
         "resnet50": ("1",),
         "xcit_small_12": ("1", "1+avg"),
     }.items():
-        model = Frozen(BACKBONES[name](), {})
+        model = Model(default(), {}, BACKBONES[name]())
         assert linear.choices(model, config) == wanted
     assert linear.choices(vit, config) == ("2", "1+avg")  # it has two blocks
     config.features = ("1",)

@@ -39,7 +39,7 @@ def oxford(tmp_path):
 
 
 def small():
-    config = retrieval.default_config()
+    config = retrieval.PROTOCOL.default_config()
     config.size, config.batch_size = 32, 2
     return config
 
@@ -93,6 +93,9 @@ def test_gnd_files_cannot_run_anything(tmp_path):
     path = tmp_path / "gnd.pkl"
     path.write_bytes(pickle.dumps({"imlist": [], "qimlist": [], "gnd": Evil()}))
     with pytest.raises(UserError, match="refused"):
+        read_gnd(path)
+    path.write_bytes(b"cnumpy\ndtype\n(N(Vpwned\nI1\ndtb.")  # BUILD with (None, {"pwned": 1}) sets attributes
+    with pytest.raises(UserError, match="state for a type"):
         read_gnd(path)
     path.write_bytes(b"\x80\x02garbage")
     with pytest.raises(UserError, match="not a ground-truth file"):

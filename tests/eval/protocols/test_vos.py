@@ -34,7 +34,7 @@ def davis_folder(tmp_path):
 
 
 def small():
-    config = vos.default_config()
+    config = vos.PROTOCOL.default_config()
     config.size, config.multiple, config.context, config.radius, config.batch_size = 32, 8, 2, 2, 3
     return config
 

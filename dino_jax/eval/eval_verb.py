@@ -1,0 +1,42 @@
+"""The verb `eval`."""
+
+from __future__ import annotations
+
+import argparse
+
+from dino_jax.cli import Verb, checkpoint_arguments, process_arguments
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("protocol", metavar="PROTOCOL", help="one of the protocols below, or all")
+    checkpoint_arguments(parser)
+    parser.add_argument("--data", required=True, help="a source or folder, as the protocol takes it")
+    parser.add_argument(
+        "--config", metavar="FILE|NAME", help="keys of the protocol: a file, or a name such as finetune/cifar10"
+    )
+    parser.add_argument("--workdir", metavar="DIR", help="for features, images and resumable state")
+    parser.add_argument("--out", metavar="FILE.json", help="for the figures as JSON")
+    process_arguments(parser)
+    parser.epilog = "--config.KEY=VALUE sets any key of the protocol; `dino-jax eval PROTOCOL --help` lists them."
+
+
+def run(args: argparse.Namespace, overrides: list[str]) -> None:
+    from dino_jax.eval.run import evaluate
+    from dino_jax.parallel import distributed
+
+    options = {"heads": args.heads, "workdir": args.workdir, "out": args.out}
+    call = {name: getattr(args, name) for name in ("protocol", "checkpoint", "data")}
+    with distributed.session(args.coordinator, args.processes, args.process):
+        distributed.check_same(call | {"overrides": " ".join(overrides)})
+        distributed.check_devices()
+        evaluate(args.protocol, args.checkpoint, args.data, config_file=args.config, overrides=overrides, **options)
+
+
+def more_help(args: argparse.Namespace) -> str:
+    """The protocols, or the keys of the one that stands before `--help`."""
+    from dino_jax.eval.protocol import help_of
+
+    return help_of(args.protocol)
+
+
+VERB = Verb("eval", "evaluate a checkpoint by a protocol, or by all", arguments, run, more_help)

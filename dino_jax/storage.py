@@ -1,0 +1,57 @@
+"""Files on local disks and in buckets: one place for what differs between them."""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+import tempfile
+from collections.abc import Iterator
+
+from etils import epath
+
+
+def is_remote(path: epath.PathLike) -> bool:
+    """Whether `path` is a URL such as gs://bucket/folder, not a path of this machine."""
+    return "://" in str(path)
+
+
+def absolute(path: epath.PathLike) -> epath.Path:
+    """`path` with `~` expanded, and absolute where it is local."""
+    path = epath.Path(path).expanduser()
+    return path if is_remote(path) else path.absolute()
+
+
+def write_atomically(path: epath.PathLike, content: bytes | str) -> None:
+    """Writes a file (text as UTF-8), folders included. A reader, or a kill, finds the old file or the new one.
+
+    Raises:
+      OSError: it cannot be written; the old file stays.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    if is_remote(path):
+        epath.Path(path).write_bytes(data)  # an object appears whole or not at all
+        return
+    with new_file(path) as local:
+        local.write_bytes(data)
+
+
+@contextlib.contextmanager
+def new_file(path: epath.PathLike) -> Iterator[pathlib.Path]:
+    """A local path for the content of `path`, put in its place at the end; after an exception nothing is left of it.
+
+    For writers that need a file. Where `path` is local, so is its part: the last step is one rename.
+    """
+    if is_remote(path):
+        with tempfile.TemporaryDirectory() as folder:
+            local = pathlib.Path(folder, epath.Path(path).name)
+            yield local
+            epath.Path(local).copy(path, overwrite=True)
+        return
+    target = pathlib.Path(absolute(path))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f"{target.name}.part")
+    try:
+        yield part
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)

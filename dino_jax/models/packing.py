@@ -10,7 +10,7 @@ Legend: B batch, N tokens, D width; h, w an image's own size in pixels.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
@@ -35,6 +35,7 @@ class Packed(NamedTuple):
         return patches[: rows * columns].reshape(rows, columns, -1)[: self.grid[0], : self.grid[1]]
 
 
+@runtime_checkable
 class AnySize(Protocol):
     """`pack` on the host for each image; `forward` on the device for a batch of those that share a key."""
 

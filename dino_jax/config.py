@@ -152,9 +152,15 @@ KEYS: Keys = {
         "warmup_temp": Key(0.04, "softmax temperature of the first epoch, from which it moves linearly", "(0, inf)"),
         "warmup_temp_epochs": Key(0, "epochs of the temperature's warm-up", "[0, inf)"),
     },
-    "loss": {
-        "student_temp": Key(0.1, "softmax temperature of the student", "(0, inf)"),
-        "center_momentum": Key(0.9, "EMA momentum of the center", "[0, 1]"),
+    "objective": {  # each group with a weight is a module of dino_jax.objectives
+        "dino": {
+            "weight": Key(1.0, "of the DINO loss in the sum that is minimized; 0: off", "[0, inf)"),
+            "student_temp": Key(0.1, "softmax temperature of the student", "(0, inf)"),
+            "center_momentum": Key(0.9, "EMA momentum of the center", "[0, 1]"),
+        },
+        "koleo": {
+            "weight": Key(0.0, "of the KoLeo loss, which spreads the CLS features (DINOv2: 0.1); 0: off", "[0, inf)"),
+        },
     },
     "eval": {
         "knn_every": Key(0, "epochs between k-NN evaluations of the teacher; 0: never", "[0, inf)"),

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict, config_flags
 
 from dino_jax.config import KEYS, Key, Keys, default, flat_keys, in_words
 from dino_jax.errors import UserError, did_you_mean
+from dino_jax.migrations import FORMAT_VERSION, migrate
 
 PER_CHANNEL = ("data.mean", "data.std")  # as many values as there are channels
 _PACKAGE = pathlib.Path(__file__).parent
@@ -115,27 +116,30 @@ def flatten(config: ConfigDict) -> dict[str, Any]:
 
 
 def to_json(config: ConfigDict) -> str:
-    """The configuration as readable JSON; `from_json` inverts it."""
-    return json.dumps(config.to_dict(), indent=2)
+    """The configuration as readable JSON, with the version of its keys; `from_json` inverts it."""
+    return json.dumps({"format_version": FORMAT_VERSION, **config.to_dict()}, indent=2)
 
 
 def from_json(text: str, where: str = "the saved configuration") -> ConfigDict:
-    """A configuration from `to_json`'s text. Keys absent there keep their defaults, so older runs can be read.
+    """A configuration from `to_json`'s text, of this version or an older one. Keys absent there keep their defaults.
 
     Raises:
-      UserError: not JSON, or a key that is unknown to this version.
+      UserError: not JSON, a newer version's, or a key that is unknown.
     """
     try:
-        flat = flatten(ConfigDict(json.loads(text)))
+        content = json.loads(text)
+        version = content.pop("format_version", 1)
+        entries = {f"config.{key}": value for key, value in flatten(ConfigDict(content)).items()}
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{where}: not the JSON of a configuration ({error}); restore it or remove it") from error
     config = default()
     known = flatten(config)
-    for key, value in flat.items():
+    for name, value in migrate(entries, version, where).items():
+        key = name.removeprefix("config.")
         if key not in known:
             raise UserError(f"{where}: there is no key {key!r} in this version{did_you_mean(key, known)}")
-        owner, name = _place(config, key)
-        owner[name] = tuple(value) if isinstance(value, list | tuple) else value
+        owner, last = _place(config, key)
+        owner[last] = tuple(value) if isinstance(value, list | tuple) else value
     return config
 
 

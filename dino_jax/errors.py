@@ -21,15 +21,15 @@ class UserError(ValueError):
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The end of a message about an unknown word: `; did you mean 'optim.lr'?`, or "" where no known word is near.
 
-    A dotted word is also compared by its last part.
+    Names with the same last part come first; a dotted word is also compared by its last part.
     """
 
     def last(name: str) -> str:
         return name.rpartition(".")[2]
 
     known = list(known)
-    near = difflib.get_close_matches(word, known, 1)
-    near = near or [name for name in known if last(name) == last(word)]
+    same = [name for name in known if last(name) == last(word)]
+    near = difflib.get_close_matches(word, same, 1, 0.0) or difflib.get_close_matches(word, known, 1)
     near = near or difflib.get_close_matches(last(word), map(last, known), 1)
     return f"; did you mean {near[0]!r}?" if near else ""
 

@@ -16,7 +16,7 @@ usage() {
   exit "$1"
 }
 
-# check_verb GIVEN VERB...: GIVEN is one of the verbs, or the script ends with its usage or one line.
+# check_verb GIVEN VERB...: ends the script, with its usage or one line, unless GIVEN is one of the verbs.
 check_verb() {
   case "$1" in
     -h | --help | help) usage 0 ;;
@@ -25,13 +25,13 @@ check_verb() {
   [[ " ${*:2} " == *" $1 "* ]] || die "there is no verb $1: ${*:2}"
 }
 
-# require NAME MEND: the variable must be set.
+# require NAME FIX: the variable must be set.
 require() { [[ -n "${!1:-}" ]] || die "$1 is not set: $2"; }
 
-# need COMMAND WHERE: it must be there, unless commands are only shown.
-need() { [[ -n "$dry_run" ]] || command -v "$1" >/dev/null || die "$1 is not there: install it ($2)"; }
+# need COMMAND WHERE: the command must be installed, unless this is a dry run.
+need() { [[ -n "$dry_run" ]] || command -v "$1" >/dev/null || die "$1 is not installed: see $2"; }
 
-# A command as one can paste it.
+# Prints a command so that it can be pasted.
 show() {
   local word line="" quote="'"
   for word in "$@"; do
@@ -63,11 +63,11 @@ quietly() {
 # must COMMAND...: run it, or end with one line.
 must() { run "$@" || die "$(why)"; }
 
-# unless PATTERN COMMAND...: run, where a failure that says PATTERN is none.
+# unless PATTERN COMMAND...: run it; a failure that says PATTERN does not count.
 unless() { run "${@:2}" || grep -qiE "$1" "$output"; }
 
 # query COMMAND...: sets `answer` to what it prints; in a dry run to $assumed. Status 1, and an empty answer, where the
-# thing asked for is not there; 2 for any other failure.
+# thing asked for does not exist; 2 for any other failure.
 query() {
   answer="${assumed:-}"
   if [[ -n "$dry_run" ]]; then
@@ -79,14 +79,14 @@ query() {
   fi
 }
 
-# Whether the last command failed for lack of machines, which may pass.
+# Whether the last command failed for lack of free machines.
 no_capacity() { grep -qE "[Nn]o more capacity|STOCKOUT|RESOURCE_POOL_EXHAUSTED|not have enough resources" "$output" 2>/dev/null; }
 
-# Why the last command failed, in one line with the mend. gcloud's wording changes: matched loosely, most telling first.
+# Why the last command failed, in one line with the fix. gcloud's wording changes: matched loosely, specific words first.
 why() {
   local place="${ZONE:-${LOCATION:-this place}}" what="${TYPE:-${TOPOLOGY:-this machine}}" project="${PROJECT:-PROJECT}"
   if no_capacity; then
-    echo "$place has no $what to give now: try another ZONE, or wait in Google's queue (no QUEUED=0)"
+    echo "$place has no free $what now: try another ZONE, or wait in Google's queue (no QUEUED=0)"
     return
   fi
   case "$(cat "$output" 2>/dev/null)" in
@@ -104,25 +104,25 @@ why() {
     *"unrecognized arguments"* | *"Invalid choice"*)
       echo "this gcloud is too old: gcloud components update: $(last_error)" ;;
     *"ould not resolve"* | *"ame resolution"* | *"etwork is unreachable"* | *"ailed to establish a new connection"*)
-      echo "no way to Google's servers: check the network or the proxy settings" ;;
+      echo "cannot reach Google's servers: check the network or the proxy settings" ;;
     *"Cannot connect to the Docker daemon"*) echo "docker is not running: start it, or give IMAGE and BUILD=0" ;;
     *) last_error ;;
   esac
 }
 
-# The last line of $output that tells of an error, or its last line.
+# The last error line of $output, or its last line.
 last_error() {
   { grep -iE 'error|denied|failed|exceeded|exhausted' "$output" || grep -v '^ *$' "$output" || echo "no message"; } 2>/dev/null |
     tail -n 1 | sed 's/^ *//' | cut -c 1-300
 }
 
-# Failures that are worth another try, in a row or spread over a run's life: counted, and slept over ever longer.
+# another_try REASON: counts a failure and waits, each time longer; ends the script after MAX_RESTARTS of them.
 failures=0
 pause="${BACKOFF:-60}"
 another_try() {
   failures=$((failures + 1))
   ((failures <= ${MAX_RESTARTS:-30})) ||
-    die "$1; that was the last of $failures tries: mend it, or raise MAX_RESTARTS (${MAX_RESTARTS:-30})"
+    die "$1; that was the last of $failures tries: fix it, or raise MAX_RESTARTS (${MAX_RESTARTS:-30})"
   say "$1; try $failures of ${MAX_RESTARTS:-30} in $pause s"
   sleep "$pause"
   pause=$((pause * 2 < 900 ? pause * 2 : 900))

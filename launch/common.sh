@@ -1,10 +1,10 @@
 # shellcheck shell=bash
-# Shared by the scripts of this folder: finds a Python, makes the environment, says in one line what is missing.
+# Shared by the scripts of this folder: finds a Python and makes the environment. What is missing is one line.
 #
 #   PYTHON     the interpreter to use; without it python3, python3.13, python3.12, python3.11 are tried
 #   DINO_VENV  the environment's folder; without it .venv in the checkout
 #
-# Nothing is ever deleted: an environment that does not fit is named, for its owner to remove.
+# Nothing is ever deleted: an environment that does not fit is named in the error.
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 venv="${DINO_VENV:-$root/.venv}"
@@ -20,7 +20,7 @@ die() {
 
 # ensure base|tpu|cuda|test|all: an environment with what quickstart.sh, a TPU or GPU machine, test.sh or `test.sh --all`
 # needs.
-# The stamp of the last complete installation spares a second one until a pin, an extra or the checkout's place changes.
+# A stamp marks a complete installation. It is repeated when a pin, an extra or the path of the checkout changes.
 ensure() {
   local set="$1" part contains=(base)
   check_held
@@ -59,7 +59,7 @@ fingerprint() {
   } 2>/dev/null | cksum
 }
 
-# Can the environment's folder be written, and does it fit on its disk?
+# Ends the script unless the environment's folder can be written and has space on its disk.
 check_place() {
   local need_gb free_kb
   if [[ ! -e "$venv/pyvenv.cfg" && -n "$(find "$venv" -mindepth 1 ! -name install.log 2>/dev/null | head -n 1)" ]]; then
@@ -69,7 +69,7 @@ check_place() {
     die "cannot write to $venv: make it writable or name another folder with DINO_VENV"
   fi
   case "$1" in base) need_gb=2 ;; test | tpu) need_gb=3 ;; *) need_gb=6 ;; esac
-  [[ -x "$venv_python" ]] && need_gb=1 # most of it is there
+  [[ -x "$venv_python" ]] && need_gb=1 # most of it is installed
   free_kb="$(df -Pk "$venv" | awk 'NR == 2 { print $4 }')"
   ((free_kb >= need_gb * 1024 * 1024)) ||
     die "$((free_kb / 1024)) MB are free on the disk of $venv and $need_gb GB are needed: free some or set DINO_VENV"
@@ -85,10 +85,10 @@ make_venv() {
   "$python" -m venv "$venv" >"$venv/install.log" 2>&1 || die "$python -m venv failed: $(last_line "$venv/install.log")"
 }
 
-# An environment that is there must be of the version that $PYTHON asks for, if it asks, and new enough.
+# An existing environment must be new enough, and of $PYTHON's version where that is set.
 check_held() {
   local python="" version="" held
-  held="$(version_of "$venv_python")" || return 0 # none, or broken: make_venv mends it
+  held="$(version_of "$venv_python")" || return 0 # none, or broken: make_venv fixes it
   if [[ -n "${PYTHON:-}" ]]; then
     find_python
     [[ "${held%.*}" == "${version%.*}" ]] || die "$venv holds Python $held, PYTHON is $version: remove it or set DINO_VENV"
@@ -108,7 +108,7 @@ find_python() {
     fi
     found="${found:-$candidate is $version}"
   done
-  die "Python 3.11 or newer is needed and ${found:-${candidates[0]} is not there}: install one or name it with PYTHON"
+  die "Python 3.11 or newer is needed and ${found:-${candidates[0]} is not installed}: install one or name it with PYTHON"
 }
 
 # The version as MAJOR.MINOR.MICRO; fails where $1 does not run as a Python.
@@ -122,7 +122,7 @@ new_enough() {
 
 pip_install() { pip_try "$@" || die "$(diagnose "$venv/install.log")"; }
 
-# The pins hold for building as well; which of the two variables says so depends on pip's age.
+# The pins hold for building too; which of the two variables pip reads depends on its version.
 pip_try() {
   local pins="$root/constraints.txt"
   PIP_CONSTRAINT="$pins" PIP_BUILD_CONSTRAINT="$pins" \
@@ -130,8 +130,8 @@ pip_try() {
     tee -a "$venv/install.log" | milestones
 }
 
-# The peers of the cross-check tests. torch's Linux wheels on the package index bring gigabytes of CUDA, so only its CPU
-# build is taken, from wherever pip is configured to look; without one the tests that need peers skip.
+# The libraries that the cross-check tests compare with. torch's Linux wheels on the package index bring gigabytes of
+# CUDA, so only its CPU build is installed, from where pip is configured to look. Without one, these tests skip.
 install_peers() {
   local torch
   torch="$(sed -n 's/^torch==\([0-9.]*\).*/\1/p' "$root/constraints.txt" | head -n 1)"
@@ -140,11 +140,11 @@ install_peers() {
     pip_install -e "${root}[peers]"
     pip_install --no-deps vos-benchmark # see pyproject.toml
   else
-    say "no torch $torch for this Python where pip looks (PIP_FIND_LINKS, PIP_EXTRA_INDEX_URL): tests with torch will skip"
+    say "no torch $torch for this Python where pip looks (PIP_FIND_LINKS, PIP_EXTRA_INDEX_URL): tests with torch will be skipped"
   fi
 }
 
-# The lines of pip's output that tell how far it is: downloads of a megabyte or more, the installation, retries.
+# The lines of pip's output that show progress: downloads of a megabyte or more, the installation, retries.
 milestones() {
   local telling="(Downloading|Using cached) [^ ]+ \([0-9.]+ [MG]B\)|Installing (build dependencies|collected packages)"
   grep --line-buffered -oE "$telling|WARNING: Retrying" || true # none is no failure

@@ -3,27 +3,27 @@
 #
 #   launch/gke.sh [--dry-run] VERB
 #
-#   create ARGS...    builds and pushes the image, makes the node pool if it lacks, and starts `dino-jax train ARGS...`;
+#   create ARGS...    builds and pushes the image, makes the node pool if there is none, and starts `dino-jax train ARGS...`;
 #                     JobSet starts it again after a preemption or a crash, from the last checkpoint
 #   logs [--follow]   what worker 0 (or WORKER=N) wrote
 #   status            of the run and its pods
-#   delete            ends the run and takes the node pool away; the workdir in its bucket stays
+#   delete            ends the run and deletes the node pool; the workdir in its bucket stays
 #
 # Set in the environment:
 #   PROJECT           as gcloud knows it
-#   CLUSTER, LOCATION of a GKE cluster that is there: its name, its region or zone
+#   CLUSTER, LOCATION an existing GKE cluster: its name, its region or zone
 #   ZONE              of the TPUs: the node pool's (LOCATION, if that is a zone)
 #   NAME              of the run and its node pool (dino)
 #   TOPOLOGY          as for `dino-jax plan`: v5e:4x4, v6e:4x4, v5p:2x2x4, tpu7x:2x2x2
 #   WORKDIR           gs://bucket/folder of the run
 #   REPOSITORY        where the image goes: HOST/PROJECT/FOLDER, as Artifact Registry shows it; or IMAGE, its whole name
-#   BUILD=0           IMAGE is there already
-#   SPOT=1            cheaper, and taken away without asking
+#   BUILD=0           IMAGE exists already
+#   SPOT=1            cheaper; Google may take the machines away at any time
 #   POOL=0            make no node pool: the cluster has one, or is an Autopilot cluster
 #   POOL_FLAGS        more flags for the command that makes it, such as "--reservation-affinity=specific --reservation=NAME"
 #   MACHINE           the node pool's machine type
 #   NAMESPACE, SERVICE_ACCOUNT    Kubernetes' (default, default); the account needs the right to write to the bucket
-#   MAX_RESTARTS      tries before JobSet gives up (30)
+#   MAX_RESTARTS      restarts before JobSet gives up (30)
 #
 # --dry-run shows every command and the manifest, and runs none. docs/launch.md has more.
 set -euo pipefail
@@ -43,7 +43,7 @@ main() {
   shift
   PROJECT="${PROJECT:-${CLOUDSDK_CORE_PROJECT:-}}"
   require PROJECT "the Google Cloud project that pays (gcloud projects list)"
-  require CLUSTER "a GKE cluster that is there (gcloud container clusters list --project=$PROJECT)"
+  require CLUSTER "an existing GKE cluster (gcloud container clusters list --project=$PROJECT)"
   require LOCATION "the cluster's region or zone, such as us-west4"
   [[ "$NAME" =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] || die "NAME=$NAME: lower-case letters, digits and -, 40 at most"
   place=("--project=$PROJECT" "--location=$LOCATION")
@@ -59,10 +59,10 @@ create() {
     case "$argument" in --workdir=*) given="${argument#*=}" ;; --workdir) die "write --workdir=gs://..., in one word" ;; esac
   done
   WORKDIR="${given:-${WORKDIR:-}}"
-  require WORKDIR "gs://bucket/folder: a pod keeps nothing"
-  [[ "$WORKDIR" == gs://* ]] || die "WORKDIR=$WORKDIR: a gs:// path is needed; a pod keeps nothing"
+  require WORKDIR "gs://bucket/folder: a pod's disk is not kept"
+  [[ "$WORKDIR" == gs://* ]] || die "WORKDIR=$WORKDIR: a gs:// path is needed; a pod's disk is not kept"
   [[ -n "$given" ]] || set -- "$@" "--workdir=$WORKDIR"
-  require TOPOLOGY "what slice? TOPOLOGY=v5e:4x4, for one"
+  require TOPOLOGY "the slice, such as TOPOLOGY=v5e:4x4"
   read_topology
   slice
   has_jobset
@@ -76,10 +76,10 @@ create() {
   fi
   say "kubectl apply -f - (launch/gke/jobset.yaml, filled in)"
   printf '%s\n' "$manifest" | kubectl apply -f - >"$output" 2>&1 || die "$(why)"
-  say "$NAME is started: launch/gke.sh status, launch/gke.sh logs --follow; it costs until: launch/gke.sh delete"
+  say "$NAME is started: launch/gke.sh status, launch/gke.sh logs --follow; it costs money until launch/gke.sh delete"
 }
 
-# Names of https://docs.cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus for the topology.
+# The names of https://docs.cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus for the topology.
 slice() {
   case "$generation" in
     v4) accelerator=tpu-v4-podslice MACHINE="${MACHINE:-ct4p-hightpu-4t}" ;;
@@ -94,7 +94,7 @@ slice() {
 has_jobset() {
   query kubectl get crd jobsets.jobset.x-k8s.io -o name || {
     (($? == 1)) || die "$(why)"
-    die "cluster $CLUSTER lacks JobSet: kubectl apply --server-side -f $jobset_release"
+    die "cluster $CLUSTER has no JobSet: kubectl apply --server-side -f $jobset_release"
   }
 }
 
@@ -118,16 +118,16 @@ image() {
   "${packing[@]}" | docker build --platform linux/amd64 -f launch/Dockerfile -t "$IMAGE" - >"$output" 2>&1 ||
     die "the image could not be built: $(why)"
   run docker push "$IMAGE" ||
-    die "the image could not be pushed: $(why) (is gcloud auth configure-docker ${IMAGE%%/*} done, and the repository there?)"
+    die "the image could not be pushed: $(why) (run gcloud auth configure-docker ${IMAGE%%/*}; the repository must exist)"
 }
 
-# The node pool, if it is to be made and is not there. A slice of several tpu7x hosts needs a workload policy, where older
+# Makes the node pool, unless POOL=0 or it exists. A slice of several tpu7x hosts needs a workload policy, where older
 # generations take --tpu-topology.
 pool() {
   local flags=("--machine-type=$MACHINE" "--num-nodes=$hosts" --scopes=cloud-platform) region more=()
   [[ "${POOL:-1}" != 0 ]] || return 0
   ZONE="${ZONE:-$LOCATION}"
-  [[ "$ZONE" =~ [a-z]$ ]] || die "ZONE is not set, and LOCATION=$LOCATION is a region: where are the TPUs? such as ${LOCATION}-a"
+  [[ "$ZONE" =~ [a-z]$ ]] || die "ZONE is not set, and LOCATION=$LOCATION is a region: give the zone of the TPUs, such as ${LOCATION}-a"
   region="${ZONE%-*}"
   query gcloud container node-pools describe "$NAME" "${place[@]}" "--cluster=$CLUSTER" '--format=value(status)' && [[ -z "$dry_run" ]] && return
   IFS=' ' read -r -a more <<<"${POOL_FLAGS:-}"
@@ -143,7 +143,7 @@ pool() {
   must gcloud container node-pools create "$NAME" "${place[@]}" "--cluster=$CLUSTER" "${flags[@]}" ${more[@]+"${more[@]}"}
 }
 
-# fill ARGS...: sets `manifest` to gke/jobset.yaml with everything in its place.
+# fill ARGS...: sets `manifest` to gke/jobset.yaml with its variables filled in.
 fill() {
   local argument json="" selector="# not only spot nodes"
   for argument in "$@"; do
@@ -165,7 +165,7 @@ fill() {
   put ARGS "[$json]"
 }
 
-# Not by ${manifest//...}: newer shells give & and \ in the replacement a meaning.
+# ${manifest//...} would not do: in newer shells & and \ in the replacement have a meaning.
 put() {
   local rest="$manifest" filled=""
   while [[ "$rest" == *"\${$1}"* ]]; do
@@ -198,9 +198,9 @@ delete() {
   must kubectl delete jobset "$NAME" -n "$NAMESPACE" --ignore-not-found
   if [[ "${POOL:-1}" != 0 ]]; then
     unless "not.?found" gcloud container node-pools delete "$NAME" "${place[@]}" "--cluster=$CLUSTER" --quiet ||
-      die "$(why); the node pool may still cost: look at the console"
+      die "$(why); the node pool may still cost money: look at the console"
   fi
-  [[ -n "$dry_run" ]] || say "$NAME is deleted; what the run saved stays in its workdir"
+  [[ -n "$dry_run" ]] || say "$NAME is deleted; the checkpoints stay in its workdir"
 }
 
 main "$@"

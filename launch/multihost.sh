@@ -10,10 +10,10 @@
 #              workdir that all share (or gs://)
 # --dry-run    prints the command of each process; installs and runs nothing
 #
-# What follows are the arguments of dino-jax: train or eval. Output comes behind [PROCESS]. SIGTERM and Ctrl-C go to all:
+# The arguments of dino-jax follow: train or eval. Lines of output begin with [PROCESS]. SIGTERM and Ctrl-C go to all:
 # they save a checkpoint after the same step and end with status 0. When a process dies or hangs, all are ended, the last
-# line names it, and the status is not 0. The same command resumes. Variables: see dino_jax/parallel/distributed.py; those whose
-# name begins with DINO_, JAX_, XLA_, TPU_, LIBTPU_, NCCL_, HF_ or GRAIN_ are carried to the hosts.
+# line names it, and the status is not 0. The same command resumes. Variables: see dino_jax/parallel/distributed.py;
+# those that begin with DINO_, JAX_, XLA_, TPU_, LIBTPU_, NCCL_, HF_ or GRAIN_ are passed on to the hosts.
 # DINO_VENV and PYTHON: see common.sh.
 set -euo pipefail
 # shellcheck source=launch/common.sh

@@ -3,7 +3,8 @@
     python3 launch/pin.py python3.11 python3.12 python3.13
 
 Each interpreter resolves the newest versions and installs none of them; it takes minutes, most of them on the network.
-Pins that differ get a marker, and the last interpreter's serve later ones too. No address is written down.
+Pins that differ get a marker; those of the last interpreter serve later ones too. No index address is written. Only
+the standard library is used, since it runs before there is an environment.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ import tempfile
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 BUILD = ("hatchling", "editables")  # what an editable installation needs besides pyproject's own lists
 EXTRAS = "cuda,export,hf,test,tiff,tpu,wandb"
-# Installed with --no-deps: one demands an older Orbax, for parts of it that are not used, the other a second OpenCV.
+# Installed with --no-deps: one wants an older Orbax, for parts that are not used, the other a second OpenCV.
 ALONE = ("jax2onnx", "vos-benchmark")
-# Brought in by torch's wheels on the package index, never by its CPU build, which is the one that the tests use.
+# Of torch's wheels on the package index, not of its CPU build, which the tests use.
 CUDA_OF_TORCH = ("nvidia-", "cuda-", "triton")
 HEADER = """\
 # Exact versions for each Python, written by launch/pin.py; see CONTRIBUTING.md. Use: pip install -c constraints.txt ...
@@ -71,7 +72,7 @@ def report(python: str, folder: str, arguments: list[str]) -> dict[str, str]:
 
 
 def lines_of(name: str, versions: list[str | None], pythons: list[str]) -> list[str]:
-    """The constraints of one package: neighbouring Pythons with the same version share a line."""
+    """The constraints of one package: adjacent Pythons with the same version share a line."""
     lines, start = [], 0
     for stop in range(1, len(pythons) + 1):
         if stop < len(pythons) and versions[stop] == versions[start]:

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Trains a small DINO on pictures drawn on the spot, on a CPU, in a few minutes, and shows what it learned:
+# Trains a small DINO on rendered images, on a CPU, in a few minutes, and shows what it learned:
 #
 #   launch/quickstart.sh [arguments of dino_jax.tools.quickstart]
 #
 # Needs bash and Python 3.11 or newer; makes its own environment the first time. Results go to runs/quickstart in the
-# checkout, from whatever directory it is called. DINO_VENV and PYTHON: see common.sh.
+# checkout. DINO_VENV and PYTHON: see common.sh.
 set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"

@@ -3,13 +3,12 @@
     supervise.py (--local N | --hosts A,B,...) [--port P] [--patience S] [--dry-run] -- COMMAND ...
 
 COMMAND runs once for each process, in this directory, with the variables that `dino_jax/parallel/distributed.py`
-describes and those of this environment that concern JAX. Output comes line by line behind `[PROCESS]`. SIGTERM and
-Ctrl-C are passed on to all. When a process dies, the others have `--patience` seconds (10) to say what they know and
-end; then they are killed. The last line names the dead one and says what of; the exit status is its own, or 128 + its
-signal's number.
+describes and those of this environment that concern JAX. Lines of output begin with `[PROCESS]`. SIGTERM and Ctrl-C
+are passed on to all. When a process dies, the others have `--patience` seconds (10) to report and end; then they are
+killed. The last line names the dead process and the cause; the exit status is its own, or 128 + its signal's number.
 
-Each process is the child of a keeper (this file with `--keep`) on its machine, which hears from here through its
-standard input: so signals reach through ssh, and no process outlives its launcher. Nothing but Python itself is needed.
+Each process is the child of a keeper (this file with `--keep`) on its machine, which takes orders on its standard
+input. So signals pass through ssh, and no process outlives its launcher. Needs only Python itself.
 """
 
 from __future__ import annotations
@@ -35,12 +34,12 @@ CARRIED = re.compile(r"(DINO|GRAIN|HF|JAX|LIBTPU|NCCL|TPU|XLA)_|(GOOGLE_APPLICAT
 ERROR = re.compile(r"dino-jax: error: (?:process (\d+) \(\S+\):? )?(.*)")
 UNHEALTHY = "stopped sending heartbeats"  # the runtime's words; the next line is the number of a process
 STARTED, ENDED = "keeper: started", "keeper: ended"  # the keeper's own words: the process, its status
-# They may follow the beginning of a line of the command, which writes to the same pipe.
+# They may come after the start of a line of the command, which writes to the same pipe.
 KEEPER = re.compile(rf"(.*?)(?:({STARTED}|{ENDED}) (-?\d+))?", re.DOTALL)
 
 
 class Event(NamedTuple):
-    """What came from a process: a line, or (None) its end."""
+    """A line of a process, or (None) its end."""
 
     rank: int
     line: str | None
@@ -48,14 +47,14 @@ class Event(NamedTuple):
 
 
 class Process:
-    """One process of the run, by way of its keeper, here or behind ssh."""
+    """One process of the run, through its keeper, here or over ssh."""
 
     def __init__(self, rank: int, host: str | None, keeper: list[str]):
         self.rank, self.host = rank, host or socket.gethostname()
         self.command = [*SSH, host, shlex.join(keeper)] if host else keeper
         self.started = False
         self.status: int | None = None  # None: it runs
-        self.error = ""  # what it, or process 0 for it, said to have gone wrong
+        self.error = ""  # the error that it, or process 0 about it, reported
         self.last = ""  # line
 
     def start(self, events: queue.Queue[Event]) -> None:
@@ -81,8 +80,8 @@ class Process:
         reader.join(1)  # a killed keeper's child may hold the pipe for a moment
         events.put(Event(self.rank, None, status))
 
-    def obituary(self) -> str:
-        """What became of it, in words."""
+    def fate(self) -> str:
+        """What happened to it, in words."""
         name = f"process {self.rank} on {self.host}"
         if not self.started:
             return f"{name} could not be started: {self.last or f'status {self.status}'}"
@@ -100,7 +99,7 @@ class Launch:
         self.processes, self.patience = processes, patience
         self.events: queue.Queue[Event] = queue.Queue()
         self.dead: list[Process] = []  # with a status that is not 0, in the order of their deaths
-        self.accused: Process | None = None  # whom process 0 or the runtime holds responsible
+        self.accused: Process | None = None  # whom process 0 or the runtime blames
         self._name_follows = False
 
     def run(self) -> int:
@@ -116,14 +115,14 @@ class Launch:
         while self.running() and self.hear(deadline - time.monotonic()):
             pass
         culprit = self.culprit()
-        words, status = culprit.obituary(), culprit.status or 1  # before it is killed, if it still runs
+        words, status = culprit.fate(), culprit.status or 1  # before it is killed, if it still runs
         for process in self.running():
             process.tell("KILL")
         deadline = time.monotonic() + self.patience
         while self.running() and self.hear(deadline - time.monotonic()):
             pass
         left = [f"process {process.rank} on {process.host}" for process in self.running() if process.started]
-        others = f"of {' and '.join(left)} no end was seen" if left else f"all {len(self.processes)} are ended"
+        others = f"{' and '.join(left)} may still run" if left else f"all {len(self.processes)} are ended"
         say(f"multihost: {words}; {others}, and the same command resumes")
         return status if status > 0 else 128 - status
 
@@ -131,19 +130,19 @@ class Launch:
         return [process for process in self.processes if process.status is None]
 
     def culprit(self) -> Process:
-        """The one whose death was the first, and no consequence of another's."""
+        """The process that died first, not as a consequence of another's death."""
         killed = [p for p in self.dead if p.status not in (None, -signal.SIGABRT) and (p.status or 0) < 0]
         return next(iter(killed), self.accused or self.dead[0])
 
     def hear(self, seconds: float | None) -> bool:
-        """Takes in one event; whether one came within so many seconds."""
+        """Handles one event; returns whether one came within these seconds."""
         try:
             event = self.events.get(timeout=1e6 if seconds is None else max(seconds, 0))
         except queue.Empty:
             return False
         process = self.processes[event.rank]
         if event.line is None:
-            if process.status is None:  # else its keeper said it before
+            if process.status is None:  # otherwise its keeper said so before
                 self._end(process, event.status)
             return True
         said, keeper_word, number = KEEPER.fullmatch(event.line).groups()  # type: ignore[union-attr]
@@ -178,12 +177,12 @@ class Launch:
 
 
 def say(line: str) -> None:
-    """Writes a line in one piece: `print` may write its end apart, and what others write to the same pipe between."""
+    """Writes a line in one piece: `print` may write its end separately, after output of others to the same pipe."""
     os.write(1, line.encode() + b"\n")
 
 
 def keep(arguments: argparse.Namespace) -> int:
-    """The keeper: runs the command, hands it the signals that it hears of, and ends it when its input closes."""
+    """The keeper: runs the command, sends it the signals it is told, and ends it when its input closes."""
     os.chdir(arguments.directory)
     environment = os.environ | dict(setting.split("=", 1) for setting in arguments.set)
     parent = os.getpid()

@@ -3,7 +3,7 @@
 #
 #   launch/test.sh [--all] [arguments of pytest]
 #
-# --all adds the tests marked `extra` (peer libraries, several processes, TPU compiles) and installs what they need.
+# --all adds the tests marked `extra` (other libraries, several processes, TPU compiles) and installs what they need.
 # Makes its own environment the first time. DINO_VENV and PYTHON: see common.sh. Paths are relative to the checkout.
 set -euo pipefail
 # shellcheck source=launch/common.sh

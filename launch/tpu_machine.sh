@@ -1,7 +1,7 @@
 # shellcheck shell=bash
-# One TPU, as tpu_vm.sh sees it: what it is called by each API, whether it lives, how its workers are reached.
+# One TPU, for tpu_vm.sh: its names in each API, its state, and how its workers are reached.
 #
-# Two APIs: `tpu` is the Cloud TPU API (nodes and queued resources, up to v6e; Google only mends it now), `compute` is
+# Two APIs: `tpu` is the Cloud TPU API (nodes and queued resources, up to v6e; Google only maintains it now), `compute` is
 # Compute Engine (instances and managed instance groups; the way forward, and the only one from tpu7x on).
 # shellcheck disable=SC2034,SC2153,SC2154  # variables go between the files
 
@@ -13,7 +13,7 @@ culprits="" # workers at which the last command failed
 machine_settings() {
   generation="${TYPE:-}" shape="" chips=""
   [[ -z "${TOPOLOGY:-}" ]] || read_topology
-  [[ -n "$generation" ]] || die "neither TOPOLOGY nor TYPE is set: what machine? TOPOLOGY=v5e:4x4, for one"
+  [[ -n "$generation" ]] || die "neither TOPOLOGY nor TYPE is set: give one, such as TOPOLOGY=v5e:4x4"
   case "$generation" in
     tpu7x*) API="${API:-compute}" ;;
     *) API="${API:-tpu}" ;;
@@ -47,7 +47,7 @@ tpu_settings() {
   esac
 }
 
-# One VM is an instance; more are a managed instance group, which a workload policy wires into a slice.
+# One VM is an instance; more are a managed instance group, which a workload policy connects into a slice.
 compute_settings() {
   case "$generation" in
     tpu7x) MACHINE="${MACHINE:-tpu7x-standard-4t}" VERSION="${VERSION:-ubuntu-accel-2404-amd64-tpu-tpu7x}" ;;
@@ -59,7 +59,7 @@ compute_settings() {
   region="${ZONE%-*}"
 }
 
-# Sets `state`. Status 1 where it cannot be told: `why` says why.
+# Sets `state`. Status 1 where it is not known: `why` says why.
 find_state() {
   local found=0 was="$state"
   culprits=""
@@ -68,7 +68,7 @@ find_state() {
     tpu:*)
       assumed=ACTIVE query gcloud compute tpus queued-resources describe "$NAME" "${place[@]}" \
         '--format=value(state.state)' || found=$?
-      if [[ "$answer" == ACTIVE ]]; then # the request was met; does what it brought still live?
+      if [[ "$answer" == ACTIVE ]]; then # the request was met: is the machine still up?
         node_state || found=$?
         ((found != 1)) || found=0 answer=PREEMPTED
       fi
@@ -106,7 +106,7 @@ members() {
     [[ "$status" != RUNNING ]] || running=$((running + 1))
   done <<<"$answer"
   case "$all" in
-    *TERMINATED* | *STOP* | *SUSPEND*) answer=TERMINATED ;; # one member gone is a slice gone
+    *TERMINATED* | *STOP* | *SUSPEND*) answer=TERMINATED ;; # a slice without one member is gone
     *) answer="$running of $hosts running" ;;
   esac
   if ((running == hosts)) || [[ -n "$dry_run" ]]; then answer=RUNNING; fi
@@ -149,7 +149,7 @@ request_compute() {
     "--workload-policy=projects/$PROJECT/regions/$region/resourcePolicies/$NAME"
 }
 
-# Takes all of it away; what is gone already is no failure.
+# Deletes everything; what is gone already is no failure.
 remove() {
   case "$API:${QUEUED:-1}" in
     tpu:0) remove_one tpus tpu-vm delete "$NAME" "${place[@]}" ;;
@@ -167,7 +167,7 @@ remove() {
 }
 
 remove_one() {
-  unless "not.?found|does not exist" gcloud compute "$@" --quiet || die "$(why); it may still cost: look at the console"
+  unless "not.?found|does not exist" gcloud compute "$@" --quiet || die "$(why); it may still cost money: look at the console"
 }
 
 # on_workers WHICH COMMAND: a shell command on worker WHICH (a number, or all); what they say is in $output.
@@ -189,7 +189,7 @@ to_workers() {
   fi
 }
 
-# spread WHICH COMMAND...: once for each worker, its name in place of every @, eight at a time. "": gcloud does it itself.
+# spread WHICH COMMAND...: once for each worker, its name in place of every @, eight at a time. "": gcloud does it.
 spread() {
   local which="$1" name i=0 chosen=(${workers[@]+"${workers[@]}"})
   shift
@@ -214,7 +214,7 @@ spread() {
   [[ -z "$culprits" ]]
 }
 
-# gcloud tells the number of a worker where the command failed, and of one that it cannot reach again and again.
+# gcloud names a worker where the command failed, and repeatedly one that it cannot reach.
 failed_workers() {
   {
     sed -n 's/.*ommand execution on worker \([0-9]*\) failed.*/\1/p' "$output"
@@ -222,5 +222,5 @@ failed_workers() {
   } | sort -nu | tr '\n' ' ' | sed 's/ $//'
 }
 
-# blame WHAT: one line for WHAT having failed at some workers.
+# blame WHAT: the line for WHAT that failed on some workers.
 blame() { echo "${culprits:+worker $culprits of }$NAME: $1 failed: $(why)"; }

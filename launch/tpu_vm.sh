@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Google's TPU VMs, one or a slice of many: made, set up, trained on, and taken away again.
+# Google's TPU VMs, one or a slice of many: create, set up, train, delete.
 #
 #   launch/tpu_vm.sh [--dry-run] VERB
 #
-#   create            a TPU, in Google's queue by default; waits until it is there
+#   create            a TPU, through Google's queue by default; waits until it is ready
 #   setup             this checkout and its packages on every worker (and a Python, where the image's is older than 3.11)
-#   train ARGS...     all of it: create, setup, `dino-jax train ARGS...` on every worker, and again after each preemption
-#                     or crash, from the last checkpoint; ends when the run does. It must go on running: use tmux.
+#   train ARGS...     create, setup, `dino-jax train ARGS...` on every worker, and all of it again after a preemption or
+#                     crash, from the last checkpoint. Ends when the run does. It must keep running: use tmux.
 #   logs [--follow]   what worker 0 (or WORKER=N) wrote
 #   status            of the machine, and of the run on each worker
-#   stop              ends the run, with a checkpoint; the machine stays, and costs
-#   delete            takes the machine away; the workdir in its bucket stays
+#   stop              ends the run with a checkpoint; the machine stays and costs money
+#   delete            deletes the machine; the workdir in its bucket stays
 #
 # Set in the environment:
 #   PROJECT, ZONE     as gcloud knows them
@@ -18,14 +18,14 @@
 #   TOPOLOGY          as for `dino-jax plan`: v5e:4x4, v6e:2x4, v4:2x2x2, v5p:2x2x4, tpu7x:2x2x2; or
 #   TYPE              an accelerator type of the Cloud TPU API, such as v5litepod-16
 #   WORKDIR           gs://bucket/folder of the run; it outlives the machine
-#   SPOT=1            cheaper, and taken away without asking
+#   SPOT=1            cheaper; Google may take the machine away at any time
 #   QUEUED=0          ask for the machine now instead of waiting in the queue (Cloud TPU API)
 #   API               tpu: Cloud TPU API (up to v6e); compute: Compute Engine (v5p, v6e, and the only one for tpu7x)
 #   VERSION           of the machine's software: a runtime version, or with API=compute an image family
 #   MACHINE           the machine type, with API=compute
 #   CREATE_FLAGS      more flags for the command that creates, such as "--network=NAME --internal-ips"
 #   SSH_FLAGS         more flags for gcloud's ssh and scp, such as "--internal-ip"
-#   MAX_RESTARTS, BACKOFF, POLL, WAIT_HOURS    bounds of trying again: 30 times, 60 s doubled up to 900 s; 30 s; 24 h
+#   MAX_RESTARTS, BACKOFF, POLL, WAIT_HOURS    limits of retries: 30 times, 60 s doubled up to 900 s; 30 s; 24 h
 #
 # --dry-run shows every command and runs none. docs/launch.md has more.
 set -euo pipefail
@@ -56,7 +56,7 @@ main() {
   "$verb" "$@"
 }
 
-# Until the machine is there: asks for it, waits, takes away what was preempted on the way and asks again.
+# Asks for the machine and waits until it is ready; one that is preempted meanwhile is deleted and asked for again.
 create() {
   local waited=0
   while true; do
@@ -64,24 +64,24 @@ create() {
     [[ -z "$dry_run" ]] || state=none
     case "$state" in
       ready)
-        say "$NAME is ready; it costs from now on, until: launch/tpu_vm.sh delete"
+        say "$NAME is ready; it costs money until launch/tpu_vm.sh delete"
         return
         ;;
       none)
         request || {
-          no_capacity || die "$(why)" # quota and rights do not come by waiting
+          no_capacity || die "$(why)" # waiting brings no quota and no permission
           another_try "$(why)"
         }
         [[ -z "$dry_run" ]] || return 0
         ;;
       stopped) must gcloud compute tpus tpu-vm start "$NAME" "${place[@]}" ;;
       gone)
-        another_try "$NAME was preempted, or failed, on its way"
+        another_try "$NAME was preempted, or failed, before it was ready"
         remove
         ;;
       waiting)
         ((waited < ${WAIT_HOURS:-24} * 3600)) ||
-          die "$NAME did not come in ${WAIT_HOURS:-24} h and may still: raise WAIT_HOURS, or delete it and try another ZONE"
+          die "$NAME did not come in ${WAIT_HOURS:-24} h and may still come: raise WAIT_HOURS, or delete it and try another ZONE"
         sleep "$POLL"
         waited=$((waited + POLL))
         ;;
@@ -91,10 +91,10 @@ create() {
 
 delete() {
   remove
-  [[ -n "$dry_run" ]] || say "$NAME is deleted${WORKDIR:+; what the run saved stays in $WORKDIR}"
+  [[ -n "$dry_run" ]] || say "$NAME is deleted${WORKDIR:+; the checkpoints stay in $WORKDIR}"
 }
 
-# The machine must be there for this verb.
+# Ends the script unless the machine is ready.
 there() {
   find_state || die "$(why)"
   [[ "$state" == ready ]] || die "$NAME is not ready but $state: launch/tpu_vm.sh create"
@@ -105,7 +105,7 @@ setup() {
   deploy || die "$(blame setup)"
 }
 
-# The checkout, and an environment with its packages, on every worker.
+# Brings the checkout and its packages to every worker.
 deploy() {
   local unpack="rm -rf $code.new && mkdir $code.new && tar -C $code.new -xzf $code.tar.gz && rm -rf $code && mv $code.new $code"
   local archive="$scratch/$code.tar.gz"
@@ -125,7 +125,7 @@ train() {
   done
   WORKDIR="${given:-${WORKDIR:-}}"
   require WORKDIR "gs://bucket/folder, which outlives the machine"
-  [[ "$WORKDIR" == gs://* ]] || die "WORKDIR=$WORKDIR: a gs:// path is needed; a machine that is preempted takes its disk along"
+  [[ "$WORKDIR" == gs://* ]] || die "WORKDIR=$WORKDIR: a gs:// path is needed; the disk of a preempted machine is lost"
   [[ -n "$given" ]] || set -- "$@" "--workdir=$WORKDIR"
   create
   begin "$@"
@@ -136,7 +136,7 @@ train() {
   fi
 }
 
-# Set-up and start; where the machine goes away meanwhile, on the next one.
+# Sets up and starts the run; on the next machine where this one is preempted meanwhile.
 begin() {
   until deploy && start_run "$@"; do
     local reason
@@ -147,23 +147,23 @@ begin() {
     create
   done
   since="$SECONDS"
-  [[ -n "$dry_run" ]] || say "running; to see it: launch/tpu_vm.sh logs --follow"
+  [[ -n "$dry_run" ]] || say "running; see launch/tpu_vm.sh logs --follow"
 }
 
-# Looks again and again, and does what is needed, until the run is over.
+# Polls the run until it is over, and restarts what needs it.
 watch_over() {
   local silences=0
   while true; do
     sleep "$POLL"
     look
     if [[ "$verdict" == silent ]]; then silences=$((silences + 1)); else silences=0; fi
-    if ((SECONDS - since > 1800)) && [[ "$verdict" == "going on" ]]; then
-      failures=0 pause="${BACKOFF:-60}" # what was long ago does not count
+    if ((SECONDS - since > 1800)) && [[ "$verdict" == running ]]; then
+      failures=0 pause="${BACKOFF:-60}" # old failures do not count
     fi
     case "$verdict" in
       finished | stopped)
         say "$verdict: $last"
-        say "$NAME still costs: launch/tpu_vm.sh delete"
+        say "$NAME still costs money: launch/tpu_vm.sh delete"
         return
         ;;
       refused) die "the run refused its input: $last" ;;
@@ -189,7 +189,7 @@ watch_over() {
   done
 }
 
-# Sets `verdict` (going on, finished, stopped, refused, ended, gone, silent) and `last`, a telling line of the log.
+# Sets `verdict` (running, finished, stopped, refused, ended, gone, silent) and `last`, the line of the log that says why.
 look() {
   local runs
   verdict=silent last=""
@@ -199,11 +199,11 @@ look() {
     verdict=gone
   elif on_workers all "$worker status"; then
     runs="$(sed -n 's/.*run: //p' "$output" | sort -u | tr '\n' ';')"
-    case ";$runs" in # of several workers the worst counts
+    case ";$runs" in # the worst of all workers counts
       *";exit 2;"*) verdict=refused last="$(log_of "exit 2")" ;;
       *";exit "[!0]*) verdict=ended last="$(log_of "exit [^0]")" ;;
       *";interrupted;"* | *";none;"*) verdict=ended last="$(log_of "(interrupted|none)")" ;;
-      *";going on;"*) verdict="going on" ;;
+      *";running;"*) verdict=running ;;
       *";stopped;"*) verdict=stopped last="$(log_of stopped)" ;;
       *) verdict=finished last="$(log_of "exit 0")" ;;
     esac
@@ -240,7 +240,7 @@ status() {
 stop() {
   there
   on_workers all "$worker stop" || die "$(blame stopping)"
-  [[ -n "$dry_run" ]] || say "stopped; $NAME still costs: launch/tpu_vm.sh delete"
+  [[ -n "$dry_run" ]] || say "stopped; $NAME still costs money: launch/tpu_vm.sh delete"
 }
 
 main "$@"

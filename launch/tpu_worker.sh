@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs on a TPU VM, sent and called by tpu_vm.sh: setup | start ARGS... | status | stop
 #
-# The run's own files are in ~/dino-run: log, pid, and status once it ended.
+# The files of the run are in ~/dino-run: log, pid, and status once it ended.
 set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -24,12 +24,12 @@ provide_python() {
     elif apt_install python3.11 python3.11-venv; then
       PYTHON=python3.11
     else
-      die "neither uv nor apt brought a Python 3.11: install one on the machine, or take a newer image with VERSION"
+      die "neither uv nor apt has a Python 3.11: install one on the machine, or choose a newer image with VERSION"
     fi
     export PYTHON
   fi
   find_python
-  "$python" -c 'import ensurepip, venv' 2>/dev/null || apt_install "python${version%.*}-venv" || true # make_venv tells
+  "$python" -c 'import ensurepip, venv' 2>/dev/null || apt_install "python${version%.*}-venv" || true # make_venv reports it
 }
 
 apt_install() {
@@ -41,11 +41,11 @@ start() {
   rm -f "$folder/status" "$folder/asked" "$folder/pid"
   cd "$root"
   ulimit -n "$(ulimit -Hn)" 2>/dev/null || true
-  # A CPU is no substitute here: without its TPU the run should end.
+  # Without its TPU the run must end, not train on the CPU.
   JAX_PLATFORMS="${JAX_PLATFORMS:-tpu,cpu}" setsid nohup "$venv_python" "$root/launch/keep.py" \
     "--status=$folder/status" "$venv/bin/dino-jax" train "$@" >>"$folder/log" 2>&1 </dev/null &
   echo "$!" >"$folder/pid"
-  echo "run: going on"
+  echo "run: running"
 }
 
 alive() { [[ -f "$folder/pid" ]] && kill -0 -- "-$(cat "$folder/pid")" 2>/dev/null; }
@@ -55,11 +55,11 @@ status() {
   local ended=""
   ended="$(cat "$folder/status" 2>/dev/null)" || true
   if [[ -z "$ended" ]] && alive; then
-    echo "run: going on"
+    echo "run: running"
   elif [[ "$ended" == 143 && -f "$folder/asked" ]]; then
     echo "run: stopped"
   elif [[ "$ended" == 143 ]]; then
-    echo "run: interrupted" # by a signal that nobody sent through tpu_vm.sh: the machine is going away
+    echo "run: interrupted" # by a signal that did not come from tpu_vm.sh: the machine is being taken away
   elif [[ -f "$folder/pid" ]]; then
     echo "run: exit ${ended:-unknown, killed}"
   else
@@ -74,7 +74,7 @@ stop() {
   status
 }
 
-# SIGTERM, upon which the run saves; SIGKILL for what is left after three minutes.
+# SIGTERM: the run saves and ends. SIGKILL for what is left after three minutes.
 end_run() {
   local second
   alive || return 0

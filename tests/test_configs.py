@@ -22,7 +22,7 @@ FILES = sorted(FOLDER.glob("*.py"))
 def test_builds(path):
     recipe = make_recipe(config_io.load(str(path)), steps_per_epoch=10)
     state = jax.eval_shape(lambda: init_state(recipe, jax.random.key(0)))
-    assert state.center.shape == (recipe.config.head.out_dim,)
+    assert state.objectives["dino"]["center"].shape == (recipe.config.head.out_dim,)
 
 
 @pytest.mark.parametrize("path", sorted((FOLDER / "finetune").glob("*.py")), ids=lambda path: path.stem)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -10,8 +11,15 @@ import jax.numpy as jnp
 from dino_jax.models.layers import Array
 
 
+class Outputs(NamedTuple):
+    """What the network makes of each crop; the objectives are functions of it."""
+
+    cls: Array  # [B, C, D], the backbone's feature before the head, in the compute type
+    logits: Array  # [B, C, K], of the prototypes, in at least float32
+
+
 class Network(nn.Module):
-    """Crops -> logits [B, C, K]: one backbone pass per resolution, one head pass over all crops.
+    """Crops -> `Outputs`: one backbone pass per resolution, one head pass over all crops.
 
     Crops are flattened batch-major ([B, C, ...] -> [B * C, ...]), so that a batch sharded over devices stays where it
     is. Batch norm sees each resolution in turn in the backbone (globals first) and all crops at once in the head.
@@ -20,7 +28,7 @@ class Network(nn.Module):
     backbone: nn.Module
     head: nn.Module
 
-    def __call__(self, crops: Sequence[Array], drop_path: Array | None = None, train: bool = False) -> Array:
+    def __call__(self, crops: Sequence[Array], drop_path: Array | None = None, train: bool = False) -> Outputs:
         """`crops`: one [B, C_i, h, w, c] per resolution; `drop_path` [depth, 2, B, C] or None, C = sum of C_i."""
         features, first = [], 0
         for images in crops:
@@ -34,4 +42,4 @@ class Network(nn.Module):
             first += count
         stacked = jnp.concatenate(features, axis=1)  # [B, C, D]
         logits = self.head(stacked.reshape(-1, stacked.shape[-1]), train)  # [B*C, K]
-        return logits.reshape(*stacked.shape[:2], -1)
+        return Outputs(stacked, logits.reshape(*stacked.shape[:2], -1))

@@ -1,0 +1,1 @@
+"""What a run learns: a weighted sum of terms, one module each (see `objective.Objective`)."""

@@ -1,63 +1,174 @@
-"""The DINO loss and its centre: pure functions of logits.
+"""The DINO term: cross-entropy between the teacher's centered, sharpened distributions and the student's.
+
+Paper: section 3.1 (eq. 1 to 4), and the ablations of centering and sharpening (5.3, appendix D). With K prototypes, in
+nats, a collapse is one of:
+
+- **uniform collapse**: every image gets the uniform distribution: entropy ln K, KL 0. Centering won over sharpening.
+- **one-prototype collapse**: one prototype takes the whole batch: both entropies 0. Sharpening won over centering.
+- **constant output**: neither, but every image gets the same distribution: the two entropies are equal.
+- **stuck loss**: the loss stays at ln K, the price of knowing nothing, although the teacher's output is informative.
 
 Legend: B batch, C crops (2 global ones first), K prototypes.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+from ml_collections import ConfigDict
+
+from dino_jax.models.network import Outputs
+from dino_jax.objectives.objective import Finding, Objective, Place
+from dino_jax.objectives.remedies import Remedy, advice, common
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
+NEAR = 0.01  # of ln K: what counts as equal
+FEW = math.log(2.0)  # marginal entropy of two prototypes
+UNIFORM, ONE, CONSTANT, STUCK = "uniform collapse", "one-prototype collapse", "constant output", "stuck loss"
+
 
 class LossTerms(NamedTuple):
-    """Means over one batch; `cross_entropy = entropy + kl` over the pairs that the loss averages."""
+    """Means over one batch; the loss is `entropy + kl` over the pairs that it averages."""
 
-    cross_entropy: Array  # the loss
     entropy: Array  # mean entropy of the teacher's distributions, in nats
     kl: Array  # mean Kullback-Leibler divergence from teacher to student, in nats
     marginal: Array  # [K], the teacher's mean distribution over the batch
 
 
+def teacher_log_probs(
+    logits: Float[Array, "B 2 K"], center: Float[Array, " K"], temp: Float[Array, ""] | float
+) -> Float[Array, "B 2 K"]:
+    """log softmax((logits - center) / temp) in at least float32, without a gradient (paper, eq. 1 and 4)."""
+    dtype = jnp.promote_types(logits.dtype, jnp.float32)
+    logits, center = jax.lax.stop_gradient((logits.astype(dtype), center.astype(dtype)))
+    return jax.nn.log_softmax((logits - center) / temp, axis=-1)
+
+
 def dino_loss(
-    student_logits: Float[Array, "B C K"],
-    teacher_logits: Float[Array, "B 2 K"],
-    center: Float[Array, " K"],
-    teacher_temp: Float[Array, ""] | float,
-    student_temp: float = 0.1,
-) -> LossTerms:
+    student_logits: Float[Array, "B C K"], log_targets: Float[Array, "B 2 K"], student_temp: float = 0.1
+) -> tuple[Float[Array, ""], LossTerms]:
     """Cross-entropy of every student crop against the teacher's other global crops (paper, eq. 3).
 
     The mean over images of the mean over the 2 (C - 1) pairs (teacher view t, student view s), t != s, of the
-    cross-entropy between softmax((teacher_t - center) / teacher_temp) and softmax(student_s / student_temp).
-    No gradient flows into the teacher. Computes in at least float32. Official: `DINOLoss.forward`.
+    cross-entropy between exp(log_targets_t) and softmax(student_s / student_temp). No gradient flows into the targets.
+    Computes in at least float32. Official: `DINOLoss.forward`.
     """
     dtype = jnp.promote_types(student_logits.dtype, jnp.float32)
-    teacher_logits, center = jax.lax.stop_gradient((teacher_logits.astype(dtype), center.astype(dtype)))
-    log_target = jax.nn.log_softmax((teacher_logits - center) / teacher_temp, axis=-1)  # [B, 2, K]
-    target = jnp.exp(log_target)
+    log_targets = jax.lax.stop_gradient(log_targets.astype(dtype))
+    targets = jnp.exp(log_targets)
     student = student_logits.astype(dtype) / student_temp  # [B, C, K]
 
     # -sum_k q_k log softmax(z)_k = logsumexp(z) - <q, z>, since q sums to one: no [B, 2, C, K] array exists.
-    agreement = jnp.einsum("btk,bck->btc", target, student, precision=HIGHEST)
+    agreement = jnp.einsum("btk,bck->btc", targets, student, precision=HIGHEST)
     cross_entropy = jax.nn.logsumexp(student, axis=-1)[:, None, :] - agreement  # [B, 2, C]
     other = 1.0 - jnp.eye(2, student.shape[1], dtype=dtype)  # [2, C]: pairs of different views
     loss = jnp.sum(cross_entropy * other / other.sum()) / student.shape[0]
 
-    entropy = -jnp.sum(target * log_target, axis=-1).mean()
-    return LossTerms(loss, entropy, jax.lax.stop_gradient(loss) - entropy, target.mean((0, 1)))
+    entropy = -jnp.sum(targets * log_targets, axis=-1).mean()
+    return loss, LossTerms(entropy, jax.lax.stop_gradient(loss) - entropy, targets.mean((0, 1)))
 
 
 def update_center(
     center: Float[Array, " K"], teacher_logits: Float[Array, "... K"], momentum: float = 0.9
 ) -> Float[Array, " K"]:
-    """Moves the centre towards the mean of the raw teacher logits over all leading axes (paper, eq. 4).
+    """Moves the center towards the mean of the raw teacher logits over all leading axes (paper, eq. 4).
 
-    Under `jit` over a mesh that mean is the mean over the global batch. Official: `DINOLoss.update_center`.
+    Official: `DINOLoss.update_center`.
     """
     batch_center = teacher_logits.astype(center.dtype).mean(tuple(range(teacher_logits.ndim - 1)))
     return center * momentum + batch_center * (1 - momentum)
+
+
+def make(config: ConfigDict, schedules: Any) -> Objective:
+    """The term that `config.objective.dino` describes; its state is the center [K]."""
+    K, settings = config.head.out_dim, config.objective.dino
+
+    def init() -> dict[str, Array]:
+        return {"center": jnp.zeros(K, jnp.promote_types(config.model.dtype, jnp.float32))}
+
+    def targets(state: Mapping[str, Array], teacher: Outputs, step: Array) -> tuple[Array, Array]:
+        center, logits = state["center"], teacher.logits
+        log_probs = teacher_log_probs(logits, center, schedules.teacher_temp(step))
+        return log_probs, logits.astype(center.dtype).mean((0, 1))  # [K]
+
+    def update(state: Mapping[str, Array], batch_center: Array) -> dict[str, Array]:
+        return {"center": update_center(state["center"], batch_center, settings.center_momentum)}
+
+    def metrics(state: Mapping[str, Array], loss: Array, terms: LossTerms) -> dict[str, Array]:
+        return {
+            "teacher_entropy": terms.entropy,
+            "kl": terms.kl,
+            "marginal_entropy": jnp.sum(jax.scipy.special.entr(terms.marginal)),
+            "ln_k_gap": math.log(K) - loss,
+            "center_norm": jnp.linalg.norm(state["center"]),
+        }
+
+    def flops(student: Outputs) -> float:
+        return 2 * 2 * 2.0 * math.prod(student.logits.shape)  # against both targets, forward and backward
+
+    return Objective(
+        init=init,
+        targets=targets,
+        loss=lambda student, log_targets, step: dino_loss(student.logits, log_targets, settings.student_temp),
+        update=update,
+        metrics=metrics,
+        diagnose=lambda metrics: diagnose(metrics, config),
+        flops=flops,
+        logical_axes={"center": ("prototypes",)},
+        official={"center": Place("dino_loss.center", (1, K))},
+    )
+
+
+def diagnose(metrics: Mapping[str, float], config: ConfigDict) -> Finding | None:
+    """The collapse that the metrics of one step show, if any, with what to try.
+
+    Reads `teacher_entropy` (of each image's distribution, averaged), `marginal_entropy` (of the batch's mean
+    distribution) and `kl`. A young run looks uniform and is not; one prototype is a collapse at any time.
+    """
+    ln_k = math.log(config.head.out_dim)
+    entropy, marginal, kl = (metrics[name] for name in ("teacher_entropy", "marginal_entropy", "kl"))
+    found = _collapse(entropy, marginal, kl, ln_k)
+    if found is None:
+        return None
+    shown = {"loss": entropy + kl, "teacher_entropy": entropy, "marginal_entropy": marginal, "kl": kl, "ln K": ln_k}
+    return Finding(found, shown, advice(_remedies(found, config)), early=found == ONE)
+
+
+def _collapse(entropy: float, marginal: float, kl: float, ln_k: float) -> str | None:
+    near = NEAR * ln_k
+    if marginal < FEW:
+        return ONE
+    if entropy > ln_k - near:
+        return UNIFORM if kl < near else STUCK
+    if marginal - entropy < near:
+        return CONSTANT
+    return STUCK if entropy + kl > ln_k - near else None
+
+
+def _remedies(found: str, config: ConfigDict) -> list[Remedy]:
+    """What to try, best first."""
+    teacher, head, momentum = config.teacher, config.head, config.objective.dino.center_momentum
+    its = common(config)
+    cooler = (teacher.temp > 0.04, f"a sharper teacher: teacher.temp=0.04 (now {teacher.temp:g})")
+    cooler_start = (
+        teacher.warmup_temp > 0.03,
+        f"a sharper start: teacher.warmup_temp=0.03 (now {teacher.warmup_temp:g}) for more teacher.warmup_temp_epochs",
+    )
+    quicker_center = (momentum > 0.9, f"objective.dino.center_momentum=0.9 (now {momentum:g})")
+    warmer = (teacher.temp < 0.04, f"a softer teacher: teacher.temp=0.04 (now {teacher.temp:g})")
+    fewer = (
+        head.out_dim > 4096 and config.batch_size < 256,
+        f"fewer prototypes: head.out_dim=4096 (now {head.out_dim})",
+    )
+    return {
+        UNIFORM: [cooler, cooler_start, quicker_center, its["lr"], its["freeze"], its["teacher"]],
+        ONE: [quicker_center, warmer, its["batch"], its["teacher"], its["lr"], its["clip"]],
+        CONSTANT: [quicker_center, its["lr"], its["batch"], its["teacher"], its["clip"], its["freeze"]],
+        STUCK: [its["freeze"], its["gain"], cooler_start, its["lr"], fewer, its["teacher"]],
+    }[found]

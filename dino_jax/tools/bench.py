@@ -22,10 +22,11 @@ from dino_jax.data.pipeline import make_dataset, steps_per_epoch
 from dino_jax.data.reader import Reader
 from dino_jax.data.sources import Source, open_source
 from dino_jax.errors import UserError
-from dino_jax.objectives.dino import dino_loss
+from dino_jax.models.network import Outputs
+from dino_jax.objectives.objective import total_loss
 from dino_jax.parallel import sharding
 from dino_jax.training.prefetch import Ready, device_batches
-from dino_jax.training.step import jit_init_state, jit_train_step, make_recipe
+from dino_jax.training.step import check_batch, jit_init_state, jit_train_step, make_recipe
 
 Results = dict[str, float | str]
 Pictures = Generator[int, None, None]  # yields the number of pictures since the last yield
@@ -137,8 +138,8 @@ def bench_step(config: ConfigDict, steps: int = 10) -> Results:
     """The train step on resident crops of noise: images/s over all devices, milliseconds, seconds of compilation, and,
     where the devices tell, the peak of the first one's memory in GB."""
     mesh = sharding.make_mesh(config.run.mesh)
-    sharding.check_batch(config.batch_size, mesh, config.run.accum_steps)
     recipe = make_recipe(config, 1000)
+    check_batch(recipe, mesh)
     state, train_step = jit_init_state(recipe, mesh), jit_train_step(recipe, mesh)
     groups = [(2, config.crops.global_size), (config.crops.local_count, config.crops.local_size)]
     rng = np.random.default_rng(0)  # zeros would flatter a GPU, whose clock depends on what it computes
@@ -165,16 +166,29 @@ def bench_step(config: ConfigDict, steps: int = 10) -> Results:
 
 
 def bench_loss(config: ConfigDict, steps: int = 10) -> Results:
-    """The loss with its gradient, alone, on one device: milliseconds, GB/s of logits, and temporary memory in MB."""
-    K, count = config.head.out_dim, 2 + config.crops.local_count
-    student, teacher = jax.random.split(jax.random.key(0))
-    logits = jax.random.normal(student, (config.batch_size, count, K), config.model.dtype)
-    target = jax.random.normal(teacher, (config.batch_size, 2, K), config.model.dtype)
+    """The objective with its gradient, alone, on random outputs on one device.
 
-    def loss(logits: jax.Array, target: jax.Array, center: jax.Array) -> jax.Array:
-        return dino_loss(logits, target, center, config.teacher.temp, config.loss.student_temp).cross_entropy
+    Milliseconds, GB/s of logits, and temporary memory in MB.
+    """
+    recipe = make_recipe(config, 1000)
 
-    arguments = logits, target, jnp.zeros(K)
+    def outputs(seed: int, count: int) -> Outputs:
+        features, logits = jax.random.split(jax.random.key(seed))
+        rows, dtype = (config.batch_size, count), config.model.dtype
+        return Outputs(
+            cls=jax.random.normal(features, (*rows, recipe.network.backbone.embed_dim), dtype),
+            logits=jax.random.normal(logits, (*rows, config.head.out_dim), dtype),
+        )
+
+    def loss(student: Outputs, teacher: Outputs, states: dict[str, Any], step: jax.Array) -> jax.Array:
+        losses = {}
+        for term in recipe.objectives:
+            targets, _ = term.targets(states[term.name], teacher, step)
+            losses[term.name], _ = term.loss(student, targets, step)
+        return total_loss(recipe.objectives, losses)
+
+    student, teacher = outputs(0, 2 + config.crops.local_count), outputs(1, 2)
+    arguments = student, teacher, {term.name: term.init() for term in recipe.objectives}, jnp.int32(0)
     compiled = jax.jit(jax.value_and_grad(loss)).lower(*arguments).compile()
     jax.block_until_ready(compiled(*arguments))
     begin = time.perf_counter()
@@ -184,7 +198,7 @@ def bench_loss(config: ConfigDict, steps: int = 10) -> Results:
     seconds = (time.perf_counter() - begin) / steps
     results: Results = {
         "ms_per_loss": 1e3 * seconds,
-        "gb_per_s": (logits.nbytes + target.nbytes) / seconds / 1e9,
+        "gb_per_s": (student.logits.nbytes + teacher.logits.nbytes) / seconds / 1e9,
     }
     if (memory := compiled.memory_analysis()) is not None:
         results["temporary_mb"] = memory.temp_size_in_bytes / 1e6

@@ -30,6 +30,7 @@ from dino_jax.training.step import (
     Recipe,
     TrainState,
     abstract_state,
+    check_batch,
     from_items,
     jit_init_state,
     jit_train_step,
@@ -63,8 +64,8 @@ def train(config: ConfigDict, workdir: str | epath.Path, *, source: Source | Non
         distributed.check_same(facts(config, workdir, source))
         distributed.check_devices()
     mesh = sharding.make_mesh(config.run.mesh)
-    sharding.check_batch(config.batch_size, mesh, config.run.accum_steps)
     recipe = make_recipe(config, steps_per_epoch(len(source), config.batch_size))
+    check_batch(recipe, mesh)
     evaluations = online.Evaluations(config, recipe, steps_per_epoch(len(source), config.batch_size))
     claim(workdir, config)
     distributed.check_shared(workdir)

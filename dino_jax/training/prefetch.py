@@ -8,7 +8,6 @@ from collections.abc import Callable, Generator
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -19,6 +18,8 @@ from dino_jax.errors import writing
 from dino_jax.parallel import sharding
 from dino_jax.render.renderer import make_renderer
 from dino_jax.storage import write_atomically
+
+HOST_ONLY = ("index", "label")  # of a host batch: rendering needs neither
 
 
 class Ready(NamedTuple):
@@ -67,17 +68,12 @@ def device_batches(
         try:
             for batch in batches:
                 bad = batch.pop("bad")
-                crops = render(jax.device_put(_arrays(batch), here))
+                crops = render(jax.device_put({key: x for key, x in batch.items() if key not in HOST_ONLY}, here))
                 yield Ready([sharding.of_all(x, mesh, config.batch_size) for x in crops], bad)
         finally:
             batches.close()
 
     return in_thread(produce, config.run.prefetch)
-
-
-def _arrays(batch: dict[str, Any]) -> dict[str, Any]:
-    """What a device needs of a host batch: not the 64-bit example numbers."""
-    return {key: value for key, value in batch.items() if not isinstance(value, np.ndarray) or value.dtype != np.int64}
 
 
 def in_thread(produce: Callable[[], Generator[Any, None, None]], ahead: int) -> Generator[Any, None, None]:

@@ -1,4 +1,4 @@
-"""A run that begins from other weights: a backbone, or student, teacher, head and centre."""
+"""A run that begins from other weights: a backbone, or student, teacher, head and the objectives' states."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def start_from(state: TrainState, config: ConfigDict) -> tuple[TrainState, list[
     """`state` with the weights of `config.init_from` (any CKPT) for its random ones, and in words what was done.
 
     The backbone always comes from there: a position table of another grid by the official resize, other channels
-    with the same response to a gray picture. Head and centre come along where the head is the one `config.head` asks
-    for, else they are fresh. Without a student in the CKPT, the student too starts as its teacher.
+    with the same response to a gray picture. Head and objectives' states come along where the head is the one
+    `config.head` asks for, else they are fresh. Without a student in the CKPT, the student too starts as its teacher.
 
     Raises:
       UserError: the backbone is another one; the message lists the shapes that differ.
@@ -43,18 +43,20 @@ def start_from(state: TrainState, config: ConfigDict) -> tuple[TrainState, list[
     teacher = _fitted(weights.teacher, state.teacher, weights, config, head, notes)
     source = weights.student if weights.student is not None and head else weights.teacher
     student = _fitted(source, state.student, weights, config, head, [])
-    center = state.center
-    if head and weights.center is not None:
-        center = _placed(weights.center, center)
-    elif head:
-        notes.append("the centre starts at 0: there is none in this file")
+    objectives = dict(state.objectives)
+    for name, fresh in state.objectives.items() if head else ():
+        theirs = weights.objectives.get(name, {})
+        if fresh and _shapes(theirs) != _shapes(fresh):
+            notes.append(f"the state of objective.{name} is fresh: there is none that fits in this file")
+        else:
+            objectives[name] = {key: _placed(theirs[key], like) for key, like in fresh.items()}
     if source is weights.teacher:
         notes.append("student and teacher start equal")
     state = state.replace(
         student=student,
         ema=state.ema._replace(teacher=teacher["params"]),
         teacher_stats=teacher["batch_stats"],
-        center=center,
+        objectives=objectives,
     )
     return state, notes
 
@@ -125,6 +127,10 @@ def _shape(leaf: Any) -> Any:
     return "absent" if leaf is None else list(leaf.shape)
 
 
+def _shapes(tree: Any) -> dict[str, Any]:
+    return {key: _shape(leaf) for key, leaf in _flat(tree).items()}
+
+
 def _placed(value: Any, like: jax.Array) -> jax.Array:
     """`value` with the dtype and on the devices of `like`."""
     host = np.array(value, like.dtype)
@@ -170,7 +176,10 @@ def _items(weights: Weights) -> dict[str, Any]:
     state = state.replace(
         ema=state.ema._replace(teacher=weights.teacher["params"]),
         teacher_stats=weights.teacher["batch_stats"],
-        center=state.center if weights.center is None else np.asarray(weights.center, state.center.dtype),
+        objectives={
+            name: jax.tree.map(lambda like, x: np.asarray(x, like.dtype), fresh, weights.objectives.get(name, fresh))
+            for name, fresh in state.objectives.items()
+        },
         opt_state=state.opt_state if weights.moments is None else _fill(state.opt_state, weights.moments),
     )
     return to_items(state)

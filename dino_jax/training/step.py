@@ -1,4 +1,4 @@
-"""One step of DINO: a pure function of (state, crops), and the state it moves.
+"""One training step: a pure function of (state, crops), and the state it moves.
 
 Legend: B batch, C crops (2 global ones first), K prototypes, A microbatches.
 """
@@ -6,7 +6,7 @@ Legend: B batch, C crops (2 global ones first), K prototypes, A microbatches.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax
@@ -16,8 +16,9 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 from ml_collections import ConfigDict
 
+from dino_jax.errors import UserError
 from dino_jax.models import build_network
-from dino_jax.objectives.dino import dino_loss, update_center
+from dino_jax.objectives.objective import Objective, make_objectives, total_loss
 from dino_jax.parallel import sharding
 from dino_jax.training import optim
 from dino_jax.training.schedules import Schedules, make_schedules
@@ -27,9 +28,7 @@ Variables = dict[str, Any]  # {"params": ..., "batch_stats": ...}
 Crops = list[jax.Array]  # [globals [B, 2, H, W, c], locals [B, n, h, w, c]]
 Metrics = dict[str, jax.Array]
 
-REST = ("step", "center", "opt_state", "salt", "bad_steps")  # of the state, beside student and teacher
-# The logical axes of the arrays that do not simply follow their size (see `sharding.state_shardings`).
-LOGICAL_AXES = ((r"last_layer/(v|g)$", ("prototypes",)), (r"(^|/)center$", ("prototypes",)))
+REST = ("step", "objectives", "opt_state", "salt", "bad_steps")  # of the state, beside student and teacher
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -39,7 +38,7 @@ class TrainState(flax.struct.PyTreeNode):
     student: Variables
     ema: EmaState  # the teacher's parameters
     teacher_stats: Any  # the teacher's own batch statistics
-    center: jax.Array  # [K] float32
+    objectives: dict[str, Any]  # the state of each objective term, by its name
     opt_state: optax.OptState
     salt: jax.Array  # int32, bumped by a rewind, so that other crops and masks are drawn
     bad_steps: jax.Array  # int32, non-finite losses in a row up to here
@@ -79,14 +78,15 @@ class Recipe(NamedTuple):
     optimizer: optax.GradientTransformationExtraArgs
     ema: ParameterTransform
     schedules: Schedules
+    objectives: tuple[Objective, ...]
     config: ConfigDict
 
 
 def make_recipe(config: ConfigDict, steps_per_epoch: int) -> Recipe:
-    """Network, optimiser, teacher and schedules of a configuration.
+    """Network, optimizer, teacher, schedules and objective terms of a configuration.
 
     Raises:
-      UserError: unknown model or optimiser; a patch that does not divide a crop.
+      UserError: unknown model or optimizer; a patch that does not divide a crop; no objective.
     """
     schedules = make_schedules(config, steps_per_epoch)
     return Recipe(
@@ -94,8 +94,23 @@ def make_recipe(config: ConfigDict, steps_per_epoch: int) -> Recipe:
         optimizer=optim.make_optimizer(config, schedules, steps_per_epoch),
         ema=ema_teacher(schedules.momentum),
         schedules=schedules,
+        objectives=make_objectives(config, schedules),
         config=config,
     )
+
+
+def check_batch(recipe: Recipe, mesh: Mesh) -> None:
+    """Raises `UserError` unless the batch divides over devices and microbatches and leaves each enough images."""
+    size, parts = recipe.config.batch_size, recipe.config.run.accum_steps
+    sharding.check_batch(size, mesh, parts)
+    parts *= math.prod(mesh.shape[axis] for axis in sharding.AXES.batch)
+    for term in recipe.objectives:
+        if size // parts < term.min_rows:
+            raise UserError(
+                f"batch_size={size}: objective.{term.name} compares the images of a device, at least {term.min_rows} "
+                f"at once, but {parts} device(s) x run.accum_steps leave {size // parts}: use at least "
+                f"{term.min_rows * parts}, or set objective.{term.name}.weight=0"
+            )
 
 
 def init_state(recipe: Recipe, key: jax.Array) -> TrainState:
@@ -115,7 +130,7 @@ def state_from_student(recipe: Recipe, variables: Variables) -> TrainState:
         student=student,
         ema=recipe.ema.init(student["params"]),
         teacher_stats=jax.tree.map(lambda x: jnp.array(x, copy=True), student["batch_stats"]),
-        center=jnp.zeros(recipe.config.head.out_dim, jnp.promote_types(recipe.config.model.dtype, jnp.float32)),
+        objectives={term.name: term.init() for term in recipe.objectives},
         opt_state=recipe.optimizer.init(student["params"]),
         salt=jnp.zeros((), jnp.int32),
         bad_steps=jnp.zeros((), jnp.int32),
@@ -132,10 +147,19 @@ def draw_masks(recipe: Recipe, key: jax.Array, batch: int) -> jax.Array | None:
     return jax.random.bernoulli(key, keep, (*rates.shape, batch, crops)) / keep
 
 
+class Measured(NamedTuple):
+    """What the objective terms say of some rows: means over them, by the term's name."""
+
+    losses: dict[str, jax.Array]
+    terms: dict[str, Any]
+    statistics: dict[str, Any]  # of the targets
+
+
 def _forward(network, variables, crops, masks=None):
-    """Training-mode logits [B, C, K] and the new batch statistics."""
-    logits, new = network.apply(variables, crops, drop_path=masks, train=True, mutable=["batch_stats"])
-    return sharding.constrain(logits, "batch", None, "prototypes"), new.get("batch_stats", {})
+    """Training-mode outputs and the new batch statistics."""
+    outputs, new = network.apply(variables, crops, drop_path=masks, train=True, mutable=["batch_stats"])
+    outputs = outputs._replace(logits=sharding.constrain(outputs.logits, "batch", None, "prototypes"))
+    return outputs, new.get("batch_stats", {})
 
 
 def _gradients(recipe: Recipe, state: TrainState, crops: Crops, masks: jax.Array | None) -> tuple[Any, Any]:
@@ -149,18 +173,18 @@ def _gradients(recipe: Recipe, state: TrainState, crops: Crops, masks: jax.Array
     if mesh.empty or math.prod(mesh.shape[axis] for axis in sharding.AXES.batch) == 1:
         return _accumulate(recipe, state, crops, masks)
     state = state.replace(opt_state=())
-    places = sharding.row_specs(sharding.state_shardings(state, mesh, LOGICAL_AXES))
+    places = sharding.row_specs(sharding.state_shardings(state, mesh, logical_axes(recipe)))
     grad_places = places.student["params"]
 
     def local(state, crops, masks):
-        stats, (grads, terms, center) = _accumulate(recipe, sharding.gather(state, places), crops, masks)
-        stats, terms, center = sharding.mean_over_rows((stats, terms, center))
-        return stats, (sharding.scatter_mean(grads, grad_places), terms, center)
+        stats, (grads, measured) = _accumulate(recipe, sharding.gather(state, places), crops, masks)
+        stats, measured = sharding.mean_over_rows((stats, measured))
+        return stats, (sharding.scatter_mean(grads, grad_places), measured)
 
     return jax.shard_map(
         local,
         in_specs=(places, sharding.AXES.spec("batch"), sharding.AXES.spec(None, None, "batch")),
-        out_specs=(PartitionSpec(), (grad_places, PartitionSpec(), PartitionSpec())),
+        out_specs=(PartitionSpec(), (grad_places, PartitionSpec())),
         axis_names=set(sharding.AXES.batch),
         check_vma=False,
     )(state, crops, masks)
@@ -169,20 +193,25 @@ def _gradients(recipe: Recipe, state: TrainState, crops: Crops, masks: jax.Array
 def _microbatch(
     recipe: Recipe, state: TrainState, stats: tuple[Any, Any], crops: Crops, masks: jax.Array | None
 ) -> tuple[Any, Any]:
-    """Gradients and measurements of one microbatch; `stats` are (student's, teacher's) batch statistics before it."""
+    """Gradients and `Measured` of one microbatch; `stats` are (student's, teacher's) batch statistics before it."""
     student_stats, teacher_stats = stats
-    loss_config, network = recipe.config.loss, recipe.network
-    temp = recipe.schedules.teacher_temp(state.step)
-    target, teacher_stats = _forward(network, {"params": state.ema.teacher, "batch_stats": teacher_stats}, crops[:1])
+    network, objectives = recipe.network, recipe.objectives
+    teacher, teacher_stats = _forward(network, {"params": state.ema.teacher, "batch_stats": teacher_stats}, crops[:1])
+    aims = {term.name: term.targets(state.objectives[term.name], teacher, state.step) for term in objectives}
 
     def loss_fn(params):
-        logits, new_stats = _forward(network, {"params": params, "batch_stats": student_stats}, crops, masks)
-        terms = dino_loss(logits, target, state.center, temp, loss_config.student_temp)
-        return terms.cross_entropy, (terms, new_stats)
+        student, new_stats = _forward(network, {"params": params, "batch_stats": student_stats}, crops, masks)
+        found = {term.name: term.loss(student, aims[term.name][0], state.step) for term in objectives}
+        losses = {name: loss for name, (loss, _) in found.items()}
+        measured = Measured(
+            losses,
+            terms={name: terms for name, (_, terms) in found.items()},
+            statistics={name: statistics for name, (_, statistics) in aims.items()},
+        )
+        return total_loss(objectives, losses), (measured, new_stats)
 
-    grads, (terms, student_stats) = jax.grad(loss_fn, has_aux=True)(state.student["params"])
-    batch_center = target.astype(state.center.dtype).mean((0, 1))  # [K]
-    return (student_stats, teacher_stats), (grads, terms, batch_center)
+    grads, (measured, student_stats) = jax.grad(loss_fn, has_aux=True)(state.student["params"])
+    return (student_stats, teacher_stats), (grads, measured)
 
 
 def _accumulate(recipe: Recipe, state: TrainState, crops: Crops, masks: jax.Array | None) -> tuple[Any, Any]:
@@ -215,7 +244,7 @@ def _accumulate(recipe: Recipe, state: TrainState, crops: Crops, masks: jax.Arra
 
 
 def train_step(recipe: Recipe, state: TrainState, crops: Crops) -> tuple[TrainState, Metrics]:
-    """Loss, student, teacher, centre: in the order of the official `train_one_epoch`.
+    """Losses, student, teacher, objectives' states: in the order of the official `train_one_epoch`.
 
     A non-finite loss or gradient changes nothing but the counts of steps and of bad steps in a row.
 
@@ -227,46 +256,65 @@ def train_step(recipe: Recipe, state: TrainState, crops: Crops) -> tuple[TrainSt
     Returns:
       The next state and scalar float32 metrics.
     """
-    config, schedules = recipe.config, recipe.schedules
+    config, objectives = recipe.config, recipe.objectives
     step, params = state.step, state.student["params"]
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), state.salt), step)
     masks = draw_masks(recipe, key, crops[0].shape[0])
 
-    (student_stats, teacher_stats), (grads, terms, batch_center) = _gradients(recipe, state, crops, masks)
+    (student_stats, teacher_stats), (grads, measured) = _gradients(recipe, state, crops, masks)
     updates, opt_state = recipe.optimizer.update(grads, state.opt_state, params, step=step)
     student = optax.apply_updates(params, updates)
     _, ema = recipe.ema.update(student, state.ema, step=step)  # after the student moved
-    center = update_center(state.center, batch_center, config.loss.center_momentum)  # the loss used the old one
+    states = {  # the losses used those before
+        term.name: term.update(state.objectives[term.name], measured.statistics[term.name]) for term in objectives
+    }
 
-    grad_norm = optax.global_norm(grads)
-    good = jnp.isfinite(terms.cross_entropy) & jnp.isfinite(grad_norm)
+    loss, grad_norm = total_loss(objectives, measured.losses), optax.global_norm(grads)
+    good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     moved = state.replace(
         student={"params": student, "batch_stats": student_stats},
         ema=ema,
         teacher_stats=teacher_stats,
-        center=center,
+        objectives=states,
         opt_state=opt_state,
     )
     state = jax.tree.map(lambda new, old: jnp.where(good, new, old), moved, state)
     state = state.replace(step=step + 1, bad_steps=jnp.where(good, 0, state.bad_steps + 1))
     metrics = {
-        "loss": terms.cross_entropy,
-        "teacher_entropy": terms.entropy,
-        "kl": terms.kl,
-        "marginal_entropy": jnp.sum(jax.scipy.special.entr(terms.marginal)),
-        "ln_k_gap": math.log(config.head.out_dim) - terms.cross_entropy,
-        "center_norm": jnp.linalg.norm(center),
+        "loss": loss,
+        **_objective_metrics(objectives, states, measured),
         "grad_norm": grad_norm,
-        **{name: schedule(step) for name, schedule in schedules._asdict().items()},
+        **{name: schedule(step) for name, schedule in recipe.schedules._asdict().items()},
         "bad_steps": state.bad_steps,
     }
     return state, jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), metrics)
 
 
+def _objective_metrics(objectives: Sequence[Objective], states: dict[str, Any], measured: Measured) -> Metrics:
+    """Each term's own metrics, and where there are several terms, `loss_<name>`: its loss without the weight."""
+    metrics = {}
+    for term in objectives:
+        loss = measured.losses[term.name]
+        if len(objectives) > 1:
+            metrics[f"loss_{term.name}"] = loss
+        metrics |= term.metrics(states[term.name], loss, measured.terms[term.name])
+    return metrics
+
+
+def logical_axes(recipe: Recipe) -> tuple[tuple[str, tuple[str | None, ...]], ...]:
+    """The rules of `sharding.state_shardings` for the arrays of a state that do not simply follow their size."""
+    rules = [
+        (rf"(^|/)objectives/{term.name}/{name}$", axes)
+        for term in recipe.objectives
+        for name, axes in term.logical_axes.items()
+    ]
+    return ((r"last_layer/(v|g)$", ("prototypes",)), *rules)
+
+
 def abstract_state(recipe: Recipe, mesh: Mesh) -> TrainState:
     """Shape, dtype and sharding of every array of the state."""
     shapes = jax.eval_shape(lambda: init_state(recipe, jax.random.key(0)))
-    places = sharding.state_shardings(shapes, mesh, LOGICAL_AXES)
+    places = sharding.state_shardings(shapes, mesh, logical_axes(recipe))
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places)
 
 
@@ -278,8 +326,8 @@ def shardings(recipe: Recipe, mesh: Mesh) -> TrainState:
 def jit_train_step(recipe: Recipe, mesh: Mesh) -> Callable[[TrainState, Crops], tuple[TrainState, Metrics]]:
     """`train_step` jitted over a mesh: rows of crops over its devices, state donated.
 
-    The only collectives are those of gradients, centre, metrics and batch statistics, of parameters with `fsdp`, and of
-    the softmax with `model`. This is the successor of `pmap`.
+    The only collectives are those of gradients, objectives, metrics and batch statistics, of parameters with `fsdp`,
+    and of the softmax with `model`. This is the successor of `pmap`.
     """
     state_shardings, rows, everywhere = (
         shardings(recipe, mesh),

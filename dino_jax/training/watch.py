@@ -1,31 +1,20 @@
-"""Names collapse and divergence while a run is young, with the remedy to try.
+"""Tells of collapse and divergence while a run is young, with the remedy to try.
 
-It reads the metrics of `train_step`: `loss`, `teacher_entropy` (of each picture's distribution, averaged),
-`marginal_entropy` (of the batch's mean distribution), `kl`, `bad_steps`; and `input_wait`. With K prototypes, in nats:
-
-- **uniform collapse**: every picture gets the uniform distribution: entropy ln K, KL 0. Centring won over sharpening.
-- **one-prototype collapse**: one prototype takes the whole batch: both entropies 0. Sharpening won over centring.
-- **constant output**: neither, but every picture gets the same distribution: the two entropies are equal.
-- **stuck loss**: the loss stays at ln K, the price of knowing nothing, though the teacher says something.
-
-A young run looks uniform and is not, so a finding must persist, and after the warm-up (one prototype: at any time).
-Paper: section 3.1 and the ablations of centring and sharpening (5.3, appendix D).
+It follows the metrics of `train_step`: each objective term's own `diagnose`, `bad_steps`, and `input_wait`. A young run
+may look collapsed and is not, so a finding must persist, and after the warm-up unless the term says otherwise.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 from ml_collections import ConfigDict
 
-NEAR = 0.01  # of ln K: what counts as equal
-FEW = math.log(2.0)  # marginal entropy of two prototypes
+from dino_jax.objectives import remedies
+from dino_jax.objectives.objective import Objective, make_objectives
+
 MIN_PATIENCE, MAX_PATIENCE = 100, 2000  # steps
-UNIFORM, ONE, CONSTANT, STUCK = "uniform collapse", "one-prototype collapse", "constant output", "stuck loss"
-DIVERGED = "divergence"
-SHOWN = ("loss", "teacher_entropy", "marginal_entropy", "kl")
 INPUT_BOUND = 0.2  # share of the time waiting for input that is worth a line
 
 
@@ -65,10 +54,11 @@ class Watch:
 
     def __init__(self, config: ConfigDict, steps_per_epoch: int, total_steps: int):
         self._config = config
-        self._ln_k = math.log(config.head.out_dim)
         self._warm = max(config.optim.warmup_epochs * steps_per_epoch, total_steps // 10)
         self._patience = min(max(total_steps // 20, MIN_PATIENCE), MAX_PATIENCE)
-        self._learning, self._input = _Spell(), _Spell()
+        self._objectives = make_objectives(config)
+        self._collapse = {term.name: _Spell() for term in self._objectives}
+        self._divergence, self._input = _Spell(), _Spell()
         self._rewinds = 0
         self._failed_at = 0
 
@@ -86,73 +76,37 @@ class Watch:
         return Verdict("go on", self._judge_learning(step, bad, metrics) + self._judge_input(step, metrics))
 
     def _judge_learning(self, step: int, bad: int, metrics: Mapping[str, float]) -> list[str]:
-        if bad:
-            line = f"step {step}: the loss or its gradient is not finite; the step was skipped"
-            return [line] if self._learning.ripe(DIVERGED, step, 0) else []
-        finding = self._diagnose(metrics)
-        start = 0 if finding == ONE else self._warm
-        if not self._learning.ripe(finding, step, self._patience, start) or finding is None:
+        lines = []
+        if self._divergence.ripe("divergence" if bad else None, step, 0):
+            lines.append(f"step {step}: the loss or its gradient is not finite; the step was skipped")
+        for term in self._objectives:
+            lines += self._judge_term(term, step, None if bad else metrics)
+        return lines
+
+    def _judge_term(self, term: Objective, step: int, metrics: Mapping[str, float] | None) -> list[str]:
+        spell, finding = self._collapse[term.name], term.diagnose(metrics) if metrics is not None else None
+        if finding is None:
+            spell.ripe(None, step, 0)
             return []
-        shown = ", ".join(f"{name} {metrics[name]:.3f}" for name in SHOWN)
-        found = f"step {step}: {finding}: {shown}, ln K {self._ln_k:.3f}, for {self._patience} steps or more"
-        return [f"{found}. {advice(finding, self._config)}"]
+        if not spell.ripe(finding.name, step, self._patience, 0 if finding.early else self._warm):
+            return []
+        shown = ", ".join(f"{name} {value:.3f}" for name, value in finding.shown.items())
+        return [f"step {step}: {finding.name}: {shown}, for {self._patience} steps or more. {finding.advice}"]
 
     def _judge_input(self, step: int, metrics: Mapping[str, float]) -> list[str]:
         lines = _input_bound(step, metrics["input_wait"], self._config)
         return lines if self._input.ripe("input" if lines else None, step, MIN_PATIENCE) else []
 
-    def _diagnose(self, metrics: Mapping[str, float]) -> str | None:
-        entropy, marginal = metrics["teacher_entropy"], metrics["marginal_entropy"]
-        near = NEAR * self._ln_k
-        if marginal < FEW:
-            return ONE
-        if entropy > self._ln_k - near:
-            return UNIFORM if metrics["kl"] < near else STUCK
-        if marginal - entropy < near:
-            return CONSTANT
-        return STUCK if metrics["loss"] > self._ln_k - near else None
-
     def _diverged(self, step: int, bad: int) -> Verdict:
-        self._learning, self._failed_at = _Spell(), step
+        self._divergence, self._failed_at = _Spell(), step
+        self._collapse = {name: _Spell() for name in self._collapse}
         self._rewinds += 1
         found = f"step {step}: {bad} non-finite steps in a row"
         if self._rewinds > self._config.run.max_rewinds:
-            return Verdict("stop", [f"{found}, after {self._rewinds - 1} rewinds. {advice(DIVERGED, self._config)}"])
+            its = remedies.common(self._config)
+            advice = remedies.advice(its[name] for name in ("float32", "gain", "lr", "clip", "freeze"))
+            return Verdict("stop", [f"{found}, after {self._rewinds - 1} rewinds. {advice}"])
         return Verdict("rewind", [f"{found}; back to the last checkpoint, with other crops"])
-
-
-def advice(finding: str, config: ConfigDict) -> str:
-    """What to try, best first: only what this configuration does not do already."""
-    optim, teacher, loss, head = config.optim, config.teacher, config.loss, config.head
-    cooler = (teacher.temp > 0.04, f"a sharper teacher: teacher.temp=0.04 (now {teacher.temp:g})")
-    cooler_start = (
-        teacher.warmup_temp > 0.03,
-        f"a sharper start: teacher.warmup_temp=0.03 (now {teacher.warmup_temp:g}) for more teacher.warmup_temp_epochs",
-    )
-    quicker_center = (loss.center_momentum > 0.9, f"loss.center_momentum=0.9 (now {loss.center_momentum:g})")
-    batch = (config.batch_size < 1024, f"a larger batch_size (now {config.batch_size}; run.accum_steps makes room)")
-    slower = (
-        config.batch_size <= 256 and teacher.momentum < 0.9995,
-        f"a slower teacher: teacher.momentum=0.9995 (now {teacher.momentum:g})",
-    )
-    smaller_lr = (True, f"half the learning rate: optim.lr={optim.lr / 2:g}")
-    clip = (not 0 < optim.clip_grad <= 0.3, f"optim.clip_grad=0.3 (now {optim.clip_grad:g})")
-    freeze = (True, f"optim.freeze_last_layer={optim.freeze_last_layer + 2} (now {optim.freeze_last_layer})")
-    gain = (not head.norm_last_layer, "head.norm_last_layer=True")
-    float32 = (config.model.dtype != "float32", f"model.dtype=float32 (now {config.model.dtype})")
-    warmer = (teacher.temp < 0.04, f"a softer teacher: teacher.temp=0.04 (now {teacher.temp:g})")
-    fewer = (
-        head.out_dim > 4096 and config.batch_size < 256,
-        f"fewer prototypes: head.out_dim=4096 (now {head.out_dim})",
-    )
-    remedies = {
-        UNIFORM: [cooler, cooler_start, quicker_center, smaller_lr, freeze, slower],
-        ONE: [quicker_center, warmer, batch, slower, smaller_lr, clip],
-        CONSTANT: [quicker_center, smaller_lr, batch, slower, clip, freeze],
-        STUCK: [freeze, gain, cooler_start, smaller_lr, fewer, slower],
-        DIVERGED: [float32, gain, smaller_lr, clip, freeze],
-    }
-    return "Try " + "; ".join([text for wanted, text in remedies[finding] if wanted][:4])
 
 
 def _input_bound(step: int, share: float, config: ConfigDict) -> list[str]:

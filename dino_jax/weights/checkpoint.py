@@ -4,6 +4,7 @@
       1200/                         a step; it counts only once it is complete (renamed or, on gs://, committed)
         student/ teacher/ rest/     one item each, so that an evaluation reads the teacher alone
         config/                     the run's configuration as JSON
+        format/                     the version of what the items hold (see `dino_jax.migrations`)
         checksums/                  one number per array, by which a damaged step is known
 
 Saving and restoring are collective: every process of a run makes the same calls.
@@ -18,19 +19,21 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from flax import traverse_util
 from jax.experimental import multihost_utils
 
 from dino_jax.errors import UserError, cause, unwritable
+from dino_jax.migrations import FORMAT_VERSION, migrate
 from dino_jax.storage import absolute
 from dino_jax.weights import quiet
+from dino_jax.weights.trees import by_path, checksums, map_by_path
 
 PyTree = Any
 T = TypeVar("T")
-CONFIG, CHECKSUMS = "config", "checksums"
+CONFIG, CHECKSUMS, FORMAT = "config", "checksums", "format"
 log = logging.getLogger(__name__)
 
 
@@ -76,7 +79,8 @@ class Checkpointer:
             return False
         args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
         args[CONFIG] = ocp.args.JsonSave(json.loads(config_json))
-        args[CHECKSUMS] = ocp.args.JsonSave({name: _checksums(tree) for name, tree in items.items()})
+        args[FORMAT] = ocp.args.JsonSave({"format_version": FORMAT_VERSION})
+        args[CHECKSUMS] = ocp.args.JsonSave({name: checksums(tree) for name, tree in items.items()})
         self._write(lambda: self._open().save(step, args=ocp.args.Composite(**args), force=True))
         return True
 
@@ -163,24 +167,36 @@ def restore(directory: epath.PathLike, step: int, items: Mapping[str, PyTree]) -
     """The named items of a step, and no other, bit for bit.
 
     `items`: name -> pytree of `jax.ShapeDtypeStruct`. A leaf with a sharding comes back as a `jax.Array` laid out
-    so, whatever devices wrote it; a leaf without one comes back as a NumPy array.
+    so, whatever devices wrote it; a leaf without one comes back as a NumPy array. Steps of an older format are read as
+    this version has them.
     Raises `UserError` if the step or an item is missing, if tree, shapes or dtypes differ (naming the first few
-    keys), or if the data does not read back as it was written.
+    keys), if the data does not read back as it was written, or if a newer version wrote it.
     """
     folder = absolute(directory) / str(step)
     restored = {}
     for name, wanted in items.items():
-        _check_tree(folder / name, _abstract(folder, name), wanted)
+        saved = _abstract(folder, name)
+        places = _places(folder, name, saved)
+        _check_tree(folder / name, {key: by_path(saved)[old] for key, old in places.items()}, wanted)
         try:
-            restored[name] = _read_item(folder, name, wanted)
+            restored[name] = _read_as(folder, name, saved, places, wanted)
         except UserError as error:
             raise UserError(f"{error}; steps here: {', '.join(map(str, steps(directory)))}") from error
     return restored
 
 
 def abstract(directory: epath.PathLike, step: int, item: str) -> PyTree:
-    """What an item holds: nested dicts and lists of `jax.ShapeDtypeStruct`, no shardings, from the files alone."""
-    return _abstract(absolute(directory) / str(step), item)
+    """What an item holds: nested dicts and lists of `jax.ShapeDtypeStruct`, no shardings, from the files alone.
+
+    Of a step of an older format, what it holds as this version has it.
+    """
+    folder = absolute(directory) / str(step)
+    saved = _abstract(folder, item)
+    places = _places(folder, item, saved)
+    if all(new == old for new, old in places.items()):
+        return saved
+    leaves = by_path(saved)
+    return traverse_util.unflatten_dict({key: leaves[old] for key, old in places.items()}, sep="/")
 
 
 def restore_config(directory: epath.PathLike, step: int) -> str:
@@ -226,9 +242,11 @@ def _damage(folder: epath.Path, deep: bool) -> str | None:
     """What is wrong with a step, in a line; None for nothing. `deep`: the data is read too, by this process alone."""
     try:
         _read(folder, CONFIG, _json)
+        if _format_version(folder) > FORMAT_VERSION:
+            return None  # no damage, and whoever reads it is told
         for name, recorded in _read(folder, CHECKSUMS, _json).items():
             tree = _abstract(folder, name)
-            if _flat(tree).keys() != recorded.keys():
+            if by_path(tree).keys() != recorded.keys():
                 raise UserError(f"{folder / name}: arrays are missing")
             if deep:
                 _read_item(folder, name, tree, alone=True)
@@ -265,6 +283,18 @@ def _json(path: epath.Path) -> Any:
     return ocp.JsonCheckpointHandler().restore(path)  # the handler alone: no waiting for other processes
 
 
+def _format_version(folder: epath.Path) -> int:
+    if folder.exists() and not (folder / FORMAT).exists():
+        return 1  # the first version did not record it
+    return _read(folder, FORMAT, _json)["format_version"]
+
+
+def _places(folder: epath.Path, item: str, saved: PyTree) -> dict[str, str]:
+    """Path of each of the item's leaves in this version -> its path in the files."""
+    names = {f"{item}/{key}": key for key in by_path(saved)}
+    return {key.removeprefix(f"{item}/"): old for key, old in migrate(names, _format_version(folder), folder).items()}
+
+
 def _abstract(folder: epath.Path, item: str) -> PyTree:
     saved = _read(folder, item, lambda path: ocp.StandardCheckpointHandler().metadata(path).tree)
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), saved)
@@ -281,15 +311,22 @@ def _read_item(folder: epath.Path, item: str, wanted: PyTree, alone: bool = Fals
     target = jax.tree.map(lambda leaf: leaf if leaf.sharding else np.empty(leaf.shape, leaf.dtype), wanted)
     tree = _read(folder, item, lambda path: reader.restore(path, args=ocp.args.StandardRestore(target)))
     recorded = _read(folder, CHECKSUMS, _json)[item]
-    changed = [key for key, value in _checksums(tree).items() if recorded[key] != value]
+    changed = [key for key, value in checksums(tree).items() if recorded[key] != value]
     if changed:
         raise UserError(f"{folder / item}: not what was written: {_first(changed)}")
     return tree
 
 
+def _read_as(folder: epath.Path, item: str, saved: PyTree, places: Mapping[str, str], wanted: PyTree) -> PyTree:
+    """The item in the tree of `wanted`, each leaf laid out as there; `places`: its path there -> in the files."""
+    layouts = {places[key]: leaf for key, leaf in by_path(wanted).items()}
+    found = by_path(_read_item(folder, item, map_by_path(lambda key, leaf: layouts.get(key, leaf), saved)))
+    return map_by_path(lambda key, _: found[places[key]], wanted)
+
+
 def _check_tree(path: epath.Path, saved: PyTree, wanted: PyTree) -> None:
     """`UserError` unless both have the same keys, shapes and dtypes."""
-    have, want = _flat(saved), _flat(wanted)
+    have, want = by_path(saved), by_path(wanted)
     if missing := [key for key in want if key not in have]:
         raise UserError(f"{path}: the checkpoint lacks {_first(missing)}: it is of another model or configuration")
     if extra := [key for key in have if key not in want]:
@@ -304,43 +341,6 @@ def _check_tree(path: epath.Path, saved: PyTree, wanted: PyTree) -> None:
     placed = {key: leaf.dtype for key, leaf in want.items() if leaf.sharding is not None}
     if wide := [key for key, dtype in placed.items() if jax.dtypes.canonicalize_dtype(dtype) != dtype]:
         raise UserError(f"{path}: {_first(wide)} is in double precision; set JAX_ENABLE_X64=1 to read it")
-
-
-def _flat(tree: PyTree) -> dict[str, Any]:
-    """Leaves by path, `params/head/mlp_0/kernel`; named tuples and dicts, tuples and lists read alike."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-
-
-def _checksums(tree: PyTree) -> dict[str, int]:
-    """A number of 32 bits per leaf: the same for any layout on any devices, changed by any change of one word."""
-    sums = {
-        key: (_checksum if isinstance(leaf, jax.Array) else _host_checksum)(leaf) for key, leaf in _flat(tree).items()
-    }
-    return {key: int(value) for key, value in jax.device_get(sums).items()}
-
-
-@jax.jit
-def _checksum(x: jax.Array) -> jax.Array:
-    """Sum of the array's words, each times an odd number of its place, modulo 2^32; items of 8 bytes are two words.
-
-    The place is built from the axes: a reshape would gather the shards.
-    """
-    kind = _WORDS[x.dtype.itemsize]
-    words = x.astype(kind) if x.dtype == bool else jax.lax.bitcast_convert_type(x, kind)
-    place = jnp.zeros((), jnp.uint32)
-    for axis, size in enumerate(words.shape):
-        place = place * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
-    return jnp.sum(words.astype(jnp.uint32) * (2 * place + 1), dtype=jnp.uint32)
-
-
-def _host_checksum(x: np.ndarray) -> np.uint32:
-    """The same of an array on the host, without a device: one process may do this alone."""
-    words = np.ascontiguousarray(x).reshape(-1).view(_WORDS[x.dtype.itemsize]).astype(np.uint32)
-    return np.sum(words * (2 * np.arange(words.size, dtype=np.uint32) + 1), dtype=np.uint32)
-
-
-_WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint32}  # by bytes an item
 
 
 def _first(keys: Sequence[str], count: int = 3) -> str:

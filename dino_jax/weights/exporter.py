@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ from etils import epath
 
 from dino_jax.errors import UserError
 from dino_jax.models import build_backbone
+from dino_jax.objectives.objective import make_objectives
 from dino_jax.storage import absolute, write_atomically
 from dino_jax.weights import architecture, keys, programs
 from dino_jax.weights.containers import timm_prefix
@@ -60,7 +62,10 @@ def export_weights(
 
 
 def official(weights: Weights) -> dict[str, Any]:
-    """What the official code saves: `student`, `teacher`, `dino_loss`, `args`; of a backbone alone, its state dict."""
+    """What the official code saves: `student`, `teacher`, `args`, the objectives' states where it keeps them.
+
+    Of a backbone alone, its state dict.
+    """
     if "head" not in weights.teacher["params"]:
         return backbone_tensors(weights, "official")
     teacher = _network(weights, weights.teacher)
@@ -68,8 +73,11 @@ def official(weights: Weights) -> dict[str, Any]:
     content: dict[str, Any] = {"teacher": _prefixed(teacher, "module.") if distributed else teacher}
     if weights.student is not None:
         content["student"] = _prefixed(_network(weights, weights.student), "module.")
-    if weights.center is not None:
-        content["dino_loss"] = {"center": np.asarray(weights.center)[None]}
+    for term in make_objectives(weights.config):
+        for name, place in term.official.items() if term.name in weights.objectives else ():
+            *groups, last = place.path.split(".")
+            owner = functools.reduce(lambda tree, group: tree.setdefault(group, {}), groups, content)
+            owner[last] = np.asarray(weights.objectives[term.name][name]).reshape(place.shape)
     return {**content, "args": _arguments(weights)}
 
 

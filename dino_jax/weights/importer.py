@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from ml_collections import ConfigDict
 
 from dino_jax.config import default
 from dino_jax.errors import UserError
+from dino_jax.objectives.objective import make_objectives
 from dino_jax.weights import architecture, keys, names
 from dino_jax.weights.containers import is_tensors, read_weights, regular_names, section
 
@@ -62,7 +64,7 @@ class Weights(NamedTuple):
     config: ConfigDict
     teacher: keys.Variables  # params: backbone, and head if the file has one
     student: keys.Variables | None = None
-    center: np.ndarray | None = None  # [K]
+    objectives: Mapping[str, Any] = {}  # the state of each objective term, by its name
     moments: Moments | None = None
 
 
@@ -119,21 +121,40 @@ def _from_checkpoint(content: Mapping[str, Any], heads: int | None, source: epat
     train_gain = args.get("norm_last_layer") is False or _gain_has_moments(student, optimizer)
     hints = _hints(heads or args.get("num_heads"), args.get("image_size"))  # which our own exports have
     weights = _weights(config, network, hints, source, student, train_gain)
-    center = content["dino_loss"].get("center") if isinstance(content.get("dino_loss"), Mapping) else None
-    if center is not None:
-        center = np.asarray(center, np.float32).reshape(-1)
-        if center.shape != (config.head.out_dim,) or not np.isfinite(center).all():
-            raise UserError(
-                f"{source}: its centre (dino_loss.center) has {center.size} values for "
-                f"{config.head.out_dim} prototypes, or NaN among them"
-            )
     moments = None
     if student is not None and optimizer:
         try:
             moments = _moments(config, student, optimizer, source)
         except (UserError, KeyError, TypeError, AttributeError, ValueError) as error:
             log.warning("%s: the optimiser's state does not map (%s) and is left out", source, error)
-    return weights._replace(center=center, moments=moments)
+    return weights._replace(objectives=_objectives(config, content, source), moments=moments)
+
+
+def _objectives(config: ConfigDict, content: Mapping[str, Any], source: epath.Path) -> dict[str, Any]:
+    """The states of the terms that the file has all arrays of, by the term's name."""
+    states = {}
+    for term in make_objectives(config):
+        shapes = jax.eval_shape(term.init)
+        found = {name: _at(content, place.path) for name, place in term.official.items()}
+        if not found or any(value is None for value in found.values()):
+            continue
+        for name, value in found.items():
+            array, size = np.asarray(value, np.float32), math.prod(shapes[name].shape)
+            if array.size != size or not np.isfinite(array).all():
+                raise UserError(
+                    f"{source}: its {term.official[name].path} has {array.size} values where config.head asks for "
+                    f"{size}, or NaN among them"
+                )
+            found[name] = array.reshape(shapes[name].shape)
+        states[term.name] = found
+    return states
+
+
+def _at(content: Any, path: str) -> Any:
+    """What nested mappings hold at a dotted path, or None."""
+    for part in path.split("."):
+        content = content.get(part) if isinstance(content, Mapping) else None
+    return content
 
 
 def _regular(tensors: keys.Tensors) -> dict[str, np.ndarray]:

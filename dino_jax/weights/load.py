@@ -17,7 +17,7 @@ def open_weights(ckpt: epath.PathLike, *, heads: int | None = None, everything: 
     Args:
       ckpt: local or gs:// path, or a key of `names.PRETRAINED`.
       heads: attention heads, where a weight file does not tell.
-      everything: student and centre too, if they are there; else the teacher alone is read.
+      everything: student and objectives' states too, if they are there; else the teacher alone is read.
 
     Raises:
       UserError: in one line, what is wrong with it.
@@ -32,9 +32,9 @@ def open_weights(ckpt: epath.PathLike, *, heads: int | None = None, everything: 
     items = ["teacher", *(["student", "rest"] if everything and "student" in here else [])]
     abstract = {item: checkpoint.abstract(directory, step, item) for item in items}
     restored = checkpoint.restore(directory, step, abstract)
-    center = restored["rest"]["center"] if "rest" in restored else None
+    objectives = restored["rest"]["objectives"] if "rest" in restored else {}
     student = _variables(restored["student"]) if "student" in restored else None
-    return Weights(config, _variables(restored["teacher"]), student, center)
+    return Weights(config, _variables(restored["teacher"]), student, objectives)
 
 
 def _variables(tree: Any) -> dict[str, Any]:

@@ -27,7 +27,7 @@ class Pretrained(NamedTuple):
 
 
 def _both(name: str, stem: str, knn: float, linear: float) -> dict[str, Pretrained]:
-    """The teacher's backbone, and under `<name>_full` student, teacher, heads, optimiser and centre."""
+    """The teacher's backbone, and under `<name>_full` student, teacher, heads, optimizer and the objective's state."""
     path, head = f"{stem}_pretrain/{stem}_pretrain", f"{stem}_pretrain/{stem}_linearweights.pth"
     return {
         name: Pretrained(f"{path}.pth", knn, linear, head),

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -94,10 +96,13 @@ def test_voc_protocol(vit, voc_folder, tmp_path):
 
 
 def test_the_supervised_reference_is_a_weight_file_of_the_same_network(vit, voc_folder, tmp_path):
-    model, config = vit._replace(variables={"params": vit.variables["params"]}), voc.PROTOCOL.default_config()
+    model, config = (
+        dataclasses.replace(vit, variables={"params": vit.variables["params"]}),
+        voc.PROTOCOL.default_config(),
+    )
     config.size, config.batch_size = 32, 2
     other = jax.tree.map(lambda x: -x, model.variables)
-    wanted = voc.evaluate(model._replace(variables=other), str(voc_folder), config)
+    wanted = voc.evaluate(dataclasses.replace(model, variables=other), str(voc_folder), config)
     write_pth(tmp_path / "deit.pth", {"model": to_torch(key_table(other, VIT), other)})
     config.supervised = str(tmp_path / "deit.pth")
     figures = voc.evaluate(model, str(voc_folder), config)

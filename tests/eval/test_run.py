@@ -17,7 +17,7 @@ from dino_jax.eval.protocols import knn, linear, lowshot, retrieval, voc
 @pytest.fixture
 def loaded(monkeypatch):
     """A loaded model of no weight."""
-    backbone = types.SimpleNamespace(embed_dim=8, depth=1, patch_size=4)
+    backbone = types.SimpleNamespace(embed_dim=8, depth=1, patch_size=4, registers=0)
     model = types.SimpleNamespace(backbone=backbone, variables={}, config=default())
     monkeypatch.setattr(verb, "load", lambda checkpoint, heads: model)
     return model

@@ -60,7 +60,7 @@ UNREACHABLE = (
     + "SSH: Attempting to connect to worker 1...\n"
     + "ERROR: (gcloud.compute.tpus.tpu-vm.ssh) [/usr/bin/ssh] exited with return code [255].\n"
 )
-GOING_ON = "run: going on\nlog: step 10\n"
+RUNNING = "run: running\nlog: step 10\n"
 FINISHED = "run: exit 0\nlog: done: 500 steps\n"
 
 
@@ -135,7 +135,7 @@ def cloud(tmp_path: pathlib.Path) -> Cloud:
 def test_a_queued_slice_comes_and_is_waited_for(cloud):
     cloud.states("", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE")
     said = cloud.works("tpu_vm.sh", "create", SPOT="1")
-    assert "dino is ready; it costs from now on" in said
+    assert "dino is ready; it costs money until" in said
     (create,) = cloud.calls(" create ")
     assert create == (
         "gcloud compute tpus queued-resources create dino --node-id=dino --project=p --zone=us-west4-a "
@@ -191,7 +191,7 @@ def test_preempted_while_it_was_made(cloud):
 def test_trying_again_has_an_end(cloud):
     cloud.states(*["FAILED"] * 9)
     line = cloud.complaint("tpu_vm.sh", "create")
-    assert "preempted, or failed, on its way; that was the last of 4 tries" in line
+    assert "preempted, or failed, before it was ready; that was the last of 4 tries" in line
     assert "MAX_RESTARTS" in line
 
 
@@ -201,7 +201,7 @@ def test_no_capacity_is_tried_again(cloud):
     cloud.reply("tpu-vm create", err=NO_CAPACITY)
     cloud.reply("tpu-vm describe", "READY")
     said = cloud.works("tpu_vm.sh", "create", QUEUED="0")
-    assert "us-west4-a has no v5e:4x4 to give now" in said
+    assert "us-west4-a has no free v5e:4x4 now" in said
 
 
 def test_a_machine_that_never_comes(cloud):
@@ -261,7 +261,7 @@ def test_wrong_verbs_and_arguments(cloud):
 
 def test_without_gcloud(cloud):
     (cloud.bin / "gcloud").unlink()
-    assert "gcloud is not there: install it (https://cloud.google.com/sdk" in cloud.complaint("tpu_vm.sh", "create")
+    assert "gcloud is not installed: see https://cloud.google.com/sdk" in cloud.complaint("tpu_vm.sh", "create")
 
 
 @pytest.mark.parametrize("topology", ["v5e:4x4", "tpu7x:2x2x2", "tpu7x:2x2x1"])
@@ -284,11 +284,11 @@ def test_shown_commands_are_the_ones_that_are_called(cloud):
 
 def test_train_from_nothing_to_the_end(cloud):
     cloud.states("", "ACTIVE", "ACTIVE", "ACTIVE")
-    cloud.reply("tpu_worker.sh status", GOING_ON * 4)
+    cloud.reply("tpu_worker.sh status", RUNNING * 4)
     cloud.reply("tpu_worker.sh status", FINISHED * 4)
     said = cloud.works("tpu_vm.sh", "train", "--config=configs/vit_s16.py", "--config.optim.lr=1e-3")
     assert "finished: done: 500 steps" in said
-    assert "dino still costs: launch/tpu_vm.sh delete" in said
+    assert "dino still costs money: launch/tpu_vm.sh delete" in said
     steps = [line for line in cloud.calls() if " describe " not in line]
     assert " create dino " in steps[0]
     assert " scp " in steps[1] and "--worker=all" in steps[1]
@@ -311,7 +311,7 @@ def test_arguments_arrive_as_they_were_given(cloud):
 
 def test_a_preempted_run_goes_on_on_another_machine(cloud):
     cloud.states("ACTIVE", "ACTIVE", "SUSPENDED", "SUSPENDED", "", "ACTIVE", "ACTIVE")
-    cloud.reply("tpu_worker.sh status", GOING_ON)
+    cloud.reply("tpu_worker.sh status", RUNNING)
     cloud.reply("tpu_worker.sh status", FINISHED)
     said = cloud.works("tpu_vm.sh", "train", SPOT="1")
     assert "dino was preempted; try 1 of 3" in said
@@ -345,7 +345,7 @@ def test_preempted_during_setup(cloud):
 
 def test_a_crash_starts_again_on_the_same_machine(cloud):
     cloud.states(*["ACTIVE"] * 4)
-    cloud.reply("tpu_worker.sh status", GOING_ON + "run: exit 1\nlog: another process died: rank 1\n")
+    cloud.reply("tpu_worker.sh status", RUNNING + "run: exit 1\nlog: another process died: rank 1\n")
     cloud.reply("tpu_worker.sh status", "run: interrupted\nlog: stopped by SIGTERM at step 7\n" + FINISHED)
     cloud.reply("tpu_worker.sh status", FINISHED)
     said = cloud.works("tpu_vm.sh", "train")
@@ -406,7 +406,7 @@ def test_a_moment_without_answer_is_let_pass(cloud):
     cloud.states("ACTIVE")
     cloud.reply("queued-resources describe", err="ERROR: 503 The service is currently unavailable.")
     cloud.states("ACTIVE", "ACTIVE")
-    cloud.reply("tpu_worker.sh status", GOING_ON)
+    cloud.reply("tpu_worker.sh status", RUNNING)
     cloud.reply("tpu_worker.sh status", FINISHED)
     assert "finished" in cloud.works("tpu_vm.sh", "train")
     assert not cloud.calls(" delete ")
@@ -430,8 +430,8 @@ def test_verbs_on_a_machine_that_is_not_there(cloud):
 
 def test_status_logs_and_stop(cloud):
     cloud.states(*["ACTIVE"] * 3)
-    cloud.reply("tpu_worker.sh status", GOING_ON * 2)
-    assert cloud.works("tpu_vm.sh", "status").count("run: going on") == 2
+    cloud.reply("tpu_worker.sh status", RUNNING * 2)
+    assert cloud.works("tpu_vm.sh", "status").count("run: running") == 2
     cloud.reply("tail -n 200 -F", "step 1\nstep 2\n")
     cloud.replies = cloud.replies[-1:]
     cloud.states("ACTIVE")
@@ -548,7 +548,7 @@ def test_a_run_on_the_machine_and_its_exit_status(worker, status):
     assert worker.status() == "run: none\nlog: \n"
     worker.busy.touch()
     worker.start(status, "--config=a b.py")
-    assert worker.until("log: platforms").startswith("run: going on\nlog: platforms tpu,cpu")
+    assert worker.until("log: platforms").startswith("run: running\nlog: platforms tpu,cpu")
     worker.busy.unlink()
     assert f"run: exit {status}" in worker.until("run: exit")
     assert "got train --config=a b.py" in (worker.cloud.folder / "dino-run" / "log").read_text()
@@ -580,7 +580,7 @@ def test_start_ends_the_run_before(worker):
     worker.until("log: platforms")
     first = (worker.cloud.folder / "dino-run" / "pid").read_text()
     worker.start(0)
-    worker.until("run: going on")
+    worker.until("run: running")
     assert first != (worker.cloud.folder / "dino-run" / "pid").read_text()
     with pytest.raises(ProcessLookupError):
         os.killpg(int(first), 0)
@@ -622,7 +622,7 @@ def test_an_old_image_without_uv_and_apt(cloud):
     cloud.environment["DINO_VENV"] = str(cloud.folder / "venv")
     python(cloud, "python3", "3.10.12", uv=1)
     line = cloud.complaint("tpu_worker.sh", "setup")
-    assert "neither uv nor apt brought a Python 3.11" in line
+    assert "neither uv nor apt has a Python 3.11" in line
 
 
 def test_an_old_image_with_apt(cloud):
@@ -722,7 +722,7 @@ def test_gke_with_image_and_pool_that_are_there(cloud):
         (
             "get crd",
             'Error from server (NotFound): customresourcedefinitions "jobsets" not found',
-            "lacks JobSet: kubectl apply",
+            "has no JobSet: kubectl apply",
         ),
         ("get crd", "Unable to connect to the server: net/http: timeout", "Unable to connect to the server"),
         (

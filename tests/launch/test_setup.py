@@ -152,7 +152,7 @@ def test_an_interrupted_installation_is_taken_up(machine):
 
 
 def test_no_python(machine):
-    missing = "Python 3.11 or newer is needed and python3 is not there: install one or name it with PYTHON"
+    missing = "Python 3.11 or newer is needed and python3 is not installed: install one or name it with PYTHON"
     assert machine.complaint() == f"quickstart.sh: error: {missing}"
 
 
@@ -172,7 +172,7 @@ def test_named_python_is_the_only_one_tried(machine):
     machine.environment["PYTHON"] = str(machine.python("old", version="3.10.2"))
     assert "old is 3.10.2" in machine.complaint()
     machine.environment["PYTHON"] = "/nowhere/python"
-    assert "/nowhere/python is not there" in machine.complaint()
+    assert "/nowhere/python is not installed" in machine.complaint()
 
 
 def test_no_venv_module(machine):

@@ -9,7 +9,7 @@ import pytest
 
 from dino_jax.config import default
 from dino_jax.errors import UserError
-from dino_jax.eval import everything
+from dino_jax.eval import run as evaluation
 from dino_jax.eval.features import ClsAttention, Patches, run
 from dino_jax.inference.model import Model, load
 from dino_jax.models import BACKBONES, ViT, build_backbone
@@ -153,7 +153,7 @@ def test_images_of_any_size_with_registers(trained):
 def test_protocols_take_a_model_with_registers(trained):
     from dino_jax.eval.protocols import knn
 
-    config = knn.default_config()
+    config = knn.PROTOCOL.default_config()
     config.update({"resize": 0, "crop": 32, "batch_size": 8, "k": (3,), "workers": 0})
     figures = knn.evaluate(load(trained), "scenes:train?size=24&image_size=32,scenes:val?size=12&image_size=32", config)
     assert 0 <= figures["top1_k3"] <= figures["top5_k3"] <= 100
@@ -161,15 +161,14 @@ def test_protocols_take_a_model_with_registers(trained):
 
 @pytest.mark.extra
 def test_every_protocol_that_scenes_allow_takes_registers(trained):
-    config = everything.default_config()
-    for name in ("knn", "linear", "lowshot"):
-        config[name].update({"resize": 0, "crop": 32, "batch_size": 8})
-    config.linear.epochs, config.dense.epochs = 1, 1
-    for name, size in (("voc", 32), ("dense", 32), ("vos", 64)):
-        config[name].size = size
+    overrides = [
+        f"--config.{n}.{k}" for n in ("knn", "linear", "lowshot") for k in ("resize=0", "crop=32", "batch_size=8")
+    ]
+    overrides += ["--config.linear.epochs=1", "--config.dense.epochs=1"]
+    overrides += ["--config.voc.size=32", "--config.dense.size=32", "--config.vos.size=64"]
     data = "scenes:train?size=36&image_size=32,scenes:val?size=12&image_size=64"
-    found = dict(everything.evaluate(load(trained), data, config))
-    assert {"knn", "linear", "voc", "vos", "dense"} <= set(found)
+    figures = evaluation.evaluate("all", str(trained), data, overrides=overrides)
+    assert {"knn", "linear", "voc", "vos", "dense"} <= {name.partition("/")[0] for name in figures}
 
 
 def test_a_run_that_needs_registers_is_told_where_to_set_them(trained):

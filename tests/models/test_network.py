@@ -30,14 +30,15 @@ def test_every_crop_is_its_own_forward_pass():
     variables = jax.jit(network.init)(jax.random.key(0), crops)
     assert sorted(variables["params"]) == ["backbone", "head"] == sorted([*variables["batch_stats"], "backbone"])
     keep = jax.random.bernoulli(jax.random.key(2), 0.5, (1, 2, 4, 5)) * 2.0
-    logits = jax.jit(network.apply)(variables, crops, keep)
-    assert logits.shape == (4, 5, 10)
+    cls, logits = jax.jit(network.apply)(variables, crops, keep)
+    assert cls.shape == (4, 5, 24) and logits.shape == (4, 5, 10)
 
     backbone, head = jax.jit(network.backbone.apply), jax.jit(network.head.apply)
     parts = [{k: v[part] for k, v in variables.items() if part in v} for part in ("backbone", "head")]
     for crop in range(5):
         images = crops[0][:, crop] if crop < 2 else crops[1][:, crop - 2]
         features = backbone(parts[0], images, keep[..., crop])
+        np.testing.assert_allclose(cls[:, crop], features, atol=1e-5)
         np.testing.assert_allclose(logits[:, crop], head(parts[1], features), atol=1e-5)
 
 
@@ -57,7 +58,7 @@ def test_globals_alone_pass_as_the_teacher_sees_them():
     network, crops = Network(ViT(24, 1, 3, 8, (32, 32)), Head(10, 16, 8)), crops_of(2)
     variables = jax.jit(network.init)(jax.random.key(0), crops)
     run = jax.jit(network.apply)
-    np.testing.assert_allclose(run(variables, crops[:1]), run(variables, crops)[:, :2], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(run(variables, crops[:1]).logits, run(variables, crops).logits[:, :2], rtol=0, atol=1e-6)
     assert "batch_stats" not in variables
 
 
@@ -67,5 +68,5 @@ def test_double_precision_stays_double(x64):
     shapes = jax.eval_shape(network.init, jax.random.key(0), crops)
     variables = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float64), shapes)
     program, out = jax.make_jaxpr(network.apply, return_shape=True)(variables, crops)
-    assert out.dtype == jnp.float64
+    assert out.logits.dtype == out.cls.dtype == jnp.float64
     assert "f32" not in str(program)

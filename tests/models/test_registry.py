@@ -79,7 +79,7 @@ def test_network_reads_every_group():
     variables = jax.eval_shape(network.init, jax.random.key(0), crops)
     assert variables["params"]["head"]["last_layer"]["g"].shape == (10, 1)
     assert sorted(variables["batch_stats"]) == ["backbone"]
-    logits = jax.eval_shape(network.apply, variables, crops)
+    logits = jax.eval_shape(network.apply, variables, crops).logits
     assert (logits.shape, logits.dtype) == ((2, 3, 10), jnp.float32)
 
 

@@ -37,7 +37,7 @@ def test_statistics_move_by_resolution_globals_first():
     crops = [jax.random.normal(keys[0], (3, 2, 16, 16, 3)), 2 + jax.random.normal(keys[1], (3, 4, 8, 8, 3))]
     variables = jax.jit(network.init)(jax.random.key(1), crops)
     run = jax.jit(partial(network.apply, train=True, mutable=["batch_stats"]))
-    logits, moved = run(variables, crops)
+    outputs, moved = run(variables, crops)
     mean = np.zeros(64)
     for images in crops:
         kernel = variables["params"]["backbone"]["conv1"]["kernel"]
@@ -45,7 +45,7 @@ def test_statistics_move_by_resolution_globals_first():
         out = jax.lax.conv_general_dilated(flat, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
         mean = 0.9 * mean + 0.1 * np.asarray(out).mean((0, 1, 2))
     np.testing.assert_allclose(moved["batch_stats"]["backbone"]["bn1"]["mean"], mean, atol=1e-6)
-    assert logits.shape == (3, 6, 8)
+    assert outputs.logits.shape == (3, 6, 8)
 
 
 def test_four_devices_equal_one_statistics_included():
@@ -60,7 +60,7 @@ def test_four_devices_equal_one_statistics_included():
     def run(params, stats, crops):
         def loss(params):
             state = {"params": params, "batch_stats": stats}
-            logits, moved = network.apply(state, crops, train=True, mutable=["batch_stats"])
+            (_, logits), moved = network.apply(state, crops, train=True, mutable=["batch_stats"])
             return jnp.mean(logits[:, 0] ** 2), (logits, moved["batch_stats"])
 
         return jax.grad(loss, has_aux=True)(params)

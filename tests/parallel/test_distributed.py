@@ -294,7 +294,11 @@ class Cluster:
             "srun",
             record + f'while [[ "$1" == --* ]]; do shift; done; "$@" & echo $! >{folder}/task; wait $!',
         )
-        stand_in(self.bin, "scancel", record + f'kill -TERM "$(cat {folder}/task)"')
+        stand_in(
+            self.bin,
+            "scancel",
+            record + f'until [[ -s {folder}/task ]]; do sleep 0.05; done; kill -TERM "$(cat {folder}/task)"',
+        )
         stand_in(self.bin, "scontrol", record)
 
     def submit(self, task: str, notice: signal.Signals | None = None) -> tuple[int, str, list[str]]:

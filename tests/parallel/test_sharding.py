@@ -72,7 +72,8 @@ def test_no_device_holds_262144_prototypes():
     assert set(found) == {"all-reduce"}
     logits = 4 * config.batch_size * 4 * config.head.out_dim  # of all crops, float32
     assert found["all-reduce"]["bytes"] < 0.1 * logits
-    assert state.center.sharding.shard_shape(state.center.shape) == (32_768,)
+    center = state.objectives["dino"]["center"]
+    assert center.sharding.shard_shape(center.shape) == (32_768,)
 
 
 @pytest.mark.parametrize(

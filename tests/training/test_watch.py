@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -19,8 +20,8 @@ def make_config(**changes):
     config.head.out_dim, config.batch_size = 1024, 256
     config.optim.warmup_epochs = 5
     for key, value in changes.items():
-        group, _, name = key.partition("__")
-        config[group][name] = value
+        *groups, name = key.split("__")
+        functools.reduce(lambda tree, group: tree[group], groups, config)[name] = value
     return config
 
 
@@ -111,8 +112,16 @@ def test_a_short_spell_is_not_told():
     ("name", "settings", "remedy"),
     [
         ("uniform collapse", {"teacher__temp": 0.07}, "teacher.temp=0.04 (now 0.07)"),
-        ("uniform collapse", {"loss__center_momentum": 0.999}, "loss.center_momentum=0.9 (now 0.999)"),
-        ("one-prototype collapse", {"loss__center_momentum": 0.99}, "loss.center_momentum=0.9 (now 0.99)"),
+        (
+            "uniform collapse",
+            {"objective__dino__center_momentum": 0.999},
+            "objective.dino.center_momentum=0.9 (now 0.999)",
+        ),
+        (
+            "one-prototype collapse",
+            {"objective__dino__center_momentum": 0.99},
+            "objective.dino.center_momentum=0.9 (now 0.99)",
+        ),
         ("one-prototype collapse", {"teacher__temp": 0.01}, "teacher.temp=0.04 (now 0.01)"),
         ("one-prototype collapse", {}, "larger batch_size (now 256"),
         ("constant output", {}, "teacher.momentum=0.9995 (now 0.996)"),

@@ -47,7 +47,7 @@ def random_weights(name: str, head: bool = False, size=(32, 32), registers: int 
     }
     if not head:
         return Weights(config, trees)
-    return Weights(config, trees, fill(trees), np.asarray(rng.normal(size=16), np.float32))
+    return Weights(config, trees, fill(trees), {"dino": {"center": np.asarray(rng.normal(size=16), np.float32)}})
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,9 @@ def test_whole_networks_come_back_bit_identical(tmp_path, name, options):
     weights = random_weights(name, head=True, size=(24, 40), **options)
     write_pth(tmp_path / "full.pth", official(weights))
     again = importer.read(tmp_path / "full.pth")
-    assert same((again.teacher, again.student, again.center), (weights.teacher, weights.student, weights.center))
+    assert same(
+        (again.teacher, again.student, again.objectives), (weights.teacher, weights.student, weights.objectives)
+    )
     assert again.config.crops.global_size == weights.config.crops.global_size
     for key in ("out_dim", "hidden_dim", "bottleneck_dim", "layers", "use_bn", "norm_last_layer"):
         assert again.config.head[key] == weights.config.head[key]

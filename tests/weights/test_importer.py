@@ -59,9 +59,9 @@ def test_official_checkpoint(official, reference):
         state = {key.removeprefix("module."): value for key, value in official[name].items()}
         del state["head.last_layer.weight_g"]
         assert same(got, network_variables(state))
-    np.testing.assert_array_equal(weights.center, official["dino_loss"]["center"][0])
+    np.testing.assert_array_equal(weights.objectives["dino"]["center"], official["dino_loss"]["center"][0])
     network = build_network(weights.config)
-    logits = network.apply(weights.teacher, [jnp.ones((1, 2, 32, 32, 3))])
+    logits = network.apply(weights.teacher, [jnp.ones((1, 2, 32, 32, 3))]).logits
     assert logits.shape == (1, 2, 32)
 
 
@@ -82,7 +82,9 @@ def test_checkpoint_folder_is_a_whole_training_state(official, reference, tmp_pa
     out = import_weights(reference("official_checkpoint.pth"), tmp_path / "run", heads=3)
     weights = importer.read(reference("official_checkpoint.pth"), heads=3)
     again = open_weights(out, everything=True)
-    assert same((weights.teacher, weights.student, weights.center), (again.teacher, again.student, again.center))
+    assert same(
+        (weights.teacher, weights.student, weights.objectives), (again.teacher, again.student, again.objectives)
+    )
     assert again.config == weights.config
     assert same(open_weights(out).teacher, weights.teacher)
     assert json.loads((out / "config.json").read_text())["model"]["patch_size"] == 8
@@ -288,10 +290,10 @@ def test_no_weights_at_all(tmp_path):
         importer.read(tmp_path)
 
 
-def test_centre_is_checked(official, tmp_path):
+def test_center_is_checked(official, tmp_path):
     content = {key: dict(official[key]) for key in ("teacher", "student")}
     write_pth(tmp_path / "c.pth", {**content, "dino_loss": {"center": np.ones((1, 3), np.float32)}})
-    with pytest.raises(UserError, match="centre"):
+    with pytest.raises(UserError, match=r"dino_loss\.center has 3 values where config\.head asks for 32"):
         importer.read(tmp_path / "c.pth", heads=3)
 
 

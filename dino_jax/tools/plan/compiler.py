@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from dino_jax.errors import UserError
 from dino_jax.parallel import sharding
-from dino_jax.training.step import TrainState, abstract_state, jit_train_step, make_recipe
+from dino_jax.training.step import TrainState, abstract_state, check_batch, jit_train_step, make_recipe
 
 # What libtpu asks for on a machine without TPUs: no look-up of its metadata, no lock, no log.
 TPU_ENVIRONMENT = {
@@ -107,8 +107,8 @@ def abstract_step(config: ConfigDict, devices: Sequence[Any], steps_per_epoch: i
         config = config.copy_and_resolve_references()
         config.run.attention = "plain"
     mesh = sharding.make_mesh(config.run.mesh, devices)
-    sharding.check_batch(config.batch_size, mesh, config.run.accum_steps)
     recipe = make_recipe(config, steps_per_epoch)
+    check_batch(recipe, mesh)
     state = abstract_state(recipe, mesh)
     step: Any = jit_train_step(recipe, mesh)
     groups = ((2, config.crops.global_size), (config.crops.local_count, config.crops.local_size))

@@ -5,9 +5,13 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from dino_jax.models import build_network
+from dino_jax.models.network import Outputs
+from dino_jax.objectives.objective import make_objectives
 
 
 def step_flops(config: ConfigDict, rows: float, model_ways: int = 1) -> float | None:
@@ -26,9 +30,15 @@ def step_flops(config: ConfigDict, rows: float, model_ways: int = 1) -> float | 
     patches, blocks = (2 * whole + crops.local_count * part for whole, part in zip(globals_, locals_, strict=True))
     count = 2 + crops.local_count
     crop_head = _head(head, backbone.embed_dim, model_ways)
-    loss = 2 * 2 * count * head.out_dim / model_ways  # each crop against both targets
+    at_once = rows / config.run.accum_steps
+
+    def shaped(width: float) -> Any:
+        return jax.ShapeDtypeStruct((at_once, count, width), jnp.float32)
+
+    outputs = Outputs(cls=shaped(backbone.embed_dim), logits=shaped(head.out_dim / model_ways))
+    objectives = sum(term.flops(outputs) for term in make_objectives(config)) / at_once
     recomputed = blocks if config.run.remat == "blocks" else 0
-    student = 2 * patches + 3 * (blocks + crop_head * count) + 2 * loss + recomputed
+    student = 2 * patches + 3 * (blocks + crop_head * count) + objectives + recomputed
     teacher = 2 * sum(globals_) + 2 * crop_head
     return rows * (student + teacher)
 

@@ -6,11 +6,12 @@ import numpy as np
 import optax
 import pytest
 
+from dino_jax.config import default
 from dino_jax.data.sources import open_source
 from dino_jax.errors import UserError
 from dino_jax.eval.protocols import finetune
 from dino_jax.inference.model import Model
-from dino_jax.models import XCiT
+from dino_jax.models import build_backbone
 from dino_jax.parallel.sharding import make_mesh
 
 
@@ -31,8 +32,11 @@ def flat(tree):
 @pytest.fixture(scope="module")
 def xcit():
     """An XCiT of two blocks and two of class attention, width 16, patch 8."""
-    backbone = XCiT(embed_dim=16, depth=2, heads=2, eta=1.0, patch_size=8)
-    return Model(backbone, jax.jit(backbone.init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3))))
+    config = default()
+    config.model.update({"name": "xcit_small_12", "embed_dim": 16, "depth": 2, "heads": 2, "patch_size": 8})
+    config.crops.global_size = (16, 16)
+    backbone = build_backbone(config.model, config.crops.global_size)
+    return Model(config, jax.jit(backbone.init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3))))
 
 
 def test_protocol_trains_and_resumes_to_the_same_end(vit, class_folders, tmp_path, monkeypatch):

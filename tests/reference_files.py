@@ -11,6 +11,7 @@ OWN = pathlib.Path(__file__).parent / "reference"  # the repository's copy
 FILES = (
     "attention_threshold.npz",
     "copy_detection.npz",
+    "family/koleo.npz",
     "head.npz",
     "knn.npz",
     "label_propagation.npz",

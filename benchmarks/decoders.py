@@ -1,4 +1,4 @@
-"""JPEG decoders on generated 500 x 375 pictures at quality 90: milliseconds of CPU time a picture, one thread.
+"""JPEG decoders on generated 500 x 375 images at quality 90: milliseconds of CPU time an image, one thread.
 
     python benchmarks/decoders.py [--repeats=5]
 
@@ -29,18 +29,18 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     repeats = parser.parse_args().repeats
     source = JpegSource(16)
-    pictures = [source[i].image for i in range(16)]
+    images = [source[i].image for i in range(16)]
     decoders = available()
     best = dict.fromkeys(decoders, float("inf"))
     for _ in range(repeats):  # in turns, since a shared machine's speed drifts
         for name, decode in decoders.items():
             begin = time.process_time()
-            for data in pictures:
+            for data in images:
                 decode(data)
-            best[name] = min(best[name], 1e3 * (time.process_time() - begin) / len(pictures))
-    exact = [decoders["pil"](data) for data in pictures]
+            best[name] = min(best[name], 1e3 * (time.process_time() - begin) / len(images))
+    exact = [decoders["pil"](data) for data in images]
     different = {
-        name: float(np.mean([(decode(data) != pixels).mean() for data, pixels in zip(pictures, exact, strict=True)]))
+        name: float(np.mean([(decode(data) != pixels).mean() for data, pixels in zip(images, exact, strict=True)]))
         for name, decode in decoders.items()
     }
     print(json.dumps({name: {"ms": round(best[name], 3), "different": round(different[name], 4)} for name in decoders}))

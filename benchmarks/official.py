@@ -5,7 +5,7 @@
         [--types=float16,bfloat16] [--config.KEY=VALUE ...]
 
 The official side is its own `train_one_epoch`, unchanged, over batches that lie on the GPU already: forward passes of
-both networks under autocast, loss and centre, backward pass, clipping, AdamW, teacher. Ours is the jitted step that
+both networks under autocast, loss and center, backward pass, clipping, AdamW, teacher. Ours is the jitted step that
 `dino-jax train` runs, in bfloat16, over the same sizes of crops. Neither includes input. Needs torch, torchvision and
 JAX, all with CUDA or all without: on a CPU, with `--types=float32,float32`, the official calls of `.cuda()` do nothing.
 Prints a line for each run and, last, one JSON object; `ratio` is ours over theirs.

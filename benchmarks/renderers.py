@@ -3,8 +3,8 @@
     python benchmarks/renderers.py [--config=configs/quickstart.py] [--seeds=3] [--workdir=runs/renderers]
         [--config.KEY=VALUE ...]
 
-Trains once for each seed and renderer and prints a line for each run, then one JSON object: k-NN top-1 (20 neighbours,
-`scenes`: 2,400 and 1,200 pictures) of each run, mean and standard deviation for each renderer, and the mean over the
+Trains once for each seed and renderer and prints a line for each run, then one JSON object: k-NN top-1 (20 neighbors,
+`scenes`: 2,400 and 1,200 images) of each run, mean and standard deviation for each renderer, and the mean over the
 seeds of the difference with its standard error. Runs that are finished in --workdir are not trained again, and
 interrupted ones go on.
 """
@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from dino_jax import config_io
 from dino_jax.data.pipeline import steps_per_epoch
-from dino_jax.data.scenes import Scenes
+from dino_jax.data.scenes_source import Scenes
 from dino_jax.data.sources import Source, open_source
 from dino_jax.tools.quickstart import BANK, QUERIES, SIZE, in_memory, knn
 from dino_jax.training import online
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--config", default="configs/quickstart.py")
     parser.add_argument("--seeds", type=int, default=3, help="how many")
     parser.add_argument("--workdir", default="runs/renderers", type=pathlib.Path)
-    parser.add_argument("--bank", type=int, default=BANK, help="pictures among which neighbours are looked for")
+    parser.add_argument("--bank", type=int, default=BANK, help="images among which neighbors are looked for")
     parser.add_argument("--queries", type=int, default=QUERIES)
     args, overrides = parser.parse_known_args()
     config = config_io.load(args.config, overrides)

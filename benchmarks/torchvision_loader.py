@@ -3,7 +3,7 @@
     python benchmarks/torchvision_loader.py [--source=SPEC] [--seconds=10] [--config.KEY=VALUE ...]
 
 Needs torch and torchvision. The loader is a `DataLoader` in this process whose transform is the recipe of
-`config.crops` in torchvision's operations on PIL pictures, as PyTorch codes of DINO have it. Prints one JSON object.
+`config.crops` in torchvision's operations on PIL images, as PyTorch codes of DINO have it. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dino_jax.tools.bench import JpegSource, bench_input
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--source", help="of encoded pictures, as for data.train; default: generated 500 x 375 JPEGs")
+    parser.add_argument("--source", help="of encoded images, as for data.train; default: generated 500 x 375 JPEGs")
     parser.add_argument("--seconds", type=float, default=10.0, help="for each measurement")
     args, overrides = parser.parse_known_args()
     config = config_io.override(default(), ["--config.batch_size=64", *overrides])
@@ -41,7 +41,7 @@ def main() -> None:
 
 
 class Crops:
-    """A map-style dataset: all crops of each picture of a source, as normalised tensors."""
+    """A map-style dataset: all crops of each image of a source, as normalized tensors."""
 
     def __init__(self, source: Source, config: ConfigDict):
         self.source = source
@@ -52,9 +52,9 @@ class Crops:
 
     def __getitem__(self, index: int) -> list[Any]:
         image = self.source[index].image
-        picture = Image.open(io.BytesIO(image)) if isinstance(image, bytes) else Image.fromarray(image)
-        picture = picture.convert("RGB")
-        return [transform(picture) for transform in self.transforms]
+        pil_image = Image.open(io.BytesIO(image)) if isinstance(image, bytes) else Image.fromarray(image)
+        pil_image = pil_image.convert("RGB")
+        return [transform(pil_image) for transform in self.transforms]
 
 
 def crop_transform(config: ConfigDict, kind: int) -> Callable[[Image.Image], Any]:
@@ -64,15 +64,15 @@ def crop_transform(config: ConfigDict, kind: int) -> Callable[[Image.Image], Any
     crops = config.crops
     size, scale = (crops.local_size, crops.local_scale) if kind == 2 else (crops.global_size, crops.global_scale)
     bicubic = transforms.InterpolationMode.BICUBIC
-    colours = transforms.ColorJitter(crops.brightness, crops.contrast, crops.saturation, crops.hue)
+    colors = transforms.ColorJitter(crops.brightness, crops.contrast, crops.saturation, crops.hue)
 
-    def blur(picture: Image.Image) -> Image.Image:
-        return picture.filter(ImageFilter.GaussianBlur(random.uniform(*crops.blur_radius)))
+    def blur(pil_image: Image.Image) -> Image.Image:
+        return pil_image.filter(ImageFilter.GaussianBlur(random.uniform(*crops.blur_radius)))
 
     steps: list[Any] = [
         transforms.RandomResizedCrop(tuple(size), tuple(scale), tuple(crops.ratio), interpolation=bicubic),
         transforms.RandomHorizontalFlip(crops.flip_prob),
-        transforms.RandomApply([colours], crops.jitter_prob),
+        transforms.RandomApply([colors], crops.jitter_prob),
         transforms.RandomGrayscale(crops.gray_prob),
         transforms.RandomApply([transforms.Lambda(blur)], crops.blur_prob[kind]),
         transforms.RandomSolarize(crops.solarize_threshold, crops.solarize_prob[kind]),
@@ -83,7 +83,7 @@ def crop_transform(config: ConfigDict, kind: int) -> Callable[[Image.Image], Any
 
 
 def loader_rate(source: Source, config: ConfigDict, seconds: float) -> float:
-    """Pictures per second of CPU time."""
+    """Images per second of CPU time."""
     import torch
 
     torch.set_num_threads(1)

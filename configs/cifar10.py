@@ -4,7 +4,7 @@
         --config.data.train=DIR/cifar10_train.npz --config.eval.knn_train=DIR/cifar10_train.npz \\
         --config.eval.knn_test=DIR/cifar10_test.npz
 
-Pictures of 32 pixels hold little for a crop of 5% of their area, and blur of two pixels erases them: hence larger local
+Images of 32 pixels hold little for a crop of 5% of their area, and blur of two pixels erases them: hence larger local
 crops and less blur. Small batch: slower teacher and fewer prototypes. Cost and result: docs/benchmarks.md.
 """
 

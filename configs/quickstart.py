@@ -1,6 +1,6 @@
 """A small ViT on the embedded `scenes`, in minutes on a laptop's CPU: what `launch/quickstart.sh` trains.
 
-Colours say nothing about the classes of `scenes`, so they are jittered away. A batch of 32 and some hundred steps are
+Colors say nothing about the classes of `scenes`, so they are jittered away. A batch of 32 and some hundred steps are
 far from the paper's regime: batch norm in the head with fixed prototypes and a sharp teacher keep so young a run from
 the uniform collapse. At a width of 64, linear layers of the official deviation 0.02 shrink what they are given to a
 sixth, so that such a network hardly sees its input and learns little: `model.init_std` is what mattered most for k-NN.

@@ -2,7 +2,7 @@
 
     dino-jax train --config=resnet50 --config.data.train=/data/imagenet/train --workdir=gs://bucket/rn50
 
-From the README: the optimiser, its learning rate 0.03, the weight decay and the crops' scales. All else is the official
+From the README: the optimizer, its learning rate 0.03, the weight decay and the crops' scales. All else is the official
 code's default; batch norm's statistics are those of the whole batch, as there. Not run by this project.
 """
 

@@ -58,7 +58,7 @@ def resolve(interpreter: str) -> tuple[str, dict[str, str]]:
 
 
 def report(python: str, folder: str, arguments: list[str]) -> dict[str, str]:
-    """What pip would install for these arguments: normalised name -> public version."""
+    """What pip would install for these arguments: normalized name -> public version."""
     path = pathlib.Path(folder, "report.json")
     lazy = ["--dry-run", "--use-feature=fast-deps"]  # reads the metadata of wheels, not gigabytes of them
     command = [python, "-m", "pip", "install", "-q", *lazy, "--ignore-installed", "--report", str(path)]

@@ -19,7 +19,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def classes(tmp_path_factory):
-    """Class folders `train` and `val` of small noisy pictures."""
+    """Class folders `train` and `val` of small noisy images."""
     rng = np.random.default_rng(0)
     root = tmp_path_factory.mktemp("data")
     for split, count in (("train", 16), ("val", 4)):

@@ -19,6 +19,7 @@ from dino_jax.eval import propagation, ranking
 from dino_jax.eval.protocols import knn, voc
 from dino_jax.models import resize_pos_embed
 from dino_jax.objectives.dino import dino_loss, teacher_log_probs, update_center
+from dino_jax.objectives.koleo import koleo
 from dino_jax.training.schedules import cosine
 from dino_jax.training.step import make_recipe, state_from_student, train_step
 from dino_jax.weights import importer
@@ -32,6 +33,15 @@ TRAJECTORIES = ("trajectory_adamw.npz", "trajectory_sgd.npz", "trajectory_lars.n
 def reference():
     """`reference(name)`: the path of a reference file in `$DINO_REFERENCE` if that is set."""
     return reference_files.chosen
+
+
+def test_koleo(load_reference, x64):
+    data = load_reference("family/koleo.npz")
+    for case in {key.partition("/")[0] for key in data}:
+        loss, grad = jax.value_and_grad(koleo)(data[f"{case}/in"])
+        np.testing.assert_allclose(loss, data[f"{case}/loss"], rtol=1e-8, err_msg=case)
+        largest = np.abs(data[f"{case}/grad"]).max()  # gradients reach 1e7
+        np.testing.assert_allclose(grad, data[f"{case}/grad"], rtol=0, atol=1e-6 * largest, err_msg=case)
 
 
 def test_schedules(load_reference, x64):

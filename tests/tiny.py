@@ -8,7 +8,7 @@ from dino_jax.config import ConfigDict, default
 
 
 def tiny_config(**model) -> ConfigDict:
-    """Depth 2, width 32, 16 pictures of `scenes` a step, 4 steps an epoch, 3 epochs."""
+    """Depth 2, width 32, 16 images of `scenes` a step, 4 steps an epoch, 3 epochs."""
     config = default()
     config.epochs, config.batch_size = 3, 16
     config.data.train = "scenes:train?size=64&image_size=32"

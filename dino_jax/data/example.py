@@ -1,8 +1,9 @@
-"""The one record that every source yields."""
+"""The records of sources: `Example`, which each yields, and `Kind`, by which `sources.open_source` finds it."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,3 +17,10 @@ class Example(NamedTuple):
     image: bytes | np.ndarray
     label: int
     name: str
+
+
+class Kind(NamedTuple):
+    """A kind of source. A module `data/*_source.py` lists its own by prefix: `KINDS = {"list": Kind(ListSource)}`."""
+
+    open: Callable[..., Any]  # (what follows the prefix, **options as strings) -> sources.Source
+    options: tuple[str, ...] = ()  # what may follow "?"

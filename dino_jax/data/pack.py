@@ -16,12 +16,12 @@ from typing import Any
 
 from etils import epath
 
-from dino_jax.data.packed import FORMAT, MANIFEST, VERSION, read_manifest
+from dino_jax.data.arrayrecord_source import FORMAT, MANIFEST, VERSION, read_manifest
 from dino_jax.data.shards import Shards, Summary, begin_worker, intact, make_in_worker, merged
 from dino_jax.data.sources import open_source
+from dino_jax.data.storage import write_atomically
 from dino_jax.errors import UserError
 from dino_jax.progress import Progress
-from dino_jax.storage import write_atomically
 
 UNFINISHED = "packing.json"
 SHARD_SIZE = 1000  # images: about 110 MB of ImageNet

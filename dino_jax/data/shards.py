@@ -19,12 +19,12 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
+from dino_jax.data.arrayrecord_source import WRITER_OPTIONS, encode_record
 from dino_jax.data.decode import BadImage, decode, resize
 from dino_jax.data.example import Example
-from dino_jax.data.packed import WRITER_OPTIONS, encode_record
 from dino_jax.data.sources import Source
+from dino_jax.data.storage import is_remote, new_file, write_atomically
 from dino_jax.errors import UserError
-from dino_jax.storage import is_remote, new_file, write_atomically
 
 JPEG_QUALITY = 95  # of JPEGs that were shrunk
 

@@ -10,28 +10,29 @@
     tfds:NAME[/CONFIG][:VERSION]:SPLIT[?data_dir=DIR&image=KEY&label=KEY]       TensorFlow Datasets, array_record format
     hf:NAME:SPLIT[?config=NAME&image=KEY&label=KEY]   Hugging Face `datasets`, or a folder written by save_to_disk
 
-A bare path is auto-detected among the path kinds. Paths may be remote (`gs://`, `s3://`: etils.epath). A source is
-picklable, and cheap to pickle: worker processes get copies.
+Each kind is in a module `data/*_source.py`. A bare path is auto-detected among the path kinds. Paths may be remote
+(`gs://`, `s3://`: etils.epath). A source is picklable, and cheap to pickle: worker processes get copies.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import importlib
 import os
+import pkgutil
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Protocol
 from urllib.parse import parse_qsl
 
 import numpy as np
 from etils import epath
 
-from dino_jax.data.arrays import open_arrays
+from dino_jax import data
+from dino_jax.data.arrayrecord_source import MANIFEST
 from dino_jax.data.decode import BadImage
-from dino_jax.data.example import Example
-from dino_jax.data.folders import FolderSource, ListSource
-from dino_jax.data.packed import MANIFEST, PackedSource
-from dino_jax.data.tars import TarSource
+from dino_jax.data.example import Example, Kind
 from dino_jax.errors import UserError, did_you_mean
 
 
@@ -50,17 +51,27 @@ class Source(Protocol):
 
 def open_source(spec: str) -> Source:
     """Opens the data set that `spec` names (grammar above). Raises `UserError` with the fix."""
-    kind, rest, options = split_spec(spec)
-    opener, allowed = KINDS[kind]
+    prefix, rest, options = split_spec(spec)
+    kind = kinds()[prefix]
     for key in options:
-        if key not in allowed:
-            raise UserError(f"{spec}: {_unknown('option', key, allowed)}")
+        if key not in kind.options:
+            raise UserError(f"{spec}: {_unknown('option', key, kind.options)}")
     if not rest:
-        raise UserError(f"{spec}: nothing after '{kind}:'")
-    source = opener(rest, **options)
+        raise UserError(f"{spec}: nothing after '{prefix}:'")
+    source: Source = kind.open(rest, **options)
     if not len(source):
         raise UserError(f"{spec}: the data set is empty")
     return source
+
+
+@functools.cache
+def kinds() -> dict[str, Kind]:
+    """Every kind of source by its prefix: the `KINDS` of the modules `data/*_source.py`."""
+    found: dict[str, Kind] = {}
+    for module in pkgutil.iter_modules(data.__path__):
+        if module.name.endswith("_source"):
+            found |= importlib.import_module(f"{data.__name__}.{module.name}").KINDS
+    return found
 
 
 def fingerprint(source: Source, count: int = 16) -> str:
@@ -82,8 +93,8 @@ def split_spec(spec: str) -> tuple[str, str, dict[str, str]]:
     if match is None or os.path.exists(spec):
         return detect(spec), spec, {}
     kind, rest = match.groups()
-    if kind not in KINDS:
-        raise UserError(f"{spec}: {_unknown('kind of source', kind, KINDS)}")
+    if kind not in kinds():
+        raise UserError(f"{spec}: {_unknown('kind of source', kind, kinds())}")
     rest, _, query = rest.partition("?")
     try:
         return kind, rest, dict(parse_qsl(query, keep_blank_values=True, strict_parsing=True) if query else ())
@@ -97,7 +108,7 @@ def detect(path: str) -> str:
     if here.is_dir():
         return "arrayrecord" if (here / MANIFEST).exists() else "folder"
     if not here.exists():
-        raise UserError(f"{path}: no such file or folder (a source is a path or one of {', '.join(KINDS)} and ':')")
+        raise UserError(f"{path}: no such file or folder (a source is a path or one of {', '.join(kinds())} and ':')")
     if here.suffix in (".npz", ".npy"):
         return "arrays"
     if here.suffix == ".tar":
@@ -110,38 +121,3 @@ def detect(path: str) -> str:
 def _unknown(what: str, name: str, known: Iterable[str]) -> str:
     names = sorted(known)
     return f"unknown {what} {name!r} (known: {', '.join(names) or 'none'}){did_you_mean(name, names)}"
-
-
-def _open_scenes(split: str, **options: str) -> Source:
-    from dino_jax.data.scenes import Scenes
-
-    numbers = {}
-    for key, value in options.items():
-        if not re.fullmatch(r"\d+", value):
-            raise UserError(f"scenes: {key} must be a whole number, not {value!r}")
-        numbers[key] = int(value)
-    return Scenes(split, **numbers)
-
-
-def _open_tfds(name: str, **options: str) -> Source:
-    from dino_jax.data.external import TfdsSource
-
-    return TfdsSource(name, **options)
-
-
-def _open_hf(name: str, **options: str) -> Source:
-    from dino_jax.data.external import HfSource
-
-    return HfSource(name, **options)
-
-
-KINDS: dict[str, tuple[Callable[..., Source], tuple[str, ...]]] = {
-    "folder": (FolderSource, ()),
-    "list": (ListSource, ()),
-    "arrays": (open_arrays, ()),
-    "scenes": (_open_scenes, ("size", "seed", "image_size")),
-    "arrayrecord": (PackedSource, ()),
-    "tar": (TarSource, ()),
-    "tfds": (_open_tfds, ("data_dir", "image", "label")),
-    "hf": (_open_hf, ("config", "image", "label")),
-}

@@ -16,23 +16,23 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 Operation = Callable[[Image.Image, float, float, Image.Resampling], Image.Image]
-GRAY = (124, 116, 104)  # what comes in from outside of a picture: ImageNet's mean
-TRIES = 10  # boxes drawn before a picture is left unerased
+GRAY = (124, 116, 104)  # what comes in from outside of an image: ImageNet's mean
+TRIES = 10  # boxes drawn before an image is left unerased
 
 
-def _affine(picture: Image.Image, matrix: tuple[float, ...], how: Image.Resampling) -> Image.Image:
-    return picture.transform(picture.size, Image.Transform.AFFINE, matrix, how, fillcolor=GRAY)
+def _affine(image: Image.Image, matrix: tuple[float, ...], how: Image.Resampling) -> Image.Image:
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, how, fillcolor=GRAY)
 
 
-def _add_below_128(picture: Image.Image, amount: int) -> Image.Image:
-    return picture.point([min(255, v + amount) if v < 128 else v for v in range(256)] * len(picture.getbands()))
+def _add_below_128(image: Image.Image, amount: int) -> Image.Image:
+    return image.point([min(255, v + amount) if v < 128 else v for v in range(256)] * len(image.getbands()))
 
 
 def _enhance(kind: Callable[[Image.Image], ImageEnhance._Enhance]) -> Operation:
     return lambda p, share, sign, how: kind(p).enhance(max(0.1, 1 + 0.9 * share * sign))
 
 
-# Each takes the picture, the strength in 0..1, a random sign and the resampling; a higher strength changes more.
+# Each takes the image, the strength in 0..1, a random sign and the resampling; a higher strength changes more.
 OPERATIONS: dict[str, Operation] = {
     "autocontrast": lambda p, share, sign, how: ImageOps.autocontrast(p),
     "equalize": lambda p, share, sign, how: ImageOps.equalize(p),
@@ -57,23 +57,23 @@ def rand_augment(
 ) -> np.ndarray:
     """`count` random operations, each applied with probability 0.5, of strength N(magnitude, spread) out of 10.
 
-    uint8 [H, W, 3] to the same; pictures of other channels come back as they are.
+    uint8 [H, W, 3] to the same; images of other channels come back as they are.
     """
     if pixels.shape[-1] != 3:
         return pixels
-    picture = Image.fromarray(pixels)
+    image = Image.fromarray(pixels)
     for name in rng.choice(list(OPERATIONS), count):
         applied, sign = rng.random() < 0.5, 1.0 if rng.random() < 0.5 else -1.0
         share = float(np.clip(rng.normal(magnitude, spread), 0, 10)) / 10
         how = Image.Resampling.BILINEAR if rng.random() < 0.5 else Image.Resampling.BICUBIC
         if applied:
-            picture = OPERATIONS[name](picture, share, sign, how)
-    return np.asarray(picture)
+            image = OPERATIONS[name](image, share, sign, how)
+    return np.asarray(image)
 
 
 class Mix(NamedTuple):
-    """How a batch is mixed with its reverse: `share` of a picture that is its own; inside `box` (top, left, bottom,
-    right) CutMix takes the other picture; an empty box with `blend` below 1 is mixup."""
+    """How a batch is mixed with its reverse: `share` of an image that is its own; inside `box` (top, left, bottom,
+    right) CutMix takes the other image; an empty box with `blend` below 1 is mixup."""
 
     share: np.float32
     blend: np.float32
@@ -97,7 +97,7 @@ def draw_mix(rng: np.random.Generator, height: int, width: int, mixup: float, cu
 
 
 def mix_batch(images: jax.Array, targets: jax.Array, valid: jax.Array, mix: Mix) -> tuple[jax.Array, jax.Array]:
-    """Pictures [B, h, w, C] and targets [B, K] mixed with the reverse batch, save rows whose partner is not valid."""
+    """Images [B, h, w, C] and targets [B, K] mixed with the reverse batch, save rows whose partner is not valid."""
     partner, pairs = images[::-1], valid[::-1]
     rows, columns = jnp.arange(images.shape[1])[:, None], jnp.arange(images.shape[2])[None]
     inside = (rows >= mix.box[0]) & (rows < mix.box[2]) & (columns >= mix.box[1]) & (columns < mix.box[3])  # [h, w]
@@ -113,7 +113,7 @@ def smoothed(labels: jax.Array, classes: int, smoothing: float) -> jax.Array:
 
 
 def erase(key: jax.Array, images: jax.Array, probability: float) -> jax.Array:
-    """Random erasing of normalised pictures [B, h, w, C]: a box of 2 to 33% of the area becomes normal noise."""
+    """Random erasing of normalized images [B, h, w, C]: a box of 2 to 33% of the area becomes normal noise."""
     batch, height, width, _ = images.shape
     keys = jax.random.split(key, 5)
     area = jax.random.uniform(keys[0], (batch, TRIES), minval=0.02, maxval=1 / 3) * height * width

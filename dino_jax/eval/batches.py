@@ -1,4 +1,4 @@
-"""What the protocols that train something share: shuffled batches of augmented pictures, and test batches, on a mesh.
+"""What the protocols that train something share: shuffled batches of augmented images, and test batches, on a mesh.
 
 Every draw is a function of (seed, epoch, place in the data set), so a resumed run sees what an uninterrupted one does,
 and the number of devices or threads changes nothing.
@@ -67,8 +67,8 @@ def train_batches(
 ) -> Iterator[dict[str, jax.Array]]:
     """One epoch, shuffled: `image` uint8 [B, h, w, C], `label` int32 [B], `valid` bool [B] over the mesh.
 
-    The last batch is filled up with rows that are not valid, as are unreadable pictures. With `repeats` an epoch holds
-    every picture of a share 1 / repeats that many times, each time augmented anew (Hoffer et al. 2020).
+    The last batch is filled up with rows that are not valid, as are unreadable images. With `repeats` an epoch holds
+    every image of a share 1 / repeats that many times, each time augmented anew (Hoffer et al. 2020).
     """
     size = rounded(batch_size, mesh)
     mine = process_rows(size, mesh)
@@ -85,9 +85,9 @@ def train_batches(
             return augment(decode(image, channels), np.random.default_rng((seed, epoch, place, row))), label
         except BadImage as error:
             bad.append(row)
-            _log.warning("picture %d is left out: %s", row, error)
+            _log.warning("image %d is left out: %s", row, error)
             if len(bad) > max(1, MAX_BAD_SHARE * len(source)):
-                raise UserError(f"{len(bad)} training pictures cannot be read, last number {row}: {error}") from None
+                raise UserError(f"{len(bad)} training images cannot be read, last number {row}: {error}") from None
             return None, -1
 
     def rows() -> Iterator[tuple[int, int] | None]:
@@ -110,7 +110,7 @@ def train_batches(
 
 
 def test_batches(source: Source, config: Any, mesh: Mesh, channels: int) -> Iterator[dict[str, jax.Array]]:
-    """All pictures in the eval view of `config`: `image`, `label`, `valid` over the mesh."""
+    """All images in the eval view of `config`: `image`, `label`, `valid` over the mesh."""
     size = rounded(config.batch_size, mesh)
     batches = make_eval_dataset(
         source,
@@ -121,7 +121,7 @@ def test_batches(source: Source, config: Any, mesh: Mesh, channels: int) -> Iter
         channels=channels,
         threads=config.threads,
     )
-    for batch in counted(batches, "test pictures", len(source)):
+    for batch in counted(batches, "test images", len(source)):
         yield to_devices({key: batch[key] for key in ("image", "label", "valid")}, mesh, size)
 
 

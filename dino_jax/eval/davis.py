@@ -1,7 +1,7 @@
 """The two DAVIS 2017 measures of video object segmentation (Perazzi et al. 2016; Pont-Tuset et al. 2017).
 
 J, the region similarity, is intersection over union. F, the boundary accuracy, is the harmonic mean of the precision
-and recall of boundary pixels, where a pixel matches within a disk of 0.8% of the picture's diagonal. Each is reported
+and recall of boundary pixels, where a pixel matches within a disk of 0.8% of the image's diagonal. Each is reported
 as its mean over frames, its recall (share of frames above 0.5) and its decay (first quarter less last quarter), then
 averaged over all objects of all videos. As in the official semi-supervised track the first and the last frame do not
 count, and void pixels (255) count as background.
@@ -50,7 +50,7 @@ def boundary(
 
 
 def contour(mask: Bool[np.ndarray, "h w"]) -> Bool[np.ndarray, "h w"]:
-    """Boundary pixels of a boolean mask [h, w]: those that differ from the neighbour right, below, or right below.
+    """Boundary pixels of a boolean mask [h, w]: those that differ from the neighbor right, below, or right below.
 
     The last row and column compare along themselves, so boundaries lie half a pixel towards the origin.
     """

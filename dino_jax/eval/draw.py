@@ -1,4 +1,4 @@
-"""Pictures of what a protocol did: rows of tiles in one PNG."""
+"""Images of what a protocol did: rows of tiles in one PNG."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
+from dino_jax.data.storage import write_atomically
 from dino_jax.eval.images import resize
-from dino_jax.storage import write_atomically
 
 GREEN, RED, GRAY, ORANGE = (60, 180, 75), (230, 50, 40), (150, 150, 150), (245, 160, 30)
-SHOWN = 6  # rows of a picture
+SHOWN = 6  # rows of an image
 
 
 def tile(pixels: np.ndarray, side: int, frame: Sequence[int] | None = None) -> np.ndarray:
-    """A picture uint8 [H, W, C] in a square uint8 [side, side, 3] on white, `frame` as a coloured border."""
+    """An image uint8 [H, W, C] in a square uint8 [side, side, 3] on white, `frame` as a colored border."""
     pixels = pixels[..., :3] if pixels.shape[-1] >= 3 else np.repeat(pixels[..., :1], 3, axis=-1)
     border = 0 if frame is None else max(2, side // 24)
     inner = side - 2 * border
@@ -31,21 +31,21 @@ def tile(pixels: np.ndarray, side: int, frame: Sequence[int] | None = None) -> n
     return canvas
 
 
-def tinted(pixels: np.ndarray, labels: np.ndarray, colours: np.ndarray) -> np.ndarray:
-    """A picture uint8 [H, W, C] with its labels [H, W] over it: 0 stays as it is, others take half of their colour."""
+def tinted(pixels: np.ndarray, labels: np.ndarray, colors: np.ndarray) -> np.ndarray:
+    """An image uint8 [H, W, C] with its labels [H, W] over it: 0 stays as it is, others take half of their color."""
     pixels = pixels[..., :3] if pixels.shape[-1] >= 3 else np.repeat(pixels[..., :1], 3, axis=-1)
-    mixed = pixels // 2 + colours[labels] // 2
+    mixed = pixels // 2 + colors[labels] // 2
     return np.where((labels > 0)[..., None], mixed, pixels).astype(np.uint8)
 
 
 def palette() -> np.ndarray:
-    """The colours of VOC's and DAVIS's labels, uint8 [256, 3]: the bits of the number spread over red, green, blue."""
+    """The colors of VOC's and DAVIS's labels, uint8 [256, 3]: the bits of the number spread over red, green, blue."""
     numbers = np.arange(256)
-    colours = np.zeros((256, 3), np.uint8)
+    colors = np.zeros((256, 3), np.uint8)
     for bit in range(8):
         for channel in range(3):
-            colours[:, channel] |= ((numbers >> (3 * bit + channel) & 1) << (7 - bit)).astype(np.uint8)
-    return colours
+            colors[:, channel] |= ((numbers >> (3 * bit + channel) & 1) << (7 - bit)).astype(np.uint8)
+    return colors
 
 
 def save_rows(path: epath.PathLike, rows: Sequence[Sequence[np.ndarray]], gap: int = 4) -> None:

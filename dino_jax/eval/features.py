@@ -1,7 +1,7 @@
-"""Features of a model: run over pictures, jitted, batched and spread over the devices.
+"""Features of a model: run over images, jitted, batched and spread over the devices.
 
 Every protocol builds on what is here: `run`, which maps a view of the backbone (`Cls`, `Pooled`, ...) over batches of
-pictures; `extract`, which collects the features and labels of a data set; and
+images; `extract`, which collects the features and labels of a data set; and
 `dataset_features`, which also opens the data set and keeps the features for the next protocol.
 
 Legend: B batch, N tokens, D width, H heads, n blocks.
@@ -35,7 +35,7 @@ from dino_jax.progress import Progress
 
 Batch = dict[str, Any]
 View = Callable[[Backbone, jax.Array], Any]
-MAX_BAD_SHARE = 0.01  # unreadable pictures beyond this share of a data set are an error
+MAX_BAD_SHARE = 0.01  # unreadable images beyond this share of a data set are an error
 
 _log = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ def linear_input(pooled: dict[str, jax.Array], n: int, avgpool: bool) -> jax.Arr
 def run(
     model: Model, view: View, batches: Iterable[Batch], *, devices: Sequence[jax.Device] | None = None
 ) -> Iterator[tuple[Any, Batch]]:
-    """Yields (view(backbone, normalised images), batch) for each batch, in order, as NumPy arrays.
+    """Yields (view(backbone, normalized images), batch) for each batch, in order, as NumPy arrays.
 
     `batch["image"]` is [B, h, w, C], uint8 or float of the same range. Batches are filled up to the devices and to the
     largest one before (the filling never comes back), and the next one is under way while the last is being copied.
@@ -157,16 +157,16 @@ def extract(
     devices: Sequence[jax.Device] | None = None,
     progress: Callable[[int], Any] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Features [N, D] float32 and labels [N] int64 of all readable pictures, ordered by `index`.
+    """Features [N, D] float32 and labels [N] int64 of all readable images, ordered by `index`.
 
     Args:
       batches: this process's share, as `data.pipeline.make_eval_dataset` gives it: `image` uint8 [B, h, w, C], `label`
         and `index` int [B], `valid` bool [B]. Every process gets the features of all shares.
       view: what to take from the backbone.
-      progress: called after each batch with the number of pictures that this process has done.
+      progress: called after each batch with the number of images that this process has done.
 
     Raises:
-      UserError: no picture could be read.
+      UserError: no image could be read.
     """
     rows: list[tuple[np.ndarray, ...]] = []
     for output, batch in run(model, view, batches, devices=devices):
@@ -175,13 +175,13 @@ def extract(
         if progress is not None:
             progress(sum(len(index) for _, _, index in rows))
     if not rows:
-        raise UserError("the data set holds no pictures: check --data")
+        raise UserError("the data set holds no images: check --data")
     features, labels, index = (np.concatenate(column) for column in zip(*rows, strict=True))
     if jax.process_count() > 1:
         features, labels, index = _gather(features, labels, index)
     if not len(index):
-        raise UserError("none of the pictures can be read: check --data")
-    order = np.unique(index, return_index=True)[1]  # a picture that several processes ran counts once
+        raise UserError("none of the images can be read: check --data")
+    order = np.unique(index, return_index=True)[1]  # an image that several processes ran counts once
     return features[order], labels[order].astype(np.int64)
 
 
@@ -238,7 +238,7 @@ def source_features(
 
 
 def counted(batches: Iterable[Batch], spec: str, total: int) -> Iterator[Batch]:
-    """The batches; unreadable pictures are logged by name and left out, too many are an error."""
+    """The batches; unreadable images are logged by name and left out, too many are an error."""
     bad: list[tuple] = []
     for batch in batches:
         for entry in batch["bad"]:
@@ -247,7 +247,7 @@ def counted(batches: Iterable[Batch], spec: str, total: int) -> Iterator[Batch]:
         if len(bad) > MAX_BAD_SHARE * total:
             _, name, reason = bad[0]
             raise UserError(
-                f"{spec}: {len(bad)} of {total} pictures cannot be read, first {name} ({reason}): mend or remove them"
+                f"{spec}: {len(bad)} of {total} images cannot be read, first {name} ({reason}): fix or remove them"
             )
         yield batch
 

@@ -46,7 +46,7 @@ def read_gnd(path: epath.PathLike) -> dict[str, Any]:
             raise UserError(f"{path}: a query lacks easy, hard or junk: take the *revisited* annotations")
         entry.update({key: np.asarray(entry[key], np.int64) for key in ("easy", "hard", "junk")})
         if any((rows < 0).any() or (rows >= len(content["imlist"])).any() for rows in _rows(entry)):
-            raise UserError(f"{path}: a query names pictures outside of the {len(content['imlist'])} in imlist")
+            raise UserError(f"{path}: a query names images outside of the {len(content['imlist'])} in imlist")
     return content
 
 

@@ -1,4 +1,4 @@
-"""Reading and resizing pictures outside of a data source: benchmark layouts, masks, several scales, mixed sizes."""
+"""Reading and resizing images outside of a data source: benchmark layouts, masks, several scales, mixed sizes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ T = TypeVar("T")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 
-def read_picture(path: epath.PathLike, channels: int = 3) -> np.ndarray:
+def read_image(path: epath.PathLike, channels: int = 3) -> np.ndarray:
     """uint8 [H, W, channels]. Raises `UserError` that names a file which is absent or damaged."""
     try:
         return decode(epath.Path(path).read_bytes(), channels)
@@ -29,16 +29,16 @@ def read_picture(path: epath.PathLike, channels: int = 3) -> np.ndarray:
 
 
 def read_labels(path: epath.PathLike) -> np.ndarray:
-    """The label map uint8 [H, W] of an indexed, gray or black-and-white picture: its raw numbers, no palette applied.
+    """The label map uint8 [H, W] of an indexed, gray or black-and-white image: its raw numbers, no palette applied.
 
     Raises:
-      UserError: the file is absent or damaged, or is a colour picture.
+      UserError: the file is absent or damaged, or is a color image.
     """
     try:
-        with epath.Path(path).open("rb") as file, Image.open(file) as picture:
-            if picture.mode not in ("P", "L", "1"):
-                raise UserError(f"{path}: a mask must be indexed or gray, not {picture.mode}")
-            return np.asarray(picture).astype(np.uint8)
+        with epath.Path(path).open("rb") as file, Image.open(file) as image:
+            if image.mode not in ("P", "L", "1"):
+                raise UserError(f"{path}: a mask must be indexed or gray, not {image.mode}")
+            return np.asarray(image).astype(np.uint8)
     except UserError:
         raise
     except Exception as error:  # damaged files raise nearly anything inside PIL's plug-ins
@@ -49,12 +49,12 @@ def _reason(error: Exception) -> str:
     return "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
 
 
-def list_pictures(folder: epath.PathLike) -> list[epath.Path]:
-    """The pictures right in a folder, by name. Raises `UserError` where there are none."""
+def list_images(folder: epath.PathLike) -> list[epath.Path]:
+    """The images right in a folder, by name. Raises `UserError` where there are none."""
     folder = epath.Path(folder)
     found = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES) if folder.is_dir() else []
     if not found:
-        raise UserError(f"{folder}: {'no pictures in it' if folder.is_dir() else 'no such folder'}")
+        raise UserError(f"{folder}: {'no images in it' if folder.is_dir() else 'no such folder'}")
     return found
 
 
@@ -73,14 +73,14 @@ def resize(pixels: np.ndarray, height: int, width: int, how: Image.Resampling) -
 
 
 def nearest(labels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """PIL's nearest-neighbour resize of a label map uint8 [H, W]."""
+    """PIL's nearest-neighbor resize of a label map uint8 [H, W]."""
     return np.asarray(Image.fromarray(labels).resize((width, height), Image.Resampling.NEAREST))
 
 
 def linear_matrix(old: int, new: int, step: float | None = None) -> np.ndarray:
     """The matrix [new, old] of a linear resize without antialiasing, as torch's `interpolate` and OpenCV do it.
 
-    Half-pixel centres, edges repeated. `step`: old pixels per new pixel, by default old / new.
+    Half-pixel centers, edges repeated. `step`: old pixels per new pixel, by default old / new.
     """
     place = np.maximum((np.arange(new) + 0.5) * (old / new if step is None else step) - 0.5, 0)
     left = np.minimum(place.astype(int), old - 1)
@@ -121,14 +121,14 @@ def grouped(items: Iterable[T], size: int) -> Iterator[list[T]]:
         yield group
 
 
-def batches_by_size(pictures: Iterable[np.ndarray], batch_size: int) -> Iterator[dict[str, np.ndarray]]:
-    """Batches of pictures [h, w, C] of one size each: `image` [B, h, w, C] and `index` int [B], places in the input."""
+def batches_by_size(images: Iterable[np.ndarray], batch_size: int) -> Iterator[dict[str, np.ndarray]]:
+    """Batches of images [h, w, C] of one size each: `image` [B, h, w, C] and `index` int [B], places in the input."""
     groups: dict[tuple, list[tuple[int, np.ndarray]]] = {}
-    for index, picture in enumerate(pictures):
-        group = groups.setdefault(picture.shape, [])
-        group.append((index, picture))
+    for index, image in enumerate(images):
+        group = groups.setdefault(image.shape, [])
+        group.append((index, image))
         if len(group) == batch_size:
-            yield _stack(groups.pop(picture.shape))
+            yield _stack(groups.pop(image.shape))
     yield from map(_stack, groups.values())
 
 

@@ -1,4 +1,4 @@
-"""l2-regularised multinomial logistic regression on the devices, by Newton-CG to a certified distance from the optimum.
+"""l2-regularized multinomial logistic regression on the devices, by Newton-CG to a certified distance from the optimum.
 
 The objective is mean cross-entropy + penalty / 2 * |W|^2, without an intercept. It is strongly convex, so
 |gradient|^2 / (2 * penalty) bounds how far its value is above the optimum; that bound is the stopping rule.
@@ -43,7 +43,7 @@ def fit_logistic(
     max_iterations: int = 100,
     devices: Sequence[jax.Device] | None = None,
 ) -> Fit:
-    """Minimises the objective for features [n, D] and labels int [n].
+    """Minimizes the objective for features [n, D] and labels int [n].
 
     Args:
       tolerance: stop once the value is certified to lie no further than this above the optimum.

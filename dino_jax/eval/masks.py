@@ -1,4 +1,4 @@
-"""Pictures with masks, one interface for several layouts: VOC, `scenes`, and folders of pictures and masks."""
+"""Images with masks, one interface for several layouts: VOC, `scenes`, and folders of images and masks."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import NamedTuple
 import numpy as np
 from etils import epath
 
-from dino_jax.data.scenes import Scenes
+from dino_jax.data.scenes_source import Scenes
 from dino_jax.data.sources import open_source
 from dino_jax.errors import UserError
-from dino_jax.eval.images import list_pictures, listed, read_labels, read_picture
+from dino_jax.eval.images import list_images, listed, read_image, read_labels
 from dino_jax.eval.splits import train_test
 
 IGNORE = 255
@@ -19,7 +19,7 @@ VOC_CLASSES = 21  # background included
 
 
 class Masked(NamedTuple):
-    """A picture uint8 [H, W, C], its objects uint8 [H, W] and its classes uint8 [H, W].
+    """An image uint8 [H, W, C], its objects uint8 [H, W] and its classes uint8 [H, W].
 
     0 is background, 255 belongs to nothing; every other number is one object, or one class.
     """
@@ -29,7 +29,7 @@ class Masked(NamedTuple):
     classes: np.ndarray
 
 
-class MaskedPictures(NamedTuple):
+class MaskedImages(NamedTuple):
     """Their number, `load(i) -> Masked`, and the number of classes with the background (None: not known)."""
 
     size: int
@@ -37,11 +37,11 @@ class MaskedPictures(NamedTuple):
     num_classes: int | None
 
 
-def open_masks(data: str, split: str, channels: int = 3) -> MaskedPictures:
+def open_masks(data: str, split: str, channels: int = 3) -> MaskedImages:
     """Opens `data`: a `scenes:` spec, a VOC folder (`split` of its ImageSets), or a folder with `images` and `masks`.
 
     Raises:
-      UserError: none of these, or a picture without its mask.
+      UserError: none of these, or an image without its mask.
     """
     if data.startswith("scenes:"):
         return _scenes(data)
@@ -56,7 +56,7 @@ def open_masks(data: str, split: str, channels: int = 3) -> MaskedPictures:
     )
 
 
-def train_test_masks(data: str, channels: int = 3) -> tuple[MaskedPictures, MaskedPictures]:
+def train_test_masks(data: str, channels: int = 3) -> tuple[MaskedImages, MaskedImages]:
     """Both splits of a VOC folder, or of what `splits.train_test` finds."""
     if voc_root(data) is not None:
         return open_masks(data, "train", channels), open_masks(data, "val", channels)
@@ -73,7 +73,7 @@ def voc_root(data: str) -> epath.Path | None:
     return None
 
 
-def _scenes(spec: str) -> MaskedPictures:
+def _scenes(spec: str) -> MaskedImages:
     source = open_source(spec)
     if not isinstance(source, Scenes):
         raise UserError(f"{spec}: not scenes")
@@ -83,40 +83,40 @@ def _scenes(spec: str) -> MaskedPictures:
         mask = source.mask(index).astype(np.uint8)
         return Masked(np.asarray(image), mask, mask * np.uint8(label + 1))
 
-    return MaskedPictures(len(source), load, len(source.class_names) + 1)
+    return MaskedImages(len(source), load, len(source.class_names) + 1)
 
 
-def _voc(root: epath.Path, split: str, channels: int) -> MaskedPictures:
+def _voc(root: epath.Path, split: str, channels: int) -> MaskedImages:
     names = listed(root / "ImageSets" / "Segmentation" / f"{split}.txt", "give the VOC folder as --data")
 
     def load(index: int) -> Masked:
         objects, classes = (
             read_labels(root / folder / f"{names[index]}.png") for folder in ("SegmentationObject", "SegmentationClass")
         )
-        pixels = read_picture(root / "JPEGImages" / f"{names[index]}.jpg", channels)
+        pixels = read_image(root / "JPEGImages" / f"{names[index]}.jpg", channels)
         return _checked(names[index], Masked(pixels, objects, classes))
 
-    return MaskedPictures(len(names), load, VOC_CLASSES)
+    return MaskedImages(len(names), load, VOC_CLASSES)
 
 
-def _folder(root: epath.Path, channels: int) -> MaskedPictures:
-    pictures = list_pictures(root / "images")
-    masks = {path.stem: path for path in list_pictures(root / "masks")}
-    alone = [path for path in pictures if path.stem not in masks]
+def _folder(root: epath.Path, channels: int) -> MaskedImages:
+    images = list_images(root / "images")
+    masks = {path.stem: path for path in list_images(root / "masks")}
+    alone = [path for path in images if path.stem not in masks]
     if alone:
         raise UserError(f"{alone[0]}: no mask of that name in {root / 'masks'}")
 
     def load(index: int) -> Masked:
-        labels = read_labels(masks[pictures[index].stem])
+        labels = read_labels(masks[images[index].stem])
         if set(np.unique(labels)) <= {0, IGNORE}:  # black and white
             labels = (labels > 0).astype(np.uint8)
-        return _checked(str(pictures[index]), Masked(read_picture(pictures[index], channels), labels, labels))
+        return _checked(str(images[index]), Masked(read_image(images[index], channels), labels, labels))
 
-    return MaskedPictures(len(pictures), load, None)
+    return MaskedImages(len(images), load, None)
 
 
 def _checked(name: str, masked: Masked) -> Masked:
     for mask in masked[1:]:
         if mask.shape != masked.pixels.shape[:2]:
-            raise UserError(f"{name}: a mask of {mask.shape} for a picture of {masked.pixels.shape[:2]} pixels")
+            raise UserError(f"{name}: a mask of {mask.shape} for an image of {masked.pixels.shape[:2]} pixels")
     return masked

@@ -1,7 +1,7 @@
 """Label propagation between video frames (official `eval_video_segmentation.py`; paper section 4.2), in local windows.
 
 Every patch of a new frame takes the labels of its most similar patches in the context frames, weighted by
-exp(cosine similarity / T) and normalised. A patch looks at most `radius` rows and columns away, so the frame is cut
+exp(cosine similarity / T) and normalized. A patch looks at most `radius` rows and columns away, so the frame is cut
 into tiles, and one tile at a time meets just the windows it can see: the affinity between all patches of all frames is
 never built.
 
@@ -40,7 +40,7 @@ def propagate(
     """Soft labels [h, w, L] of the target frame.
 
     Args:
-      context_features: [n, h, w, D] float; need not be normalised.
+      context_features: [n, h, w, D] float; need not be normalized.
       target_features: [h, w, D] float.
       context_labels: [n, h, w, L] float, e.g. one-hot or earlier results.
       valid: bool [n], which of the context frames exist; default all.
@@ -116,7 +116,7 @@ def _tile(
 def hard_labels(soft: Float[jax.Array | np.ndarray, "h w L"], scale: int) -> UInt8[jax.Array, "y x"]:
     """Label map uint8 [scale * h, scale * w] of soft labels [h, w, L].
 
-    Bilinear enlargement (half-pixel centres, edges repeated), each label stretched to 0..1 over the picture, argmax.
+    Bilinear enlargement (half-pixel centers, edges repeated), each label stretched to 0..1 over the image, argmax.
     """
     height, width, _ = soft.shape
     rows, columns = (jnp.asarray(linear_matrix(size, size * scale), soft.dtype) for size in (height, width))

@@ -76,7 +76,7 @@ def similarity(database: Float[np.ndarray, "N D"], queries: Float[np.ndarray, "Q
 
 
 def gem(patches: Float[Array | np.ndarray, "B N D"], power: float = 4.0, floor: float = 1e-6) -> Float[Array, "B D"]:
-    """Generalised mean over the patch tokens [B, N, D], values below `floor` raised to it: [B, D]."""
+    """Generalized mean over the patch tokens [B, N, D], values below `floor` raised to it: [B, D]."""
     return jnp.mean(jnp.maximum(patches, floor) ** power, axis=1) ** (1 / power)
 
 
@@ -84,7 +84,7 @@ class Whitening:
     """PCA whitening as the official copy detection does it, fitted on features [N, D].
 
     The axes are the eigenvectors of the *uncentred* covariance, largest first, each divided by its eigenvalue to
-    `power` (0.5 whitens). Eigenvalues below 1e-5 of the largest are raised to that. Data are centred by the mean.
+    `power` (0.5 whitens). Eigenvalues below 1e-5 of the largest are raised to that. Data are centered by the mean.
     """
 
     def __init__(self, features: Float[np.ndarray, "N D"], power: float = 0.5):

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from dino_jax.data.storage import write_atomically
 from dino_jax.errors import UserError
-from dino_jax.storage import write_atomically
 
 
 def save_arrays(path: epath.PathLike, **arrays: np.ndarray) -> None:

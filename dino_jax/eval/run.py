@@ -14,11 +14,11 @@ from ml_collections import ConfigDict
 from dino_jax import config_io
 from dino_jax.config import build
 from dino_jax.data.sources import split_spec
+from dino_jax.data.storage import absolute, write_atomically
 from dino_jax.errors import UserError
 from dino_jax.eval.protocol import ALL, Protocol, check, get, keys_of, members, names
 from dino_jax.eval.published import architecture, table
 from dino_jax.inference.model import Model, load
-from dino_jax.storage import absolute, write_atomically
 
 log = logging.getLogger(__name__)
 

@@ -1,12 +1,12 @@
-"""Features in five lines, for pictures of any size.
+"""Features in five lines, for images of any size.
 
     import dino_jax
     model = dino_jax.load("dino_vits16")                      # a released name, a weight file, a run's workdir
-    pictures = [model.preprocess(path) for path in paths]     # float32 [h, w, c], at their own sizes
-    cls = model.features(pictures)                            # [n, D]
-    cls, patches = model.features(pictures, patches=True)     # and a list of [rows, columns, D]
+    images = [model.preprocess(path) for path in paths]     # float32 [h, w, c], at their own sizes
+    cls = model.features(images)                            # [n, D]
+    cls, patches = model.features(images, patches=True)     # and a list of [rows, columns, D]
 
-Pictures of different sizes share batches (`models.packing`): no picture is resized, and a new size compiles nothing.
+Images of different sizes share batches (`models.packing`): no image is resized, and a new size compiles nothing.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from ml_collections import ConfigDict
 from dino_jax.data.decode import BadImage, decode
 from dino_jax.data.pipeline import center_crop, resize_shorter
 from dino_jax.data.sources import open_source
+from dino_jax.data.storage import absolute, new_file
 from dino_jax.errors import UserError
 from dino_jax.models import Backbone, build_backbone
 from dino_jax.models.packing import AnySize, Array, Packed
 from dino_jax.progress import track
-from dino_jax.storage import absolute, new_file
 from dino_jax.weights.load import open_weights
 
-Picture = str | os.PathLike | bytes | np.ndarray
+ImageLike = str | os.PathLike | bytes | np.ndarray
 
 BATCH_TOKENS = 16384  # patches in a batch on one device
 log = logging.getLogger(__name__)
@@ -117,17 +117,17 @@ class Model:
         """D, the width of the features."""
         return self.backbone.embed_dim
 
-    def preprocess(self, picture: Picture, *, resize: int = 0, crop: int | tuple[int, int] = 0) -> np.ndarray:
-        """A path, encoded bytes or uint8 [h, w] or [h, w, c] as normalised float32 [h, w, c].
+    def preprocess(self, image: ImageLike, *, resize: int = 0, crop: int | tuple[int, int] = 0) -> np.ndarray:
+        """A path, encoded bytes or uint8 [h, w] or [h, w, c] as normalized float32 [h, w, c].
 
-        `resize`: the shorter side becomes this many pixels (bicubic); `crop`: then this centre is cut out. 0: left as
+        `resize`: the shorter side becomes this many pixels (bicubic); `crop`: then this center is cut out. 0: left as
         it is. The protocols' own are 256 and 224.
         """
         try:
-            data = epath.Path(picture).read_bytes() if isinstance(picture, str | os.PathLike) else picture
+            data = epath.Path(image).read_bytes() if isinstance(image, str | os.PathLike) else image
             pixels = decode(data, self.config.model.in_chans)
         except (BadImage, OSError) as error:
-            raise UserError(f"{picture if isinstance(picture, str | os.PathLike) else 'a picture'}: {error}") from None
+            raise UserError(f"{image if isinstance(image, str | os.PathLike) else 'a image'}: {error}") from None
         if resize:
             pixels = resize_shorter(pixels, resize)
         if crop:
@@ -136,9 +136,9 @@ class Model:
         return (pixels.astype(np.float32) / 255 - mean) / std
 
     def features(
-        self, images: Iterable[Picture], *, patches: bool = False, progress: bool = False
+        self, images: Iterable[ImageLike], *, patches: bool = False, progress: bool = False
     ) -> np.ndarray | tuple[np.ndarray, list[np.ndarray]]:
-        """CLS after the final norm (ResNet: the pooled map) of each picture, [n, D] float32, in order.
+        """CLS after the final norm (ResNet: the pooled map) of each image, [n, D] float32, in order.
 
         Args:
           images: float [h, w, c] as `preprocess` gives them, of any sizes, or [n, h, w, c]; anything else is
@@ -173,20 +173,20 @@ class Model:
             launch(key)
         land(0)
         if not done:
-            raise UserError("features: no pictures were given")
+            raise UserError("features: no images were given")
         outputs = [done[place] for place in range(len(done))]
         cls = np.stack([feature for feature, _ in outputs])
         return (cls, [tokens for _, tokens in outputs if tokens is not None]) if patches else cls
 
-    def _checked(self, image: Picture) -> np.ndarray:
-        """The normalised picture."""
+    def _checked(self, image: ImageLike) -> np.ndarray:
+        """The normalized image."""
         if not (isinstance(image, np.ndarray | jax.Array) and np.issubdtype(image.dtype, np.floating)):
             image = self.preprocess(image)
         image = np.asarray(image, np.float32)
         channels, patch = self.config.model.in_chans, self.backbone.patch_size or 1
         if image.ndim != 3 or image.shape[-1] != channels or min(image.shape[:2]) < patch:
             expected = f"[h, w, {channels}] with h, w >= {patch}"
-            raise UserError(f"features: a picture of shape {image.shape}; expected {expected}")
+            raise UserError(f"features: an image of shape {image.shape}; expected {expected}")
         return image
 
     @functools.cached_property
@@ -208,11 +208,11 @@ class Model:
         return jax.jit(self._any_size.forward, static_argnums=2, out_shardings=rows)
 
     def _batch_size(self, tokens: float) -> int:
-        """Pictures in a full batch: a power of two on each device."""
+        """Images in a full batch: a power of two on each device."""
         return self._mesh.size << (max(1, int(BATCH_TOKENS / tokens)).bit_length() - 1)
 
     def _run(self, inputs: list[tuple[np.ndarray, ...]], patches: bool) -> Any:
-        """The forward pass over pictures that share a batch, filled up to a power of two on each device."""
+        """The forward pass over images that share a batch, filled up to a power of two on each device."""
         each = -(-len(inputs) // self._mesh.size)
         missing = (self._mesh.size << (each - 1).bit_length()) - len(inputs)
         stacked = tuple(np.stack([*values, *values[:1] * missing]) for values in zip(*inputs, strict=True))
@@ -231,18 +231,18 @@ def write_features(
     patches: bool = False,
     progress: bool = True,
 ) -> dict[str, int]:
-    """The verb `features`: runs a source's pictures through a CKPT and writes an `.npz`.
+    """The verb `features`: runs a source's images through a CKPT and writes an `.npz`.
 
     The file holds `features` [n, D] float32, `labels` [n] (-1: unknown) and `names` [n]; with `patches` also the patch
-    tokens of all pictures one after another, `patches` [sum of rows * columns, D], and `grids` [n, 2]. `resize` and
-    `crop`: as for `Model.preprocess`. A picture that cannot be read is left out and named.
+    tokens of all images one after another, `patches` [sum of rows * columns, D], and `grids` [n, 2]. `resize` and
+    `crop`: as for `Model.preprocess`. An image that cannot be read is left out and named.
 
     Returns the number of `images` and of those left out (`unreadable`).
     """
     model, source = load(ckpt, heads=heads), open_source(images)
     names, labels, bad = [], [], []
 
-    def pictures() -> Iterable[np.ndarray]:
+    def readable() -> Iterable[np.ndarray]:
         for index in track(range(len(source)), "features", active=progress):
             try:
                 example = source[index]
@@ -254,7 +254,7 @@ def write_features(
             labels.append(example.label)
             yield pixels
 
-    found = model.features(pictures(), patches=patches)
+    found = model.features(readable(), patches=patches)
     arrays: dict[str, Any] = {"names": np.array(names), "labels": np.array(labels, np.int64)}
     if patches:
         arrays["features"], grids = found
@@ -263,7 +263,7 @@ def write_features(
     else:
         arrays["features"] = found
     if bad:
-        log.warning("%d pictures could not be read and are left out: %s", len(bad), "; ".join(bad[:5]))
+        log.warning("%d images could not be read and are left out: %s", len(bad), "; ".join(bad[:5]))
     with new_file(absolute(out)) as local, local.open("wb") as file:
         np.savez(file, **arrays)
     return {"images": len(names), "unreadable": len(bad)}

@@ -41,7 +41,7 @@ def split_tokens(x: Array, registers: int, grid: tuple[int, int]) -> Tokens:
 
 
 class Backbone(nn.Module):
-    """A function from normalised images [B, h, w, c] to features [B, D]: `(images, drop_path=None, train=False)`.
+    """A function from normalized images [B, h, w, c] to features [B, D]: `(images, drop_path=None, train=False)`.
 
     A subclass has these attributes; `registers` and `linear_features` only where it differs from what is here:
       embed_dim: D.

@@ -1,4 +1,4 @@
-"""Layers and initialisers that several backbones and the head share.
+"""Layers and initializers that several backbones and the head share.
 
 Shape legend of the package: B batch, C crops, N tokens, D width, H heads, K prototypes.
 """
@@ -40,7 +40,7 @@ def check_channels(images: Images, in_chans: int) -> None:
 
 
 def torch_uniform(fan_in: int) -> Callable[..., Array]:
-    """Initialiser U(-b, b) with b = 1 / sqrt(fan_in): what torch's `Linear` and `Conv2d` draw by default."""
+    """Initializer U(-b, b) with b = 1 / sqrt(fan_in): what torch's `Linear` and `Conv2d` draw by default."""
     bound = 1 / np.sqrt(fan_in)
 
     def init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:

@@ -1,4 +1,4 @@
-"""Batch normalisation as torch computes it."""
+"""Batch normalization as torch computes it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dino_jax.models.packing import Extent
 
 
 class BatchNorm(nn.Module):
-    """Normalises each channel (last axis) over all others; statistics in at least float32, output in `dtype`.
+    """Normalizes each channel (last axis) over all others; statistics in at least float32, output in `dtype`.
 
     In training the batch's own statistics are used (those of the global batch, however it is sharded: under `shard_map`
     the axes in manual mode are taken to hold other rows of it), and

@@ -42,7 +42,7 @@ class AnySize(Protocol):
     """`pack` on the host for each image; `forward` on the device for a batch of those that share a key."""
 
     def pack(self, image: np.ndarray) -> Packed:
-        """A normalised float32 image [h, w, c], at least a patch wide and high; what exceeds whole patches is cut."""
+        """A normalized float32 image [h, w, c], at least a patch wide and high; what exceeds whole patches is cut."""
 
     def forward(self, variables: Any, inputs: tuple[Array, ...], patches: bool) -> tuple[Array, Array | None]:
         """CLS or pooled feature [B, D] and, with `patches`, the patch tokens [B, N, D], both after the final norm."""

@@ -47,7 +47,7 @@ class Block(nn.Module):
 class ResNet(Backbone):
     """Images [B, h, w, c] -> mean-pooled features [B, D]; `stages` gives the number of blocks in each of the four.
 
-    `small_stem` starts with a 3 x 3 convolution of stride 1 and no pooling, for pictures of 32 pixels or so.
+    `small_stem` starts with a 3 x 3 convolution of stride 1 and no pooling, for images of 32 pixels or so.
     """
 
     stages: tuple[int, ...]
@@ -70,7 +70,7 @@ class ResNet(Backbone):
     def __call__(
         self, images: Images, drop_path: Float[Array, "0 _ B"] | None = None, train: bool = False
     ) -> Float[Array, "B D"]:
-        """Features [B, D] of normalised `images` [B, h, w, c]; there are no branches for a `drop_path`."""
+        """Features [B, D] of normalized `images` [B, h, w, c]; there are no branches for a `drop_path`."""
         check_channels(images, self.in_chans)
         size, stride = (3, 1) if self.small_stem else (7, 2)
         x = conv(64, size, self, stride, use_bias=False, kernel_init=_kaiming, name="conv1")(images.astype(self.dtype))

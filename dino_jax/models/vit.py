@@ -41,13 +41,13 @@ def _cubic(t: np.ndarray) -> np.ndarray:
 
 
 def resize_matrix(source: int, target: int) -> np.ndarray:
-    """Weights [target, source], float64: half-pixel centres, no antialias, scale (target + 0.1) / source."""
-    centre = (np.arange(target) + 0.5) * source / (target + 0.1) - 0.5
-    first = np.floor(centre).astype(int)
+    """Weights [target, source], float64: half-pixel centers, no antialias, scale (target + 0.1) / source."""
+    center = (np.arange(target) + 0.5) * source / (target + 0.1) - 0.5
+    first = np.floor(center).astype(int)
     matrix = np.zeros((target, source))
     for tap in range(-1, 3):
         column = np.clip(first + tap, 0, source - 1)  # the border repeats
-        np.add.at(matrix, (np.arange(target), column), _cubic(centre - (first + tap)))
+        np.add.at(matrix, (np.arange(target), column), _cubic(center - (first + tap)))
     return matrix
 
 
@@ -170,7 +170,7 @@ class ViT(Backbone):
         drop_path: Float[Array, "depth 2 B"] | None = None,
         train: bool = False,
     ) -> Float[Array, "B D"]:
-        """CLS after the final norm, [B, D], for normalised `images` [B, h, w, c].
+        """CLS after the final norm, [B, D], for normalized `images` [B, h, w, c].
 
         `drop_path` [depth, 2, B]: factors (0 or 1 / keep probability) of the attention and MLP branches; None: off.
         `train` changes nothing here (the interface is shared with backbones that have batch norm).
@@ -260,7 +260,7 @@ class ViT(Backbone):
             )
         grid = patch_grid(images.shape[1], images.shape[2], self.patch_size)
         positions = resize_pos_embed(self.pos_embed, grid, patch_grid(*self.image_size, self.patch_size))
-        return self._sequence(self.patch_embed(images), positions)
+        return self._sequence(self.patch_embed(images), jnp.asarray(positions))
 
     def _sequence(self, patches: Array, positions: Array) -> Array:
         """CLS, registers and patches [B, N, D], with `positions` [1 or B, 1 + N, D] on all but the registers."""

@@ -245,7 +245,7 @@ class XCiT(Backbone):
         drop_path: Float[Array, "depth 3 B"] | None = None,
         train: bool = False,
     ) -> Float[Array, "B D"]:
-        """CLS after the final norm, [B, D], for normalised `images` [B, h, w, c].
+        """CLS after the final norm, [B, D], for normalized `images` [B, h, w, c].
 
         `drop_path` [depth, 3, B]: factors (0 or 1 / keep probability) of the attention, MLP and local branches of the
         patches' blocks; None: off. In training batch norm uses the batch's statistics.

@@ -1,4 +1,4 @@
-"""Pictures of what the heads attend to (paper, figures 1 and 3; official `visualize_attention.py`).
+"""Images of what the heads attend to (paper, figures 1 and 3; official `visualize_attention.py`).
 
 Legend: H heads, h and w rows and columns of patches.
 """
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
-# Anchors of a perceptually ordered colour map, dark to light (matplotlib's "magma", sampled at eighths).
+# Anchors of a perceptually ordered color map, dark to light (matplotlib's "magma", sampled at eighths).
 _ANCHORS = np.array(
     [
         (0, 0, 4),
@@ -36,24 +36,24 @@ def heat(values: np.ndarray) -> np.ndarray:
     return np.stack(channels, axis=-1).round().astype(np.uint8)
 
 
-def outline(image: np.ndarray, mask: np.ndarray, colour: Sequence[int] = (255, 220, 0)) -> np.ndarray:
-    """The picture uint8 [H, W, 3] darkened outside a boolean mask [H, W], whose edge is drawn."""
+def outline(image: np.ndarray, mask: np.ndarray, color: Sequence[int] = (255, 220, 0)) -> np.ndarray:
+    """The image uint8 [H, W, 3] darkened outside a boolean mask [H, W], whose edge is drawn."""
     padded = np.pad(mask, 1)
     inside = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
     result = np.where(mask[..., None], image, image // 3)
-    result[mask & ~inside] = colour
+    result[mask & ~inside] = color
     return result
 
 
-def nearest(picture: np.ndarray, side: int) -> np.ndarray:
-    """A picture [h, w] or [h, w, 3] at [side, side(, 3)] by nearest neighbour."""
-    rows = np.arange(side) * picture.shape[0] // side
-    columns = np.arange(side) * picture.shape[1] // side
-    return picture[rows[:, None], columns]
+def nearest(image: np.ndarray, side: int) -> np.ndarray:
+    """An image [h, w] or [h, w, 3] at [side, side(, 3)] by nearest neighbor."""
+    rows = np.arange(side) * image.shape[0] // side
+    columns = np.arange(side) * image.shape[1] // side
+    return image[rows[:, None], columns]
 
 
 def table(rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str], side: int = 128) -> np.ndarray:
-    """Pictures uint8 [h, w, 3] in rows and columns, each `side` pixels square, under column titles: uint8 [H, W, 3]."""
+    """Images uint8 [h, w, 3] in rows and columns, each `side` pixels square, under column titles: uint8 [H, W, 3]."""
     gap, header = 4, 18
     height = header + len(rows) * (side + gap)
     width = len(titles) * (side + gap) + gap
@@ -61,8 +61,8 @@ def table(rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str], side: int
     draw = ImageDraw.Draw(canvas)
     for column, title in enumerate(titles):
         draw.text((gap + column * (side + gap), 3), title, fill="black")
-    for row, pictures in enumerate(rows):
-        for column, picture in enumerate(pictures):
-            tile = Image.fromarray(nearest(picture, side))
+    for row, images in enumerate(rows):
+        for column, image in enumerate(images):
+            tile = Image.fromarray(nearest(image, side))
             canvas.paste(tile, (gap + column * (side + gap), header + row * (side + gap)))
     return np.asarray(canvas)

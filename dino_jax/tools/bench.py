@@ -29,11 +29,11 @@ from dino_jax.training.prefetch import Ready, device_batches
 from dino_jax.training.step import check_batch, jit_init_state, jit_train_step, make_recipe
 
 Results = dict[str, float | str]
-Pictures = Generator[int, None, None]  # yields the number of pictures since the last yield
+Work = Generator[int, None, None]  # yields the number of images since the last yield
 
 ROUNDS = 2  # alternations of the host parts, since a shared machine's speed drifts
 WARM_UP = 1.0  # CPU seconds before each measurement, until memory is used again
-HOST_BATCH = 64  # pictures in a batch where the host parts are measured, if there are as many
+HOST_BATCH = 64  # images in a batch where the host parts are measured, if there are as many
 
 
 def run(
@@ -55,7 +55,7 @@ def run(
     if seconds <= 0 or steps < 0 or (what != "input" and not steps):
         raise UserError(f"--seconds={seconds:g} --steps={steps}: must be more than 0 (steps of input: at least 0)")
     if source is not None and what != "input":
-        raise UserError(f"--source={source}: bench {what} reads no pictures")
+        raise UserError(f"--source={source}: bench {what} reads no images")
     if config_file is None:
         config = config_io.check(config_io.override(_small(default(), on_cpu), overrides))
     else:
@@ -80,9 +80,9 @@ def _small(config: ConfigDict, on_cpu: bool) -> ConfigDict:
 
 
 class JpegSource:
-    """Pictures like photographs for lack of a data set: noise with a 1/f spectrum, JPEG at quality 90 without labels.
+    """Images like photographs for lack of a data set: noise with a 1/f spectrum, JPEG at quality 90 without labels.
 
-    500 x 375 pixels, the size of most ImageNet pictures, in about 110 kB, as those have.
+    500 x 375 pixels, the size of most ImageNet images, in about 110 kB, as those have.
     """
 
     class_names = None
@@ -121,17 +121,17 @@ def bench_input(config: ConfigDict, source: str | None = None, seconds: float = 
     `run.threads`, `resident` with the same crops again and again; `share_*`: the part of the resident rate that
     training from the data reaches.
     """
-    pictures: Source = open_source(source) if source else JpegSource()
-    batch_size = min(HOST_BATCH, len(pictures))
-    works: dict[str, Callable[[], Pictures]] = {
-        "decode": lambda: _decoded(pictures, config),
-        "host": lambda: _prepared(pictures, _in_process(_in_mode(config, "host"), batch_size)),
-        "device": lambda: _prepared(pictures, _in_process(_in_mode(config, "device"), batch_size)),
+    data: Source = open_source(source) if source else JpegSource()
+    batch_size = min(HOST_BATCH, len(data))
+    works: dict[str, Callable[[], Work]] = {
+        "decode": lambda: _decoded(data, config),
+        "host": lambda: _prepared(data, _in_process(_in_mode(config, "host"), batch_size)),
+        "device": lambda: _prepared(data, _in_process(_in_mode(config, "device"), batch_size)),
     }
     rates = _rates_per_core(works, seconds)
     results: Results = {f"{name}_images_per_s_per_core": rate for name, rate in rates.items()}
     results["ratio"] = rates["device"] / rates["host"]
-    return results | _train_rates(pictures, config, steps) if steps else results
+    return results | _train_rates(data, config, steps) if steps else results
 
 
 def bench_step(config: ConfigDict, steps: int = 10) -> Results:
@@ -225,40 +225,40 @@ def _in_process(config: ConfigDict, batch_size: int) -> ConfigDict:
     return config
 
 
-def _decoded(source: Source, config: ConfigDict) -> Pictures:
-    """Decodes one picture after another."""
+def _decoded(source: Source, config: ConfigDict) -> Work:
+    """Decodes one image after another."""
     reader = Reader(source, config.model.in_chans, None, config.seed, 1.0, "the data set")
     for index in itertools.cycle(range(len(source))):
         reader.read_or_replace(index)
         yield 1
 
 
-def _prepared(source: Source, config: ConfigDict) -> Pictures:
+def _prepared(source: Source, config: ConfigDict) -> Work:
     """Takes the training pipeline's batches."""
     for batch in make_dataset(source, config):
         yield len(batch["label"])
 
 
-def _rates_per_core(works: dict[str, Callable[[], Pictures]], seconds: float) -> dict[str, float]:
-    """Pictures per second of this process's CPU time, each kind of work measured for so many of those, in rounds."""
-    totals = {name: [0, 0.0] for name in works}  # pictures, CPU seconds
+def _rates_per_core(works: dict[str, Callable[[], Work]], seconds: float) -> dict[str, float]:
+    """Images per second of this process's CPU time, each kind of work measured for so many of those, in rounds."""
+    totals = {name: [0, 0.0] for name in works}  # images, CPU seconds
     for _ in range(ROUNDS):
         for name, work in works.items():
-            pictures = work()
-            _work(pictures, WARM_UP)
-            count, cpu = _work(pictures, seconds / ROUNDS)
+            data = work()
+            _work(data, WARM_UP)
+            count, cpu = _work(data, seconds / ROUNDS)
             totals[name][0] += count
             totals[name][1] += cpu
-            pictures.close()
+            data.close()
             _settle()
     return {name: count / cpu for name, (count, cpu) in totals.items()}
 
 
-def _work(pictures: Pictures, seconds: float) -> tuple[int, float]:
-    """Works for some seconds of CPU time, or four times as long by the clock; the pictures, and the CPU time used."""
+def _work(data: Work, seconds: float) -> tuple[int, float]:
+    """Works for some seconds of CPU time, or four times as long by the clock; the images, and the CPU time used."""
     begin, cpu, count = time.perf_counter(), time.process_time(), 0
     while not count or (time.process_time() - cpu < seconds and time.perf_counter() - begin < 4 * seconds):
-        count += next(pictures)
+        count += next(data)
     return count, time.process_time() - cpu
 
 

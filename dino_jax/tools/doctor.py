@@ -2,7 +2,7 @@
 
     dino-jax doctor [--config=FILE|NAME --workdir=DIR --data=SPEC --devices=N --launch=tpu|gke|slurm|hosts]
 
-Each check is one line: ok, warn (it may be slow or surprising) or missing (a run would end), with the mend. Nothing is
+Each check is one line: ok, warn (it may be slow or surprising) or missing (a run would end), with the fix. Nothing is
 downloaded or installed; the network is touched only for remote paths that were given.
 """
 
@@ -23,8 +23,8 @@ from ml_collections import ConfigDict
 from dino_jax import config_io
 from dino_jax.data.decode import BadImage, decode
 from dino_jax.data.sources import open_source
+from dino_jax.data.storage import absolute, is_remote
 from dino_jax.errors import UserError
-from dino_jax.storage import absolute, is_remote
 from dino_jax.tools import machine
 from dino_jax.tools.machine import Check, within
 
@@ -91,8 +91,8 @@ def report(checks: Iterable[Check], write: Callable[[str], object] = print) -> l
     """Writes a table, a line a check, and one JSON object at the end; returns the names of what is missing."""
     done = []
     for check in checks:
-        mend = f"\n{'':18}-> {check.mend}" if check.mend else ""
-        write(f"{check.state:8}{check.name:10}{check.found}{mend}")
+        fix = f"\n{'':18}-> {check.fix}" if check.fix else ""
+        write(f"{check.state:8}{check.name:10}{check.found}{fix}")
         done.append(check)
     missing = [check.name for check in done if check.state == "missing"]
     write(json.dumps({"ok": not missing, "checks": {check.name: check.state for check in done}}))
@@ -107,7 +107,7 @@ def _config(path: str | None, overrides: Sequence[str]) -> tuple[ConfigDict | No
     try:
         config = config_io.load(path, overrides)
     except UserError as error:
-        return None, [Check("config", "missing", str(error), "mend the file or the key, then ask again")]
+        return None, [Check("config", "missing", str(error), "fix the file or the key, then ask again")]
     return config, [Check("config", "ok", f"{path}: {config.model.name}, batch {config.batch_size}")]
 
 
@@ -117,8 +117,8 @@ def _batch(config: ConfigDict, devices: int) -> Check:
     fixed = math.prod(n for n in sizes.values() if n != -1)
     open_ = [axis for axis, n in sizes.items() if n == -1]
     if len(open_) > 1 or devices % fixed or (not open_ and fixed > devices):
-        mend = f"--config.run.mesh.AXIS: their product must be {devices}; one of them may be -1"
-        return Check("batch", "missing", f"run.mesh={dict(sizes)} does not fit {devices} device(s)", mend)
+        fix = f"--config.run.mesh.AXIS: their product must be {devices}; one of them may be -1"
+        return Check("batch", "missing", f"run.mesh={dict(sizes)} does not fit {devices} device(s)", fix)
     shape = {axis: devices // fixed if n == -1 else n for axis, n in sizes.items()}
     ways = shape["data"] * shape["fsdp"] * config.run.accum_steps
     if config.batch_size % ways:
@@ -132,9 +132,9 @@ def _workdir(workdir: str, config: ConfigDict | None, launch: str | None) -> Che
     """Whether it can be written, and does not belong to a run of another configuration."""
     remote = is_remote(workdir)
     if launch in SETTINGS and not workdir.startswith("gs://"):
-        mend = "give gs://bucket/folder: the machine's own disk goes with it"
-        return Check("workdir", "missing", f"{workdir} does not outlive the machine", mend)
-    mend = (
+        fix = "give gs://bucket/folder: the machine's own disk goes with it"
+        return Check("workdir", "missing", f"{workdir} does not outlive the machine", fix)
+    fix = (
         "gcloud auth application-default login, and the right to write to the bucket"
         if remote
         else "chmod, or give another --workdir"
@@ -156,7 +156,7 @@ def _workdir(workdir: str, config: ConfigDict | None, launch: str | None) -> Che
     try:
         return within(STORE_SECONDS, write)
     except Exception as error:  # storage clients have their own
-        return Check("workdir", "missing", f"{workdir}: cannot be written: {machine.line(error)}", mend)
+        return Check("workdir", "missing", f"{workdir}: cannot be written: {machine.line(error)}", fix)
 
 
 def _sources(config: ConfigDict | None, data: str | None) -> Iterator[tuple[str, str]]:
@@ -171,24 +171,24 @@ def _sources(config: ConfigDict | None, data: str | None) -> Iterator[tuple[str,
 
 
 def _data(name: str, spec: str, config: ConfigDict | None, launch: str | None = None) -> Check:
-    """Whether a source opens, its first picture decodes, there is a batch in it, and the run's machines will see it."""
+    """Whether a source opens, its first image decodes, there is a batch in it, and the run's machines will see it."""
     if not spec:
         return Check(name, "missing", f"eval.knn_every is set, eval.{name} is not", f"--config.eval.{name}=SOURCE")
     if launch in SETTINGS and "gs://" not in spec and not spec.startswith(("scenes:", "hf:")):
-        mend = "copy it to a bucket and give gs://..., or for tfds ?data_dir=gs://..."
-        return Check(name, "missing", f"{spec}: of this machine, and the run's machines are others", mend)
+        fix = "copy it to a bucket and give gs://..., or for tfds ?data_dir=gs://..."
+        return Check(name, "missing", f"{spec}: of this machine, and the run's machines are others", fix)
 
     def read() -> Check:
         source = open_source(spec)
         size = len(source)
-        found = f"{spec}: {size} pictures"
+        found = f"{spec}: {size} images"
         try:
             pixels = decode(source[0].image, config.model.in_chans if config is not None else 3)
         except BadImage as error:
             return Check(name, "missing", f"{found}; the first: {error}", "look at the files; is it the right folder?")
         if config is not None and name == "data" and size < config.batch_size:
-            mend = f"--config.batch_size={2 ** int(math.log2(size))}, or more pictures"
-            return Check(name, "missing", f"{found}: not one batch of {config.batch_size}", mend)
+            fix = f"--config.batch_size={2 ** int(math.log2(size))}, or more images"
+            return Check(name, "missing", f"{found}: not one batch of {config.batch_size}", fix)
         return Check(name, "ok", f"{found}; the first: {' x '.join(map(str, pixels.shape))}")
 
     try:

@@ -26,8 +26,8 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from dino_jax import config_io
+from dino_jax.data.storage import is_remote
 from dino_jax.errors import UserError
-from dino_jax.storage import is_remote
 
 T = TypeVar("T")
 ROOT = pathlib.Path(__file__).parents[2]
@@ -43,7 +43,7 @@ class Check(NamedTuple):
     name: str
     state: str  # ok, warn, missing
     found: str
-    mend: str = ""
+    fix: str = ""
 
 
 def python() -> Check:
@@ -61,10 +61,8 @@ def packages() -> Iterator[Check]:
     try:
         needed = importlib.metadata.requires("dino-jax") or []
     except importlib.metadata.PackageNotFoundError:
-        mend = "pip install -e . -c constraints.txt, in the checkout"
-        yield Check(
-            "packages", "warn", "dino-jax runs from its folder, not installed: its packages are not known", mend
-        )
+        fix = "pip install -e . -c constraints.txt, in the checkout"
+        yield Check("packages", "warn", "dino-jax runs from its folder, not installed: its packages are not known", fix)
         return
     absent: list[str] = []
     other: list[str] = []
@@ -84,8 +82,8 @@ def packages() -> Iterator[Check]:
     if absent:
         yield Check("packages", "missing", ", ".join(absent), f"pip install -c constraints.txt {' '.join(absent)}")
     elif other:
-        mend = "pip install -c constraints.txt brings the tested versions"
-        yield Check("packages", "warn", few(other), mend)
+        fix = "pip install -c constraints.txt brings the tested versions"
+        yield Check("packages", "warn", few(other), fix)
     else:
         yield Check("packages", "ok", f"{len(required)} packages{', all as in constraints.txt' if pins else ''}")
 
@@ -117,8 +115,8 @@ def devices(config_json: str = "") -> Iterator[Check]:
     there = hardware()
     package, extra = {"tpu": ("libtpu", "tpu"), "gpu": ("jax_cuda12_plugin", "cuda")}.get(there or "", ("jax", ""))
     if there and importlib.util.find_spec(package) is None:
-        mend = f'pip install "dino-jax[{extra}]" -c constraints.txt'
-        yield Check("devices", "missing", f"a {there.upper()} is here, and no {package}", mend)
+        fix = f'pip install "dino-jax[{extra}]" -c constraints.txt'
+        yield Check("devices", "missing", f"a {there.upper()} is here, and no {package}", fix)
         return
     answer, reason = _ask(config_json)
     if answer is None:
@@ -126,21 +124,21 @@ def devices(config_json: str = "") -> Iterator[Check]:
             "tpu": "end the process that holds the TPU (sudo lsof /dev/accel* /dev/vfio/*)",
             "gpu": "see nvidia-smi",
         }
-        mend = busy.get(there or "", "see the message")
+        fix = busy.get(there or "", "see the message")
         if there == "tpu":
-            mend += "; on a slice of several hosts ask on all of them at once"
-        yield Check("devices", "missing", f"no answer: {reason}", mend)
+            fix += "; on a slice of several hosts ask on all of them at once"
+        yield Check("devices", "missing", f"no answer: {reason}", fix)
         return
     found = f"{answer['count']} {answer['kind']}, JAX {answer['jax']}; answered in {answer['seconds']:.1f} s"
     if answer["wrong"]:
         yield Check("devices", "missing", f"{answer['wrong']} multiplies wrongly", "leave out or replace that device")
     elif there and answer["platform"] == "cpu":
-        mend = f"unset JAX_PLATFORMS (it is {os.environ.get('JAX_PLATFORMS', '')!r}) or see why JAX passes over it"
-        yield Check("devices", "warn", f"{found}: the {there.upper()} that is here is not used", mend)
+        fix = f"unset JAX_PLATFORMS (it is {os.environ.get('JAX_PLATFORMS', '')!r}) or see why JAX passes over it"
+        yield Check("devices", "warn", f"{found}: the {there.upper()} that is here is not used", fix)
     else:
         yield Check("devices", "ok", found)
     if answer.get("refused"):
-        yield Check("model", "missing", answer["refused"], "mend the key, then ask again")
+        yield Check("model", "missing", answer["refused"], "fix the key, then ask again")
 
 
 def _ask(config_json: str) -> tuple[dict[str, Any] | None, str]:

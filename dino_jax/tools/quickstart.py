@@ -22,11 +22,12 @@ from PIL import Image
 
 from dino_jax import config_io
 from dino_jax.cli import config_argument
-from dino_jax.data.arrays import ArraySource
+from dino_jax.data.arrays_source import ArraySource
 from dino_jax.data.pipeline import make_eval_dataset, steps_per_epoch
-from dino_jax.data.scenes import Scenes
+from dino_jax.data.scenes_source import Scenes
 from dino_jax.data.sources import Source, open_source
-from dino_jax.errors import UserError, writing
+from dino_jax.data.storage import writing
+from dino_jax.errors import UserError
 from dino_jax.eval.features import ClsAttention, extract, run
 from dino_jax.eval.protocols import voc
 from dino_jax.eval.protocols.knn import knn_classify

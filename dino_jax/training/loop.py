@@ -17,10 +17,10 @@ from ml_collections import ConfigDict
 from dino_jax import config_io
 from dino_jax.data.pipeline import steps_per_epoch
 from dino_jax.data.sources import Source, fingerprint, open_source
-from dino_jax.errors import UserError, writing
+from dino_jax.data.storage import absolute, write_atomically, writing
+from dino_jax.errors import UserError
 from dino_jax.parallel import distributed, sharding
 from dino_jax.progress import Progress
-from dino_jax.storage import absolute, write_atomically
 from dino_jax.training import online
 from dino_jax.training.metrics import MetricWriter, Throughput
 from dino_jax.training.prefetch import BadFiles, Ready, device_batches
@@ -92,7 +92,7 @@ def claim(workdir: epath.Path, config: ConfigDict) -> None:
 def facts(config: ConfigDict, workdir: epath.Path, source: Source) -> dict[str, str]:
     """What the processes of a run must agree in, beside their code."""
     settings = {f"config.{key}": repr(value) for key, value in config_io.flatten(config).items()}
-    data = {"pictures in data.train": str(len(source)), "contents of data.train": fingerprint(source)}
+    data = {"images in data.train": str(len(source)), "contents of data.train": fingerprint(source)}
     return settings | data | {"workdir": str(workdir)}
 
 
@@ -298,7 +298,7 @@ class _Session:
             )
         return (
             f"{beginning} of {self.total} ({config.epochs} epochs of {self.epoch_steps}): {config.model.name}, "
-            f"{count / 1e6:.1f}M parameters with the head, {len(self.source)} pictures, batch {config.batch_size} on "
+            f"{count / 1e6:.1f}M parameters with the head, {len(self.source)} images, batch {config.batch_size} on "
             f"{self.mesh.size} {jax.devices()[0].platform} device(s){processes}; workdir {self.workdir}"
         )
 

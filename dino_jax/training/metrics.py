@@ -21,15 +21,15 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
-from dino_jax.errors import UserError, cause, writing
-from dino_jax.storage import absolute, is_remote, write_atomically
+from dino_jax.data.storage import absolute, cause, is_remote, write_atomically, writing
+from dino_jax.errors import UserError
 
 JSONL = "metrics.jsonl"
 FLUSH_SECONDS = 30.0
 
 
 class MetricWriter:
-    """Writes scalars and pictures of a run.
+    """Writes scalars and images of a run.
 
     `metrics.jsonl` holds one JSON object a line, each with `step`. A number that is not finite is written as the
     string "NaN", "Infinity" or "-Infinity", so that every line is valid JSON and `float(value)` reads all of them.
@@ -94,16 +94,16 @@ class MetricWriter:
         if time.monotonic() >= self._due:
             self.flush()
 
-    def images(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
-        """Pictures, uint8 [H, W, 3], to TensorBoard and Weights & Biases."""
-        for name, picture in pictures.items():
+    def images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+        """Images, uint8 [H, W, 3], to TensorBoard and Weights & Biases."""
+        for name, image in images.items():
             if self._board:
                 with self._writing():
-                    self._board.add(step, summary.image(name, np.asarray(picture), dataformats="HWC"))
+                    self._board.add(step, summary.image(name, np.asarray(image), dataformats="HWC"))
             if self._wandb:
                 import wandb
 
-                self._wandb.log({name: wandb.Image(np.asarray(picture))}, step=step)
+                self._wandb.log({name: wandb.Image(np.asarray(image))}, step=step)
 
     def flush(self) -> None:
         """Everything written is on disk, or in the bucket, when this returns. Call it before saving a checkpoint."""
@@ -246,8 +246,8 @@ def _start_wandb(workdir: epath.Path, project: str, config_json: str, resume: bo
     try:
         run = wandb.init(project=project, config=json.loads(config_json), id=name, resume="allow" if name else None)
     except Exception as error:  # no account, no network: wandb's own kinds
-        mend = "`wandb login`, set WANDB_MODE=offline, or set it to ''"
-        raise UserError(f"run.wandb={project}: wandb does not start: {cause(error)}; {mend}") from error
+        fix = "`wandb login`, set WANDB_MODE=offline, or set it to ''"
+        raise UserError(f"run.wandb={project}: wandb does not start: {cause(error)}; {fix}") from error
     with writing(f"{remembered}: cannot write"):
         write_atomically(remembered, run.id)
     return run

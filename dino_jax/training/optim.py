@@ -1,4 +1,4 @@
-"""The optimisers, as chains of optax transforms indexed by the *global* step.
+"""The optimizers, as chains of optax transforms indexed by the *global* step.
 
 Every `update` takes `step=`, the global step, for the schedules of learning rate and weight decay; the states hold only
 moments. So a layer frozen for an epoch keeps empty moments, as in torch, while its schedules move on.

@@ -14,10 +14,9 @@ from ml_collections import ConfigDict
 
 from dino_jax.data.pipeline import make_dataset
 from dino_jax.data.sources import Source
-from dino_jax.errors import writing
+from dino_jax.data.storage import write_atomically, writing
 from dino_jax.parallel import sharding
 from dino_jax.render.renderer import make_renderer
-from dino_jax.storage import write_atomically
 
 HOST_ONLY = ("index", "label")  # of a host batch: rendering needs neither
 
@@ -25,12 +24,12 @@ HOST_ONLY = ("index", "label")  # of a host batch: rendering needs neither
 class Ready(NamedTuple):
     """One batch on the devices."""
 
-    crops: list[jax.Array]  # [globals [B, 2, H, W, c], locals [B, n, h, w, c]]: normalised, in the compute type
-    bad: list[tuple[int, str, str]]  # index, name and reason of the pictures that this process could not read
+    crops: list[jax.Array]  # [globals [B, 2, H, W, c], locals [B, n, h, w, c]]: normalized, in the compute type
+    bad: list[tuple[int, str, str]]  # index, name and reason of the images that this process could not read
 
 
 class BadFiles:
-    """`WORKDIR/bad_files.txt`: each picture that could not be read, once, with the reason; a file for each process."""
+    """`WORKDIR/bad_files.txt`: each image that could not be read, once, with the reason; a file for each process."""
 
     def __init__(self, workdir: epath.Path):
         name = "bad_files.txt" if jax.process_index() == 0 else f"bad_files-{jax.process_index()}.txt"
@@ -54,7 +53,7 @@ def device_batches(
 ) -> Generator[Ready, None, None]:
     """The endless stream of training batches from `position` (examples consumed by the run) on.
 
-    Each process reads its own rows; uint8 goes over the wire, crops are normalised (and rendered, with
+    Each process reads its own rows; uint8 goes over the wire, crops are normalized (and rendered, with
     `data.render=device`) where they are used. `run.prefetch` batches wait on the devices. Close it to end its thread.
 
     Nothing in that thread is a program of several processes: those must start in the same order everywhere, and here

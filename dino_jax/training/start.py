@@ -13,22 +13,22 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 
 from dino_jax import config_io
+from dino_jax.data.storage import absolute, write_atomically
 from dino_jax.errors import UserError
 from dino_jax.models.vit import resize_pos_embed
-from dino_jax.storage import absolute, write_atomically
 from dino_jax.training.step import TrainState, make_recipe, state_from_student, to_items
 from dino_jax.weights import architecture, checkpoint, importer
 from dino_jax.weights.importer import Moments, Weights
 from dino_jax.weights.load import open_weights
 
-STEMS = ("patch_embed/kernel", "patch_embed/proj_0_0/kernel", "conv1/kernel")  # what sees the picture's channels
+STEMS = ("patch_embed/kernel", "patch_embed/proj_0_0/kernel", "conv1/kernel")  # what sees the image's channels
 
 
 def start_from(state: TrainState, config: ConfigDict) -> tuple[TrainState, list[str]]:
     """`state` with the weights of `config.init_from` (any CKPT) for its random ones, and in words what was done.
 
     The backbone always comes from there: a position table of another grid by the official resize, other channels
-    with the same response to a gray picture. Head and objectives' states come along where the head is the one
+    with the same response to a gray image. Head and objectives' states come along where the head is the one
     `config.head` asks for, else they are fresh. Without a student in the CKPT, the student too starts as its teacher.
 
     Raises:
@@ -154,7 +154,7 @@ def import_weights(
 def write_checkpoint(weights: Weights, out: epath.PathLike) -> epath.Path:
     """Writes `weights` as step 0 of a new workdir `out`, with the configuration beside it; returns `out`.
 
-    A whole network becomes a whole training state, its optimiser at the file's moments or at none; a backbone alone is
+    A whole network becomes a whole training state, its optimizer at the file's moments or at none; a backbone alone is
     a teacher without a head.
     """
     out = absolute(out)

@@ -251,7 +251,7 @@ def train_step(recipe: Recipe, state: TrainState, crops: Crops) -> tuple[TrainSt
     Args:
       recipe: from `make_recipe`.
       state: the state before the step.
-      crops: normalised, in the compute type.
+      crops: normalized, in the compute type.
 
     Returns:
       The next state and scalar float32 metrics.

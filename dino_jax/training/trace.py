@@ -8,8 +8,7 @@ import tempfile
 import jax
 from etils import epath
 
-from dino_jax.errors import writing
-from dino_jax.storage import write_atomically
+from dino_jax.data.storage import write_atomically, writing
 
 
 class Trace:

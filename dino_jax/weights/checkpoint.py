@@ -25,9 +25,9 @@ from etils import epath
 from flax import traverse_util
 from jax.experimental import multihost_utils
 
-from dino_jax.errors import UserError, cause, unwritable
+from dino_jax.data.storage import absolute, cause, unwritable
+from dino_jax.errors import UserError
 from dino_jax.migrations import FORMAT_VERSION, migrate
-from dino_jax.storage import absolute
 from dino_jax.weights import quiet
 from dino_jax.weights.trees import by_path, checksums, map_by_path
 

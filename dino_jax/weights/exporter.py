@@ -11,10 +11,10 @@ import numpy as np
 import safetensors.numpy
 from etils import epath
 
+from dino_jax.data.storage import absolute, write_atomically
 from dino_jax.errors import UserError
 from dino_jax.models import build_backbone
 from dino_jax.objectives.objective import make_objectives
-from dino_jax.storage import absolute, write_atomically
 from dino_jax.weights import architecture, keys, programs
 from dino_jax.weights.containers import timm_prefix
 from dino_jax.weights.importer import ARGS, GAIN, Weights

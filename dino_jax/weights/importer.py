@@ -104,7 +104,7 @@ def read(file_or_name: epath.PathLike, *, heads: int | None = None, from_file: e
 def _from_backbone(tensors: keys.Tensors, heads: int | None, source: epath.Path) -> Weights:
     """A backbone alone, or a network's state dict without anything around it."""
     network = _regular(tensors)
-    hints = _neighbour(source) if any("embeddings." in key for key in network) else architecture.Hints()
+    hints = _neighbor(source) if any("embeddings." in key for key in network) else architecture.Hints()
     return _weights(default(), network, hints._replace(heads=heads or hints.heads), source)
 
 
@@ -126,7 +126,7 @@ def _from_checkpoint(content: Mapping[str, Any], heads: int | None, source: epat
         try:
             moments = _moments(config, student, optimizer, source)
         except (UserError, KeyError, TypeError, AttributeError, ValueError) as error:
-            log.warning("%s: the optimiser's state does not map (%s) and is left out", source, error)
+            log.warning("%s: the optimizer's state does not map (%s) and is left out", source, error)
     return weights._replace(objectives=_objectives(config, content, source), moments=moments)
 
 
@@ -214,7 +214,7 @@ def _fill_recipe(config: ConfigDict, args: dict[str, Any]) -> None:
 
 
 def _trained(student: dict[str, np.ndarray], optimizer: Any) -> dict[int, str]:
-    """The parameter behind each of the optimiser's indices: the official groups, in the order of the state dict.
+    """The parameter behind each of the optimizer's indices: the official groups, in the order of the state dict.
 
     Official: `utils.get_params_groups`, biases and 1-D tensors last. Raises if the counts do not agree.
     """
@@ -233,7 +233,7 @@ def _trained(student: dict[str, np.ndarray], optimizer: Any) -> dict[int, str]:
 def _gain_has_moments(student: dict[str, np.ndarray] | None, optimizer: Any) -> bool:
     try:
         return GAIN in _trained(student or {}, optimizer).values()
-    except (KeyError, TypeError, ValueError):  # no optimiser's state, or one that does not map
+    except (KeyError, TypeError, ValueError):  # no optimizer's state, or one that does not map
         return False
 
 
@@ -256,7 +256,7 @@ def _moments(config: ConfigDict, student: dict[str, np.ndarray], optimizer: Any,
     return Moments(tree("exp_avg"), tree("exp_avg_sq"), count)
 
 
-def _neighbour(source: epath.Path) -> architecture.Hints:
+def _neighbor(source: epath.Path) -> architecture.Hints:
     """What a transformers `config.json` beside the weights tells."""
     path = (source if source.is_dir() else source.parent) / "config.json"
     try:

@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 from etils import epath
 
+from dino_jax.data.storage import absolute
 from dino_jax.errors import UserError, did_you_mean
 from dino_jax.progress import Progress
-from dino_jax.storage import absolute
 
 BASE = "https://dl.fbaipublicfiles.com/dino/"
 CACHE = "DINO_JAX_CACHE"  # environment variable: where downloads are kept
@@ -91,11 +91,11 @@ def download(address: str, target: epath.Path) -> None:
     partial = target.parent / f"{target.name}.part"
     have = partial.stat().length if partial.exists() else 0
     request = urllib.request.Request(address, headers={"Range": f"bytes={have}-"} if have else {})
-    mend = f"try again (it resumes), or download it elsewhere and give it with --from: {address}"
+    fix = f"try again (it resumes), or download it elsewhere and give it with --from: {address}"
     try:
         with urllib.request.urlopen(request, timeout=60) as answer:
             if answer.headers.get_content_type() == "text/html":
-                raise UserError(f"{target.name}: the server answered with a web page; {mend}")
+                raise UserError(f"{target.name}: the server answered with a web page; {fix}")
             have = have if answer.status == 206 else 0  # 200: the server sends all of it again
             total = have + int(answer.headers["Content-Length"])
             with (
@@ -108,11 +108,11 @@ def download(address: str, target: epath.Path) -> None:
                     bar.update(have)
     except urllib.error.HTTPError as error:
         if error.code != 416:
-            raise UserError(f"{target.name}: the server answered {error.code} {error.reason}; {mend}") from None
+            raise UserError(f"{target.name}: the server answered {error.code} {error.reason}; {fix}") from None
         partial.unlink()  # more than the whole is there: it is not this file
-        raise UserError(f"{target.name}: the partial download did not fit and was removed; {mend}") from None
+        raise UserError(f"{target.name}: the partial download did not fit and was removed; {fix}") from None
     except (OSError, TypeError, ValueError) as error:
-        raise UserError(f"{target.name}: the download failed ({error}); {mend}") from None
+        raise UserError(f"{target.name}: the download failed ({error}); {fix}") from None
     if (got := partial.stat().length) != total:
-        raise UserError(f"{target.name}: the transfer broke off after {got} of {total} bytes; {mend}")
+        raise UserError(f"{target.name}: the transfer broke off after {got} of {total} bytes; {fix}")
     partial.replace(target)

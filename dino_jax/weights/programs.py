@@ -21,7 +21,7 @@ def stablehlo(
 ) -> bytes:
     """A serialised `jax.export.Exported` for cpu, cuda and tpu; `jax.export.deserialize(bytes).call(images)` runs it.
 
-    Input: normalised float32 images [B, h, w, c], B any number. Output: features [B, D], and with `attention` the last
+    Input: normalized float32 images [B, h, w, c], B any number. Output: features [B, D], and with `attention` the last
     block's attention [B, H, N, N] after it, tokens in the order CLS, registers, patches.
     """
     _require("flatbuffers")
@@ -32,7 +32,7 @@ def stablehlo(
 
 
 def onnx(backbone: nn.Module, variables: Any, *, channels: int, image_size: tuple[int, int], attention: bool) -> bytes:
-    """An ONNX model. Input `images`: normalised float32 [B, c, h, w] as ONNX models of pictures have it, B any number.
+    """An ONNX model. Input `images`: normalized float32 [B, c, h, w] as ONNX models of images have it, B any number.
 
     Outputs: `features` [B, D], and with `attention` the last block's `attention` [B, H, N, N].
     """

@@ -24,8 +24,8 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
+from dino_jax.data.storage import new_file
 from dino_jax.errors import UserError
-from dino_jax.storage import new_file
 from dino_jax.weights.unpickle import CODES, NUMERIC, STATES, RefusedError, Unpickler
 
 STORAGES = {

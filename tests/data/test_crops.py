@@ -19,7 +19,7 @@ RATIO = (3 / 4, 4 / 3)
 
 @pytest.fixture(scope="module")
 def image() -> np.ndarray:
-    """A picture with edges and noise, uint8 [90, 120, 3]."""
+    """An image with edges and noise, uint8 [90, 120, 3]."""
     rng = np.random.default_rng(0)
     coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize(
         (120, 90), Image.Resampling.BICUBIC
@@ -28,13 +28,13 @@ def image() -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def picture(image) -> Image.Image:
+def pil_image(image) -> Image.Image:
     return Image.fromarray(image)
 
 
 @pytest.fixture(scope="module")
 def drawn() -> CropParams:
-    """Parameters of 2,000 pictures: every array [2000, 10, ...]."""
+    """Parameters of 2,000 images: every array [2000, 10, ...]."""
     crops = default().crops
     rng = np.random.default_rng(1)
     many = [draw_crops(rng, 300, 400, crops) for _ in range(2000)]
@@ -69,7 +69,7 @@ def test_boxes_are_distributed_as_the_rule_drawn_one_number_at_a_time(height, wi
     assert stats.ks_2samp(*area).pvalue > 1e-3
 
 
-def test_boxes_lie_in_the_picture_with_uniform_area_log_uniform_ratio_and_uniform_place():
+def test_boxes_lie_in_the_image_with_uniform_area_log_uniform_ratio_and_uniform_place():
     size = 10_000  # so large that rounding does not show, and so little area that every try fits
     found = boxes(4000, size, size, (0.05, 0.4)).astype(float)
     top, left, tall, wide = found.T
@@ -89,12 +89,12 @@ def test_boxes_lie_in_the_picture_with_uniform_area_log_uniform_ratio_and_unifor
     ("height", "width", "expected"),
     [(100, 1000, (0, 433, 100, 133)), (1000, 100, (433, 0, 133, 100)), (1, 500, (0, 249, 1, 1)), (1, 1, (0, 0, 1, 1))],
 )
-def test_pictures_too_long_for_any_try_fall_back_to_their_centre(height, width, expected):
+def test_images_too_long_for_any_try_fall_back_to_their_center(height, width, expected):
     found = boxes(50, height, width, (0.9, 1.0))
     assert (found == expected).all()
 
 
-def test_every_share_of_flips_and_colour_operations_is_the_recipes(drawn):
+def test_every_share_of_flips_and_color_operations_is_the_recipes(drawn):
     crops, count = default().crops, 2000
     expected = [
         (drawn.flip.sum(), count * 10, 0.5),
@@ -114,8 +114,8 @@ def test_every_share_of_flips_and_colour_operations_is_the_recipes(drawn):
 
 def test_strengths_are_uniform_and_orders_equally_likely(drawn):
     factors = drawn.factors[drawn.jitter]
-    for column, (centre, spread) in enumerate([(1, 0.4), (1, 0.4), (1, 0.2), (0, 0.1)]):
-        uniform = stats.uniform(centre - spread, 2 * spread)
+    for column, (center, spread) in enumerate([(1, 0.4), (1, 0.4), (1, 0.2), (0, 0.1)]):
+        uniform = stats.uniform(center - spread, 2 * spread)
         assert stats.kstest(factors[:, column], uniform.cdf).pvalue > 1e-3
     assert (drawn.factors[~drawn.jitter] == C.NEUTRAL).all()
     radius = drawn.blur[drawn.blur > 0]
@@ -140,7 +140,7 @@ def test_the_same_generator_gives_related_boxes_at_any_resolution():
     np.testing.assert_array_equal(small.factors, large.factors)
 
 
-def test_without_colour_only_box_and_flip_are_drawn():
+def test_without_color_only_box_and_flip_are_drawn():
     params = draw_crops(np.random.default_rng(0), 60, 80, default().crops, color=False)
     assert not params.jitter.any()
     assert not params.gray.any()
@@ -151,14 +151,14 @@ def test_without_colour_only_box_and_flip_are_drawn():
 
 
 @pytest.mark.parametrize("box", [(0, 0, 90, 120), (10, 20, 33, 41), (89, 119, 1, 1), (5, 0, 80, 7)])
-def test_crop_resize_is_pils_cut_then_resize(picture, box):
+def test_crop_resize_is_pils_cut_then_resize(pil_image, box):
     top, left, height, width = box
-    expected = picture.crop((left, top, left + width, top + height)).resize((40, 32), Image.Resampling.BICUBIC)
-    np.testing.assert_array_equal(C.crop_resize(picture, np.array(box), (32, 40)), expected)
+    expected = pil_image.crop((left, top, left + width, top + height)).resize((40, 32), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(C.crop_resize(pil_image, np.array(box), (32, 40)), expected)
 
 
-def hue_by_arrays(picture: Image.Image, shift: float) -> Image.Image:
-    hsv = np.array(picture.convert("HSV")).astype(np.int64)
+def hue_by_arrays(pil_image: Image.Image, shift: float) -> Image.Image:
+    hsv = np.array(pil_image.convert("HSV")).astype(np.int64)
     hsv[..., 0] = (hsv[..., 0] + math.trunc(shift * 255)) % 256
     return Image.fromarray(hsv.astype(np.uint8), "HSV").convert("RGB")
 
@@ -177,13 +177,13 @@ def hue_by_arrays(picture: Image.Image, shift: float) -> Image.Image:
         (C.solarize, lambda p, t: p.point([v if v < t else 255 - v for v in range(256)] * 3), [128, 0, 200]),
     ],
 )
-def test_each_operation_equals_pils_to_the_bit(picture, ours, pils, values):
+def test_each_operation_equals_pils_to_the_bit(pil_image, ours, pils, values):
     for value in values:
-        result = ours(picture) if value is None else ours(picture, value)
-        np.testing.assert_array_equal(result, pils(picture, value))
+        result = ours(pil_image) if value is None else ours(pil_image, value)
+        np.testing.assert_array_equal(result, pils(pil_image, value))
 
 
-def test_render_applies_the_operations_in_the_recipes_order(image, picture):
+def test_render_applies_the_operations_in_the_recipes_order(image, pil_image):
     config = default()
     config.crops.global_size, config.crops.local_size, config.crops.local_count = (32, 40), (16, 20), 1
     params = CropParams(
@@ -200,12 +200,12 @@ def test_render_applies_the_operations_in_the_recipes_order(image, picture):
     assert large.dtype == small.dtype == np.uint8
     assert large.shape == (2, 32, 40, 3)
     assert small.shape == (1, 16, 20, 3)
-    np.testing.assert_array_equal(large[0], C.crop_resize(picture, params.box[0], (32, 40)))
-    second = C.flip(C.crop_resize(picture, params.box[1], (32, 40)))
+    np.testing.assert_array_equal(large[0], C.crop_resize(pil_image, params.box[0], (32, 40)))
+    second = C.flip(C.crop_resize(pil_image, params.box[1], (32, 40)))
     f = [float(x) for x in params.factors[1]]
     second = C.saturation(C.brightness(C.contrast(C.hue(second, f[3]), f[1]), f[0]), f[2])
     np.testing.assert_array_equal(large[1], C.solarize(C.blur(second, 1.5), 128))
-    third = C.crop_resize(picture, params.box[2], (16, 20))
+    third = C.crop_resize(pil_image, params.box[2], (16, 20))
     f = [float(x) for x in params.factors[2]]
     third = C.brightness(C.contrast(C.hue(C.saturation(third, f[2]), f[3]), f[1]), f[0])
     np.testing.assert_array_equal(small[0], C.gray(third))
@@ -226,19 +226,19 @@ def test_other_channel_counts_are_cut_and_flipped_channel_by_channel(image, chan
 
 
 @pytest.mark.extra
-def test_each_operation_equals_torchvisions(picture):
+def test_each_operation_equals_torchvisions(pil_image):
     functional = peer("torchvision.transforms.functional")
     bicubic = peer("torchvision.transforms").InterpolationMode.BICUBIC
     box = (10, 20, 33, 41)
     np.testing.assert_array_equal(
-        C.crop_resize(picture, np.array(box), (32, 40)), functional.resized_crop(picture, *box, (32, 40), bicubic)
+        C.crop_resize(pil_image, np.array(box), (32, 40)), functional.resized_crop(pil_image, *box, (32, 40), bicubic)
     )
-    np.testing.assert_array_equal(C.flip(picture), functional.hflip(picture))
-    np.testing.assert_array_equal(C.gray(picture), functional.rgb_to_grayscale(picture, 3))
-    np.testing.assert_array_equal(C.solarize(picture, 128), functional.solarize(picture, 128))
+    np.testing.assert_array_equal(C.flip(pil_image), functional.hflip(pil_image))
+    np.testing.assert_array_equal(C.gray(pil_image), functional.rgb_to_grayscale(pil_image, 3))
+    np.testing.assert_array_equal(C.solarize(pil_image, 128), functional.solarize(pil_image, 128))
     for name, factor in [("brightness", 0.7), ("contrast", 1.3), ("saturation", 0.9), ("hue", -0.07), ("hue", 0.1)]:
-        theirs = getattr(functional, f"adjust_{name}")(picture, factor)
-        np.testing.assert_array_equal(getattr(C, name)(picture, factor), theirs, err_msg=name)
+        theirs = getattr(functional, f"adjust_{name}")(pil_image, factor)
+        np.testing.assert_array_equal(getattr(C, name)(pil_image, factor), theirs, err_msg=name)
 
 
 @pytest.mark.extra

@@ -1,4 +1,4 @@
-"""Decoding: every kind of picture that turns up in the wild is converted as a viewer shows it, or named as bad."""
+"""Decoding: every kind of image that turns up in the wild is converted as a viewer shows it, or named as bad."""
 
 from __future__ import annotations
 
@@ -13,76 +13,76 @@ from PIL import Image
 from dino_jax.data.decode import BadImage, decode, shrink
 
 
-def encode(picture: Image.Image, form: str, **options) -> bytes:
+def encode(pil_image: Image.Image, form: str, **options) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, form, **options)
+    pil_image.save(buffer, form, **options)
     return buffer.getvalue()
 
 
-def png(width: int, height: int, depth: int, colour: int, rows: bytes) -> bytes:
+def png(width: int, height: int, depth: int, color: int, rows: bytes) -> bytes:
     """A PNG by hand, for kinds that PIL does not write."""
 
     def chunk(name: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
 
-    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 @pytest.fixture(scope="module")
 def pixels() -> np.ndarray:
-    """A smooth picture, uint8 [20, 30, 3], no symmetry."""
+    """A smooth image, uint8 [20, 30, 3], no symmetry."""
     y, x = np.mgrid[:20, :30]
     return np.stack([y * 12, x * 8, 255 - (x + y) * 5], axis=-1).astype(np.uint8)
 
 
 @pytest.fixture(scope="module")
-def picture(pixels) -> Image.Image:
+def pil_image(pixels) -> Image.Image:
     return Image.fromarray(pixels)
 
 
 @pytest.mark.parametrize("form", ["PNG", "BMP", "TIFF", "PPM", "WEBP", "GIF", "JPEG"])
-def test_formats_are_recognised_by_content(picture, pixels, form):
+def test_formats_are_recognised_by_content(pil_image, pixels, form):
     lossless = form not in ("GIF", "JPEG")
-    found = decode(encode(picture, form, **({"lossless": True} if form == "WEBP" else {})))
+    found = decode(encode(pil_image, form, **({"lossless": True} if form == "WEBP" else {})))
     assert found.dtype == np.uint8
     assert np.abs(found.astype(int) - pixels).mean() < (1e-9 if lossless else 8)
 
 
-def test_jpegs_are_decoded_to_the_bit_as_pil_does(picture):
-    data = encode(picture, "JPEG", quality=80)
+def test_jpegs_are_decoded_to_the_bit_as_pil_does(pil_image):
+    data = encode(pil_image, "JPEG", quality=80)
     np.testing.assert_array_equal(decode(data), np.asarray(Image.open(io.BytesIO(data))))
 
 
 @pytest.mark.parametrize("subsampling", [0, 1, 2])
 def test_both_jpeg_decoders_agree_to_the_bit(subsampling):
     rng = np.random.default_rng(0)
-    picture = Image.fromarray(rng.integers(0, 256, (7, 9, 3), dtype=np.uint8)).resize((131, 77))
+    pil_image = Image.fromarray(rng.integers(0, 256, (7, 9, 3), dtype=np.uint8)).resize((131, 77))
     kinds = [{"quality": quality, "progressive": progressive} for quality in (50, 90) for progressive in (0, 1)]
     for kind in kinds:
-        data = encode(picture, "JPEG", subsampling=subsampling, **kind)
+        data = encode(pil_image, "JPEG", subsampling=subsampling, **kind)
         np.testing.assert_array_equal(decode(data), np.asarray(Image.open(io.BytesIO(data))))
 
 
-def test_gray_palette_cmyk_and_two_levels_become_rgb(picture, pixels):
-    gray = np.asarray(picture.convert("L"))
-    np.testing.assert_array_equal(decode(encode(picture.convert("L"), "PNG")), np.repeat(gray[..., None], 3, -1))
+def test_gray_palette_cmyk_and_two_levels_become_rgb(pil_image, pixels):
+    gray = np.asarray(pil_image.convert("L"))
+    np.testing.assert_array_equal(decode(encode(pil_image.convert("L"), "PNG")), np.repeat(gray[..., None], 3, -1))
     cmyk = Image.fromarray(np.dstack([255 - pixels, np.zeros_like(gray)]), "CMYK")
     assert np.abs(decode(encode(cmyk, "JPEG", quality=95)).astype(int) - pixels).mean() < 4
-    palette = picture.quantize(16)
+    palette = pil_image.quantize(16)
     np.testing.assert_array_equal(decode(encode(palette, "PNG")), palette.convert("RGB"))
-    two = picture.convert("1")
+    two = pil_image.convert("1")
     np.testing.assert_array_equal(decode(encode(two, "PNG"))[..., 1], np.asarray(two) * 255)
 
 
-def test_transparent_pictures_lie_on_white(picture, pixels):
+def test_transparent_images_lie_on_white(pil_image, pixels):
     alpha = np.zeros((20, 30), np.uint8)
     alpha[:, 10:], alpha[:, 20:] = 128, 255
     found = decode(encode(Image.fromarray(np.dstack([pixels, alpha])), "PNG"))
     assert (found[:, :10] == 255).all()
     np.testing.assert_allclose(found[:, 10:20], (pixels[:, 10:20] * 128.0 + 255 * 127) / 255, atol=1.01)
     np.testing.assert_array_equal(found[:, 20:], pixels[:, 20:])
-    clear = picture.quantize(16)
+    clear = pil_image.quantize(16)
     clear.info["transparency"] = int(np.asarray(clear)[0, 0])
     assert (decode(encode(clear, "PNG"))[0, 0] == 255).all()
     gray = np.dstack([np.full((20, 30), 100, np.uint8), alpha])
@@ -96,20 +96,20 @@ def test_sixteen_bits_lose_their_lower_byte():
     np.testing.assert_array_equal(decode(encode(Image.fromarray(levels), "TIFF")), expected)
     pgm = b"P5 16 16 65535\n" + levels.astype(">u2").tobytes()
     np.testing.assert_array_equal(decode(pgm), expected)
-    colour = np.stack([levels, levels[::-1], levels.T], -1)
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in colour)
-    np.testing.assert_array_equal(decode(png(16, 16, 16, 2, rows)), colour >> 8)
+    color = np.stack([levels, levels[::-1], levels.T], -1)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in color)
+    np.testing.assert_array_equal(decode(png(16, 16, 16, 2, rows)), color >> 8)
 
 
-def test_the_first_frame_of_an_animation_is_taken(picture):
-    frames = [picture.transpose(Image.Transpose.FLIP_TOP_BOTTOM)] * 2
+def test_the_first_frame_of_an_animation_is_taken(pil_image):
+    frames = [pil_image.transpose(Image.Transpose.FLIP_TOP_BOTTOM)] * 2
     for form in ("GIF", "WEBP", "PNG", "TIFF"):
-        found = decode(encode(picture, form, save_all=True, append_images=frames))
-        assert np.abs(found.astype(int) - np.asarray(picture)).mean() < 12, form
+        found = decode(encode(pil_image, form, save_all=True, append_images=frames))
+        assert np.abs(found.astype(int) - np.asarray(pil_image)).mean() < 12, form
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_applied(picture, pixels, orientation):
+def test_exif_orientation_is_applied(pil_image, pixels, orientation):
     """By the EXIF standard's table: where the stored row 0 and column 0 belong in the scene."""
     upright = {
         1: lambda a: a,
@@ -123,22 +123,22 @@ def test_exif_orientation_is_applied(picture, pixels, orientation):
     }
     exif = Image.Exif()
     exif[0x0112] = orientation
-    np.testing.assert_array_equal(decode(encode(picture, "PNG", exif=exif)), upright[orientation](pixels))
+    np.testing.assert_array_equal(decode(encode(pil_image, "PNG", exif=exif)), upright[orientation](pixels))
 
 
-def test_unreadable_exif_is_ignored(picture):
-    data = encode(picture, "JPEG", exif=b"Exif\0\0" + b"MM\0*\xff\xff\xff\xff garbage")
+def test_unreadable_exif_is_ignored(pil_image):
+    data = encode(pil_image, "JPEG", exif=b"Exif\0\0" + b"MM\0*\xff\xff\xff\xff garbage")
     assert decode(data).shape == (20, 30, 3)
 
 
 @pytest.mark.parametrize(("width", "height"), [(1, 1), (3000, 1), (1, 3000)])
-def test_tiny_and_endless_pictures_decode(width, height):
+def test_tiny_and_endless_images_decode(width, height):
     data = encode(Image.new("RGB", (width, height), (9, 8, 7)), "PNG")
     assert (decode(data) == (9, 8, 7)).all()
     assert decode(data).shape == (height, width, 3)
 
 
-def test_damaged_files_are_bad_with_a_one_line_reason(picture):
+def test_damaged_files_are_bad_with_a_one_line_reason(pil_image):
     noisy = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     jpeg, image = encode(noisy, "JPEG"), encode(noisy, "PNG")
     bomb = png(60_000, 60_000, 8, 2, b"\0")
@@ -179,7 +179,7 @@ def test_arrays_pass_in_memory_and_as_npy(pixels):
     np.testing.assert_array_equal(decode(pixels, 1)[..., 0], Image.fromarray(pixels).convert("L"))
 
 
-def test_many_channels(pixels, picture):
+def test_many_channels(pixels, pil_image):
     many = np.concatenate([pixels, pixels], -1)
     np.testing.assert_array_equal(decode(npy(many), 6), many)
     four = np.dstack([pixels, pixels[..., 0]])
@@ -187,7 +187,7 @@ def test_many_channels(pixels, picture):
     with pytest.raises(BadImage, match="6 channels where 3"):
         decode(many)
     with pytest.raises(BadImage, match="3 channels where 5"):
-        decode(encode(picture, "PNG"), 5)
+        decode(encode(pil_image, "PNG"), 5)
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def test_many_channels(pixels, picture):
         (np.array([[["a"] * 3]]), "type"),
     ],
 )
-def test_arrays_that_are_not_pictures_are_bad(array, reason):
+def test_arrays_that_are_not_images_are_bad(array, reason):
     with pytest.raises(BadImage, match=reason):
         decode(array)
 

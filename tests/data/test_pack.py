@@ -17,9 +17,9 @@ import pytest
 from PIL import Image
 
 from dino_jax.cli import main
+from dino_jax.data.arrayrecord_source import MANIFEST
 from dino_jax.data.decode import decode
 from dino_jax.data.pack import UNFINISHED, pack
-from dino_jax.data.packed import MANIFEST
 from dino_jax.data.sources import open_source
 from dino_jax.errors import UserError
 from tests.gcs_stand_in import serve
@@ -29,7 +29,7 @@ SCENES = "scenes:train?size=90&image_size=64"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> pathlib.Path:
-    """Two classes of six pictures, JPEG and PNG, one of them unreadable."""
+    """Two classes of six images, JPEG and PNG, one of them unreadable."""
     rng = np.random.default_rng(0)
     root = tmp_path_factory.mktemp("pictures")
     for number in range(12):
@@ -62,18 +62,18 @@ def test_what_went_in_comes_out(folder, tmp_path):
     assert set(contents(tmp_path)) == {MANIFEST, *(shard["file"] for shard in manifest["shards"])}
 
 
-def test_the_manifest_measures_the_pictures(folder, tmp_path):
+def test_the_manifest_measures_the_images(folder, tmp_path):
     manifest = packed(folder, tmp_path)
     source = open_source(str(tmp_path))
-    pictures = [decode(source[i].image) / 255 for i in range(len(source))]
+    all_images = [decode(source[i].image) / 255 for i in range(len(source))]
     assert manifest["sizes"]["height"] == {
         "min": 30,
-        "mean": round(float(np.mean([len(picture) for picture in pictures])), 1),
+        "mean": round(float(np.mean([len(image) for image in all_images])), 1),
         "max": 74,
     }
     assert manifest["sizes"]["width"] == {"min": 50, "mean": 50.0, "max": 50}
-    mean = np.mean([picture.mean((0, 1)) for picture in pictures], axis=0)
-    square = np.mean([(picture**2).mean((0, 1)) for picture in pictures], axis=0)
+    mean = np.mean([image.mean((0, 1)) for image in all_images], axis=0)
+    square = np.mean([(image**2).mean((0, 1)) for image in all_images], axis=0)
     np.testing.assert_allclose(manifest["mean"], mean, atol=1e-5)
     np.testing.assert_allclose(manifest["std"], np.sqrt(square - mean**2), atol=1e-5)
 

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from dino_jax.config import default
-from dino_jax.data.arrays import ArraySource
+from dino_jax.data.arrays_source import ArraySource
 from dino_jax.data.crops import CropParams, draw_crops, render_crops
 from dino_jax.data.example import Example
 from dino_jax.data.pipeline import (
@@ -38,15 +38,15 @@ def config():
     return config
 
 
-def pictures(count: int, channels: int = 3) -> ArraySource:
-    """Pictures that differ, 24 x 30, labelled by their number."""
+def images_of(count: int, channels: int = 3) -> ArraySource:
+    """Images that differ, 24 x 30, labelled by their number."""
     rng = np.random.default_rng(0)
     return ArraySource(rng.integers(0, 256, (count, 24, 30, channels), dtype=np.uint8), np.arange(count))
 
 
 @pytest.fixture
 def source() -> ArraySource:
-    return pictures(47)
+    return images_of(47)
 
 
 def take(count: int, *arguments, **options) -> list[dict]:
@@ -110,7 +110,7 @@ def test_device_batches_have_the_documented_layout_and_the_same_crops(source, co
             np.testing.assert_array_equal(small, host["locals"][row])
 
 
-def test_pictures_larger_than_the_canvas_are_shrunk_and_their_boxes_with_them(config):
+def test_images_larger_than_the_canvas_are_shrunk_and_their_boxes_with_them(config):
     config.data.render, config.batch_size = "device", 4
     images = np.random.default_rng(0).integers(0, 256, (4, 48, 96, 3), dtype=np.uint8)
     (batch,) = take(1, ArraySource(images), config)
@@ -126,7 +126,7 @@ def test_pictures_larger_than_the_canvas_are_shrunk_and_their_boxes_with_them(co
 
 
 def test_an_epoch_holds_every_example_once_in_an_order_of_its_own(config):
-    source = pictures(40)
+    source = images_of(40)
     epochs = [np.concatenate([b["index"] for b in take(2, source, config, position=40 * e)]) for e in range(3)]
     for epoch in epochs:
         assert sorted(epoch) == list(range(40))
@@ -175,7 +175,7 @@ def test_the_salt_changes_the_draws_but_not_the_order(source, config):
 
 
 def test_an_example_is_drawn_anew_in_each_epoch(config):
-    source = pictures(20)
+    source = images_of(20)
     first, second = take(2, source, config)
     rows = np.argsort(first["index"]), np.argsort(second["index"])
     assert (first["globals"][rows[0]] != second["globals"][rows[1]]).any(axis=(1, 2, 3, 4)).all()
@@ -265,7 +265,7 @@ def png(level: int) -> bytes:
 
 @pytest.fixture
 def damaged(tmp_path):
-    """60 pictures, of which three cannot be read, one of these a broken link."""
+    """60 images, of which three cannot be read, one of these a broken link."""
     for index in range(60):
         (tmp_path / f"{index:02d}.png").write_bytes(b"broken" if index in (7, 30) else png(index))
     (tmp_path / "50.png").unlink()
@@ -273,7 +273,7 @@ def damaged(tmp_path):
     return open_source(str(tmp_path))
 
 
-def test_unreadable_pictures_are_replaced_and_reported(damaged, config):
+def test_unreadable_images_are_replaced_and_reported(damaged, config):
     config.data.max_bad_share = 0.05
     batches = take(3, damaged, config)
     order = [epoch_order(60, config.seed, 0, range(60))[k : k + 20] for k in (0, 20, 40)]
@@ -291,7 +291,7 @@ def test_unreadable_pictures_are_replaced_and_reported(damaged, config):
         assert_same(again, batch)
 
 
-def test_too_many_unreadable_pictures_are_an_error_that_names_the_first(damaged, config):
+def test_too_many_unreadable_images_are_an_error_that_names_the_first(damaged, config):
     config.data.max_bad_share = 0.04
     config.data.train = "folder:somewhere"
     with pytest.raises(UserError, match=r"somewhere: at least 3 of 60 .* data.max_bad_share = 0.04; first") as error:
@@ -302,7 +302,7 @@ def test_too_many_unreadable_pictures_are_an_error_that_names_the_first(damaged,
 
 
 @pytest.mark.parametrize("share", [0.01, 1.0])
-def test_a_data_set_without_a_readable_picture_is_an_error_at_once(tmp_path, config, share):
+def test_a_data_set_without_a_readable_image_is_an_error_at_once(tmp_path, config, share):
     for index in range(25):
         (tmp_path / f"{index}.png").write_bytes(b"broken")
     config.data.max_bad_share = share
@@ -310,7 +310,7 @@ def test_a_data_set_without_a_readable_picture_is_an_error_at_once(tmp_path, con
         make_dataset(open_source(str(tmp_path)), config)
 
 
-def test_one_readable_picture_is_enough_if_allowed(tmp_path, config):
+def test_one_readable_image_is_enough_if_allowed(tmp_path, config):
     for index in range(25):
         (tmp_path / f"{index}.png").write_bytes(png(200) if index == 13 else b"broken")
     config.data.max_bad_share = 1.0
@@ -320,7 +320,7 @@ def test_one_readable_picture_is_enough_if_allowed(tmp_path, config):
 
 def test_a_batch_larger_than_the_data_set_is_an_error(config):
     with pytest.raises(UserError, match="batch_size = 20 is more than the 19 images"):
-        make_dataset(pictures(19), config)
+        make_dataset(images_of(19), config)
 
 
 def test_an_unknown_renderer_is_an_error(source, config):
@@ -331,9 +331,9 @@ def test_an_unknown_renderer_is_an_error(source, config):
 
 @pytest.mark.parametrize("render", ["host", "device"])
 @pytest.mark.parametrize("channels", [1, 5])
-def test_other_channel_counts_keep_their_colours_with_a_notice(config, render, channels, caplog):
+def test_other_channel_counts_keep_their_colors_with_a_notice(config, render, channels, caplog):
     config.data.render, config.model.in_chans = render, channels
-    (batch,) = take(1, pictures(20, channels), config)
+    (batch,) = take(1, images_of(20, channels), config)
     assert "without color operations" in caplog.text
     if render == "host":
         assert batch["globals"].shape == (20, 2, 16, 20, channels)
@@ -342,7 +342,7 @@ def test_other_channel_counts_keep_their_colours_with_a_notice(config, render, c
         assert not any(field.any() for field in batch["params"][4:])
 
 
-def test_evaluation_sees_every_picture_once_in_order(source):
+def test_evaluation_sees_every_image_once_in_order(source):
     batches = list(make_eval_dataset(source, resize=20, crop=16, batch_size=20))
     assert [batch["valid"].sum() for batch in batches] == [20, 20, 7]
     index = np.concatenate([batch["index"] for batch in batches])
@@ -358,7 +358,7 @@ def test_evaluation_sees_every_picture_once_in_order(source):
         np.testing.assert_array_equal(whole["image"], np.concatenate([left["image"], right["image"]]))
 
 
-def test_evaluation_marks_unreadable_pictures(damaged):
+def test_evaluation_marks_unreadable_images(damaged):
     batches = list(make_eval_dataset(damaged, resize=0, crop=(8, 9), batch_size=25))
     valid = np.concatenate([batch["valid"] for batch in batches])
     assert set(np.flatnonzero(~valid)) == {7, 30, 50, *range(60, 75)}
@@ -382,11 +382,11 @@ def test_the_evaluation_view_has_torchvisions_sizes():
 @pytest.mark.parametrize(("height", "width"), [(37, 53), (53, 37), (30, 30), (16, 90), (10, 12)])
 def test_the_evaluation_view_equals_torchvisions(height, width):
     transforms = peer("torchvision.transforms")
-    picture = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    image = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     view = transforms.Compose(
         [
             transforms.Resize(24, transforms.InterpolationMode.BICUBIC),
             transforms.CenterCrop((20, 28)),
         ]
     )
-    np.testing.assert_array_equal(center_crop(resize_shorter(picture, 24), (20, 28)), view(Image.fromarray(picture)))
+    np.testing.assert_array_equal(center_crop(resize_shorter(image, 24), (20, 28)), view(Image.fromarray(image)))

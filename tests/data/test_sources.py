@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dino_jax.data.arrays import ArraySource
+from dino_jax.data.arrayrecord_source import FORMAT, MANIFEST, VERSION, WRITER_OPTIONS, decode_record, encode_record
+from dino_jax.data.arrays_source import ArraySource
 from dino_jax.data.decode import BadImage, decode
 from dino_jax.data.example import Example
-from dino_jax.data.packed import FORMAT, MANIFEST, VERSION, WRITER_OPTIONS, decode_record, encode_record
 from dino_jax.data.sources import open_source, split_spec
 from dino_jax.errors import UserError
 from tests.gcs_stand_in import serve
@@ -55,7 +55,7 @@ def tree(tmp_path):
     write(root / "a" / "deep" / "é ü.png", 30)
     write(root / ".hidden" / "x.png")
     write(root / "a" / ".x.png")
-    (root / "a" / "notes.txt").write_text("no picture")
+    (root / "a" / "notes.txt").write_text("no image")
     (root / "empty").mkdir()
     return root
 
@@ -84,7 +84,7 @@ def test_a_flat_folder_is_unlabelled(tmp_path, caplog):
     assert "3 images beside the class folders are left out" in caplog.text
 
 
-def test_links_are_followed_and_broken_ones_are_bad_pictures(tree):
+def test_links_are_followed_and_broken_ones_are_bad_images(tree):
     os.symlink(tree / "nowhere.png", tree / "b" / "0.png")
     os.symlink(tree / "b", tree / "c")
     os.symlink(tree, tree / "a" / "loop")
@@ -275,7 +275,7 @@ def tfds_dir(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("tfds")
 
-    class TinyPictures(tfds.core.GeneratorBasedBuilder):
+    class TinyImages(tfds.core.GeneratorBasedBuilder):
         pkg_dir_path, url_infos = folder, None  # there is no package to look in
         VERSION = tfds.core.Version("1.2.0")
 
@@ -290,19 +290,19 @@ def tfds_dir(tmp_path_factory):
             for i in range(count):
                 yield i, {"image": io.BytesIO(image_bytes(i)), "label": i % 2}
 
-    TinyPictures(data_dir=folder, file_format="array_record").download_and_prepare()
+    TinyImages(data_dir=folder, file_format="array_record").download_and_prepare()
     return folder
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_tfds(tfds_dir):
-    source = open_source(f"tfds:tiny_pictures:train?data_dir={tfds_dir}")
+    source = open_source(f"tfds:tiny_images:train?data_dir={tfds_dir}")
     assert len(source) == 10
     assert source.class_names == ("cat", "dog")
     assert isinstance(source[0].image, bytes)
     assert sorted(level(source[i]) for i in range(10)) == list(range(10))
     assert all(level(source[i]) % 2 == source[i].label for i in range(10))
-    part = pickle.loads(pickle.dumps(open_source(f"tfds:tiny_pictures:1.2.0:test[:50%]?data_dir={tfds_dir}")))
+    part = pickle.loads(pickle.dumps(open_source(f"tfds:tiny_images:1.2.0:test[:50%]?data_dir={tfds_dir}")))
     assert len(part) == 2
 
 
@@ -310,12 +310,12 @@ def test_tfds(tfds_dir):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("tfds:tiny_pictures:valid?data_dir={}", r"splits: train, test"),
-        ("tfds:tiny_pictures:train?data_dir={}&image=photo", r"no image 'photo' in"),
-        ("tfds:tiny_pictures:train?data_dir={}&label=kind", r"no 'kind' in"),
+        ("tfds:tiny_images:valid?data_dir={}", r"splits: train, test"),
+        ("tfds:tiny_images:train?data_dir={}&image=photo", r"no image 'photo' in"),
+        ("tfds:tiny_images:train?data_dir={}&label=kind", r"no 'kind' in"),
         ("tfds:cifarr10:train?data_dir={}", r"did you mean 'cifar10'"),
         ("tfds:mnist:train?data_dir={}", r"not prepared in .*tfds build mnist --file_format=array_record"),
-        ("tfds:tiny_pictures?data_dir={}", r"no split"),
+        ("tfds:tiny_images?data_dir={}", r"no split"),
     ],
 )
 def test_tfds_mistakes(tfds_dir, spec, message):
@@ -388,7 +388,7 @@ def test_mistakes_are_named_in_one_line(tmp_path, spec, message):
     (tmp_path / "text" / "x.txt").write_text("x")
     (tmp_path / "blank.txt").write_text("# nothing\n")
     (tmp_path / "missing.txt").write_text("gone.png\npicture.png\ngone too.png\n")
-    (tmp_path / "halfway.txt").write_text("picture.png 1\npicture.png\n")
+    (tmp_path / "halfway.txt").write_text("image.png 1\npicture.png\n")
     np.savez(tmp_path / "other.npz", pixels=np.zeros(3))
     np.savez(tmp_path / "counts.npz", images=np.zeros((3, 2, 2), np.uint8), labels=np.zeros(2))
     np.savez(tmp_path / "shape.npz", images=np.zeros(3, np.uint8))

@@ -31,13 +31,13 @@ def tiny_model(**changes) -> Model:
 
 @pytest.fixture
 def class_folders(tmp_path):
-    """`train` (8 a class) and `val` (4 a class) in ImageNet's form: class folders of noisy pictures of one colour."""
+    """`train` (8 a class) and `val` (4 a class) in ImageNet's form: class folders of noisy images of one color."""
     rng = np.random.default_rng(0)
     for split, count in (("train", 8), ("val", 4)):
-        for name, colour in zip(("n01", "n02", "n03"), COLOURS, strict=True):
+        for name, color in zip(("n01", "n02", "n03"), COLOURS, strict=True):
             folder = tmp_path / "classes" / split / name
             folder.mkdir(parents=True)
             for i in range(count):
-                pixels = np.clip(rng.normal(colour, 30, (18, 22, 3)), 0, 255).astype(np.uint8)
+                pixels = np.clip(rng.normal(color, 30, (18, 22, 3)), 0, 255).astype(np.uint8)
                 Image.fromarray(pixels).save(folder / f"{name}_{i}.JPEG")
     return tmp_path / "classes"

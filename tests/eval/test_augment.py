@@ -10,27 +10,27 @@ from dino_jax.eval import augment
 
 
 @pytest.fixture
-def picture():
+def image():
     rows, columns = np.mgrid[:16, :24]
     planes = [12 * rows + 3 * columns, 250 - 9 * columns, 40 + 4 * rows + 5 * columns]  # slopes: no two pixels alike
     return Image.fromarray(np.stack(planes, -1).astype(np.uint8))
 
 
 @pytest.mark.parametrize("name", augment.OPERATIONS)
-def test_operations_keep_the_form_and_grow_with_the_strength(name, picture):
+def test_operations_keep_the_form_and_grow_with_the_strength(name, image):
     changed = []
     for share in (0.0, 0.5, 1.0):
-        out = augment.OPERATIONS[name](picture, share, 1.0, Image.Resampling.BILINEAR)
-        assert out.size == picture.size and out.mode == "RGB"
-        changed.append(np.mean(np.abs(np.asarray(out).astype(int) - np.asarray(picture))))
+        out = augment.OPERATIONS[name](image, share, 1.0, Image.Resampling.BILINEAR)
+        assert out.size == image.size and out.mode == "RGB"
+        changed.append(np.mean(np.abs(np.asarray(out).astype(int) - np.asarray(image))))
     if name not in ("autocontrast", "equalize", "invert", "posterize", "sharpness"):  # slopes have no edges
         assert changed[0] == 0 and changed[0] < changed[1] < changed[2]
 
 
-def test_known_strengths(picture):
-    pixels = np.asarray(picture).astype(int)
+def test_known_strengths(image):
+    pixels = np.asarray(image).astype(int)
     apply = lambda name, share: np.asarray(  # noqa: E731
-        augment.OPERATIONS[name](picture, share, 1.0, Image.Resampling.NEAREST)
+        augment.OPERATIONS[name](image, share, 1.0, Image.Resampling.NEAREST)
     ).astype(int)
     np.testing.assert_array_equal(apply("solarize", 0.5), np.where(pixels < 128, pixels, 255 - pixels))
     np.testing.assert_array_equal(apply("solarize_add", 0.5), np.where(pixels < 128, pixels + 55, pixels))
@@ -57,7 +57,7 @@ def test_mixup_and_cutmix_shares_are_what_is_seen():
     for seed in range(12):
         mix = augment.draw_mix(np.random.default_rng(seed), 10, 12, 0.8, 1.0)
         mixed, soft = jax.jit(augment.mix_batch)(images, targets, jnp.ones(4, bool), mix)
-        # the mean of picture i shows its own number and its partner's in the shares of its target
+        # the mean of image i shows its own number and its partner's in the shares of its target
         np.testing.assert_allclose(mixed.mean((1, 2, 3)), soft @ np.arange(4.0), atol=1e-5)
         np.testing.assert_allclose(soft.sum(1), 1, atol=1e-6)
         if mix.blend == 1:

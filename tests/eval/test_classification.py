@@ -20,13 +20,13 @@ def small(config):
 def test_knn_protocol(vit, class_folders, tmp_path):
     config = small(knn.PROTOCOL.default_config())
     figures = knn.evaluate(vit, str(class_folders), config, workdir=str(tmp_path / "work"))
-    assert set(figures) == {"top1_k10", "top1_k20", "top5_k10", "top5_k20"}  # 24 training pictures: no k=100
+    assert set(figures) == {"top1_k10", "top1_k20", "top5_k10", "top5_k20"}  # 24 training images: no k=100
     assert figures["top1_k10"] > 80 and figures["top5_k10"] == 100
     assert len(list((tmp_path / "work").glob("features-*.npz"))) == 2
-    picture = np.asarray(Image.open(tmp_path / "work" / "knn.png"))
-    assert picture.shape == (6 * 100 + 4, 7 * 100 + 12, 3)  # a query and six neighbours
-    frames = picture[6::100, 120::100]  # the first rows of the neighbours' frames
-    assert {tuple(colour) for colour in frames.reshape(-1, 3)} <= {draw.GREEN, draw.RED}
+    image = np.asarray(Image.open(tmp_path / "work" / "knn.png"))
+    assert image.shape == (6 * 100 + 4, 7 * 100 + 12, 3)  # a query and six neighbors
+    frames = image[6::100, 120::100]  # the first rows of the neighbors' frames
+    assert {tuple(color) for color in frames.reshape(-1, 3)} <= {draw.GREEN, draw.RED}
 
 
 def test_lowshot_protocol(vit, class_folders, tmp_path):
@@ -61,7 +61,7 @@ def test_subsets_are_per_class_nested_and_seeded():
         lowshot.per_class(labels, 10, 0)
 
 
-def test_listed_pictures_keep_the_class_numbers_of_the_folders(class_folders, tmp_path):
+def test_listed_images_keep_the_class_numbers_of_the_folders(class_folders, tmp_path):
     (tmp_path / "list.txt").write_text("n03_2.JPEG\nn01/n01_0.JPEG\n")
     source = lowshot.listed(str(tmp_path / "list.txt"), str(class_folders / "train"))
     assert [source[i].label for i in range(2)] == [2, 0] and source[0].image[:2] == b"\xff\xd8"

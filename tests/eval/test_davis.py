@@ -14,7 +14,7 @@ def square(size, top, left, side):
 
 
 def brute_force_contour(mask):
-    """The definition, pixel by pixel: differs from the right, lower or lower right neighbour that exists."""
+    """The definition, pixel by pixel: differs from the right, lower or lower right neighbor that exists."""
     h, w = mask.shape
     edges = np.zeros((h, w), bool)
     for i in range(h):

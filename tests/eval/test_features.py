@@ -17,7 +17,7 @@ from dino_jax.models import ViT
 
 
 class Tiny(nn.Module):
-    """A stand-in backbone: one linear map of the mean colour."""
+    """A stand-in backbone: one linear map of the mean color."""
 
     patch_size: int | None = None
 
@@ -49,7 +49,7 @@ def test_extract_equals_a_plain_forward_and_drops_the_filling(model):
     np.testing.assert_allclose(got, one, atol=1e-6)
 
 
-def test_padding_and_unreadable_pictures_never_count(model):
+def test_padding_and_unreadable_images_never_count(model):
     images = np.random.default_rng(1).integers(256, size=(6, 4, 4, 3), dtype=np.uint8)
     marked = batches(images, 6)
     marked[0]["valid"][[1, 5]] = False
@@ -60,7 +60,7 @@ def test_padding_and_unreadable_pictures_never_count(model):
         features.extract(model, marked)
 
 
-def test_progress_counts_pictures_and_an_empty_set_is_an_error(model):
+def test_progress_counts_images_and_an_empty_set_is_an_error(model):
     seen = []
     features.extract(model, batches(np.zeros((7, 4, 4, 3), np.uint8), 4), progress=seen.append)
     assert seen == [4, 7]
@@ -86,7 +86,7 @@ def test_dataset_features_are_kept_and_found_again(model, tmp_path):
     )
 
 
-def test_too_many_unreadable_pictures_are_an_error_that_names_one(model, tmp_path):
+def test_too_many_unreadable_images_are_an_error_that_names_one(model, tmp_path):
     from PIL import Image
 
     for i in range(4):

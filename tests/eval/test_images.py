@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from dino_jax.errors import UserError
-from dino_jax.eval import images as pictures
+from dino_jax.eval import images as images
 
 
 @pytest.mark.extra
@@ -19,9 +19,9 @@ def test_linear_resize_equals_torch():
     for scale in (2**-0.5, 0.5, 2.0):
         wanted = torch.nn.functional.interpolate(tensor, scale_factor=scale, mode="bilinear", align_corners=False)
         wanted = np.moveaxis(wanted[0].numpy(), 0, -1)
-        np.testing.assert_allclose(pictures.linear_resize(pixels, *wanted.shape[:2], 1 / scale), wanted, atol=1e-3)
+        np.testing.assert_allclose(images.linear_resize(pixels, *wanted.shape[:2], 1 / scale), wanted, atol=1e-3)
     wanted = torch.nn.functional.interpolate(tensor, size=(20, 99), mode="bilinear", align_corners=False)
-    np.testing.assert_allclose(pictures.linear_resize(pixels, 20, 99), np.moveaxis(wanted[0].numpy(), 0, -1), atol=1e-3)
+    np.testing.assert_allclose(images.linear_resize(pixels, 20, 99), np.moveaxis(wanted[0].numpy(), 0, -1), atol=1e-3)
 
 
 @pytest.mark.extra
@@ -30,12 +30,12 @@ def test_linear_resize_equals_opencv():
     pixels = np.random.default_rng(1).integers(256, size=(64, 101, 3), dtype=np.uint8)
     for height, width in ((48, 64), (100, 128)):
         wanted = cv2.resize(pixels, (width, height)).astype(int)
-        assert np.abs(np.rint(pictures.linear_resize(pixels, height, width)) - wanted).max() <= 1
+        assert np.abs(np.rint(images.linear_resize(pixels, height, width)) - wanted).max() <= 1
 
 
 def test_linear_matrix_keeps_constants():
     for old, new in ((5, 17), (17, 5), (1, 4), (4, 1)):
-        np.testing.assert_allclose(pictures.linear_matrix(old, new).sum(1), 1)
+        np.testing.assert_allclose(images.linear_matrix(old, new).sum(1), 1)
 
 
 def test_parallel_keeps_the_order_and_passes_errors_on():
@@ -45,14 +45,14 @@ def test_parallel_keeps_the_order_and_passes_errors_on():
             raise UserError("thirty")
         return x
 
-    assert list(pictures.parallel(slow, range(25))) == list(range(25))
+    assert list(images.parallel(slow, range(25))) == list(range(25))
     with pytest.raises(UserError, match="thirty"):
-        list(pictures.parallel(slow, range(40)))
+        list(images.parallel(slow, range(40)))
 
 
-def test_batches_hold_one_size_each_and_every_picture_once():
+def test_batches_hold_one_size_each_and_every_image_once():
     sizes = [(4, 6), (4, 6), (5, 6), (4, 6), (5, 6)]
-    batches = list(pictures.batches_by_size([np.full((*s, 3), i) for i, s in enumerate(sizes)], 2))
+    batches = list(images.batches_by_size([np.full((*s, 3), i) for i, s in enumerate(sizes)], 2))
     assert sorted(np.concatenate([b["index"] for b in batches])) == list(range(5))
     for batch in batches:
         assert len(batch["index"]) <= 2
@@ -62,23 +62,23 @@ def test_batches_hold_one_size_each_and_every_picture_once():
 def test_broken_and_absent_files_are_named(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"\x89PNG nothing")
     Image.new("RGB", (4, 4)).save(tmp_path / "colour.png")
-    for read in (pictures.read_picture, pictures.read_labels):
+    for read in (images.read_image, images.read_labels):
         with pytest.raises(UserError, match=r"broken\.png: cannot be read"):
             read(tmp_path / "broken.png")
         with pytest.raises(UserError, match=r"absent\.png: no such file"):
             read(tmp_path / "absent.png")
     with pytest.raises(UserError, match="indexed or gray"):
-        pictures.read_labels(tmp_path / "colour.png")
+        images.read_labels(tmp_path / "colour.png")
     with pytest.raises(UserError, match="no such folder"):
-        pictures.list_pictures(tmp_path / "nowhere")
+        images.list_images(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="no pictures"):
-        pictures.list_pictures(tmp_path / "empty")
+    with pytest.raises(UserError, match="no images"):
+        images.list_images(tmp_path / "empty")
 
 
 def test_labels_are_raw_numbers(tmp_path):
     labels = np.array([[0, 1], [200, 255]], np.uint8)
-    picture = Image.fromarray(labels)
-    picture.putpalette(np.random.default_rng(0).integers(256, size=768, dtype=np.uint8).tobytes())
-    picture.save(tmp_path / "mask.png")
-    np.testing.assert_array_equal(pictures.read_labels(tmp_path / "mask.png"), labels)
+    image = Image.fromarray(labels)
+    image.putpalette(np.random.default_rng(0).integers(256, size=768, dtype=np.uint8).tobytes())
+    image.save(tmp_path / "mask.png")
+    np.testing.assert_array_equal(images.read_labels(tmp_path / "mask.png"), labels)

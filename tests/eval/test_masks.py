@@ -16,15 +16,15 @@ from dino_jax.weights.pth import write_pth
 
 
 def save_mask(path, labels):
-    picture = Image.fromarray(labels)
-    picture.putpalette(palette().tobytes())
+    image = Image.fromarray(labels)
+    image.putpalette(palette().tobytes())
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path)
+    image.save(path)
 
 
 @pytest.fixture
 def voc_folder(tmp_path):
-    """VOC12 in miniature: five pictures, two objects each with a void border, two splits."""
+    """VOC12 in miniature: five images, two objects each with a void border, two splits."""
     rng = np.random.default_rng(0)
     root = tmp_path / "VOCdevkit" / "VOC2012"
     classes = np.array([0, 15, 7, 255], np.uint8)
@@ -91,8 +91,8 @@ def test_voc_protocol(vit, voc_folder, tmp_path):
     figures = voc.evaluate(vit, str(voc_folder), config, workdir=str(tmp_path / "work"))
     assert set(figures) == {"jaccard_60", "jaccard_80", "jaccard_60_random", "jaccard_80_random"}
     assert all(0 < value < 100 for value in figures.values())
-    with Image.open(tmp_path / "work" / "voc.png") as picture:
-        assert picture.size == (3 * 164 + 12, 2 * 164 + 4)
+    with Image.open(tmp_path / "work" / "voc.png") as image:
+        assert image.size == (3 * 164 + 12, 2 * 164 + 4)
 
 
 def test_the_supervised_reference_is_a_weight_file_of_the_same_network(vit, voc_folder, tmp_path):

@@ -43,7 +43,7 @@ def test_absent_context_frames_do_not_count_and_one_device_equals_eight():
     np.testing.assert_allclose(got, one, atol=1e-6)
 
 
-def test_a_shifted_picture_carries_its_labels_along():
+def test_a_shifted_image_carries_its_labels_along():
     rng = np.random.default_rng(7)
     scene, labels = rng.normal(size=(1, 12, 20, 16)), np.eye(4)[rng.integers(4, size=(1, 12, 20))]
     moved = np.roll(scene[0], (2, 3), (0, 1))

@@ -1,4 +1,4 @@
-"""Features of pictures of any size: equal to each picture alone, in order, without a compilation per size."""
+"""Features of images of any size: equal to each image alone, in order, without a compilation per size."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ def vit():
     return model_of()
 
 
-def pictures(sizes=SIZES, channels=3):
+def random_images(sizes=SIZES, channels=3):
     rng = np.random.default_rng(0)
     return [rng.normal(size=(*size, channels)).astype(np.float32) for size in sizes]
 
 
 def alone(model, image):
-    """CLS [D] and patches [rows, columns, D] of one picture by the plain forward pass."""
+    """CLS [D] and patches [rows, columns, D] of one image by the plain forward pass."""
     p = model.backbone.patch_size or 1
     image = image[: image.shape[0] // p * p, : image.shape[1] // p * p]
     tokens = jax.jit(lambda variables, x: model.backbone.apply(variables, x, method="tokens"))
@@ -59,9 +59,9 @@ def alone(model, image):
 
 
 @pytest.mark.parametrize("devices", [1, 8])
-def test_any_sizes_equal_each_picture_alone(devices):
+def test_any_sizes_equal_each_image_alone(devices):
     model = model_of(devices=jax.devices()[:devices])
-    images = pictures()
+    images = random_images()
     cls, patches = model.features(images, patches=True)
     assert cls.shape == (len(SIZES), 24)
     assert cls.dtype == np.float32
@@ -74,22 +74,22 @@ def test_any_sizes_equal_each_picture_alone(devices):
 
 
 def test_new_sizes_compile_next_to_nothing(vit):
-    vit.features(pictures())
+    vit.features(random_images())
     before = vit._packed_forward._cache_size()
     sizes = [(8 * rows, 8 * columns) for rows in range(1, 6) for columns in range(1, 6)]
-    vit.features(pictures(sizes))
+    vit.features(random_images(sizes))
     assert vit._packed_forward._cache_size() - before <= 6  # for 25 sizes
 
 
 def test_order_is_kept_over_many_batches(vit, monkeypatch):
     monkeypatch.setattr(features, "BATCH_TOKENS", 8)
-    images = pictures([(8, 8), (16, 16)] * 30)
+    images = random_images([(8, 8), (16, 16)] * 30)
     expected = [vit.features([image])[0] for image in images]
     np.testing.assert_allclose(vit.features(iter(images)), expected, atol=1e-5)
 
 
 def test_a_stack_is_a_sequence(vit):
-    stack = np.stack(pictures([(32, 32)] * 3))
+    stack = np.stack(random_images([(32, 32)] * 3))
     np.testing.assert_allclose(vit.features(stack), vit.features(list(stack)), atol=1e-6)
     np.testing.assert_allclose(vit.features(jnp.asarray(stack)), vit.features(stack), atol=1e-6)
 
@@ -105,7 +105,7 @@ def test_a_stack_is_a_sequence(vit):
 )
 def test_other_backbones(name, sizes):
     model = model_of(name, jax.devices()[:2])
-    images = pictures(sizes)
+    images = random_images(sizes)
     cls = model.features(images)
     variables = jax.device_get(model.variables)
     for i, image in enumerate(images):
@@ -131,14 +131,14 @@ def test_preprocess(vit, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
     expected = (pixels / 255 - np.array([0.485, 0.456, 0.406])) / np.array([0.229, 0.224, 0.225])
     (tmp_path / "a.png").write_bytes(png(pixels))
-    for picture in (pixels, png(pixels), tmp_path / "a.png", str(tmp_path / "a.png")):
-        image = vit.preprocess(picture)
+    for form in (pixels, png(pixels), tmp_path / "a.png", str(tmp_path / "a.png")):
+        image = vit.preprocess(form)
         assert image.dtype == np.float32
         np.testing.assert_allclose(image, expected, atol=1e-6)
     assert vit.preprocess(pixels, resize=16, crop=8).shape == (8, 8, 3)
     assert vit.preprocess(pixels, resize=16).shape == (16, 24, 3)
     np.testing.assert_allclose(vit.features([pixels]), vit.features([expected]), atol=1e-5)
-    (tmp_path / "bad.png").write_bytes(b"no picture")
+    (tmp_path / "bad.png").write_bytes(b"no image")
     for path in (tmp_path / "bad.png", tmp_path / "absent.png"):
         with pytest.raises(UserError, match=path.name):
             vit.preprocess(path)
@@ -146,9 +146,9 @@ def test_preprocess(vit, tmp_path):
 
 def test_wrong_input_is_said(vit):
     for images, words in (
-        ([], "no pictures"),
+        ([], "no images"),
         ([np.zeros((8, 8, 4), np.float32)], "8, 8, 4"),
-        (pictures([(4, 9)]), ">= 8"),
+        (random_images([(4, 9)]), ">= 8"),
     ):
         with pytest.raises(UserError, match=words):
             vit.features(images)
@@ -173,7 +173,7 @@ def test_the_verb_writes_a_file(load_reference, tmp_path):
         (folder / label).mkdir(parents=True)
         for i, size in enumerate([(32, 32), (24, 40)]):
             (folder / label / f"{i}.png").write_bytes(png(rng.integers(0, 256, (*size, 3), np.uint8)))
-    (folder / "dog" / "broken.png").write_bytes(b"no picture")
+    (folder / "dog" / "broken.png").write_bytes(b"no image")
     options = {"heads": 3, "patches": True, "progress": False}
     count = write_features(tmp_path / "w.pth", str(folder), tmp_path / "out" / "f.npz", **options)
     assert count == {"images": 4, "unreadable": 1}

@@ -170,7 +170,7 @@ def test_a_machine_that_is_there_is_not_asked_for_again(cloud):
     assert not cloud.calls(" create ")
 
 
-def test_no_quota_is_one_line_with_the_mend_and_no_second_try(cloud):
+def test_no_quota_is_one_line_with_the_fix_and_no_second_try(cloud):
     cloud.states("")
     cloud.reply("queued-resources create", err=NO_QUOTA)
     line = cloud.complaint("tpu_vm.sh", "create")
@@ -210,7 +210,7 @@ def test_a_machine_that_never_comes(cloud):
 
 
 @pytest.mark.parametrize(
-    ("error", "mend"),
+    ("error", "fix"),
     [
         ("ERROR: You do not currently have an active account selected.", "gcloud auth login"),
         ("ERROR: PERMISSION_DENIED: Permission 'tpu.nodes.get' denied on 'projects/p'", "ask its owner for the role"),
@@ -223,9 +223,9 @@ def test_a_machine_that_never_comes(cloud):
         ("ERROR: something that nobody foresaw\n", "something that nobody foresaw"),
     ],
 )
-def test_refusals_are_one_line_with_the_mend(cloud, error, mend):
+def test_refusals_are_one_line_with_the_fix(cloud, error, fix):
     cloud.reply("describe", err=error)
-    assert mend in cloud.complaint("tpu_vm.sh", "create")
+    assert fix in cloud.complaint("tpu_vm.sh", "create")
 
 
 @pytest.mark.parametrize(
@@ -734,7 +734,7 @@ def test_gke_with_image_and_pool_that_are_there(cloud):
         ("apply", 'error: unable to recognize "STDIN": no matches for kind "JobSet"', "no matches for kind"),
     ],
 )
-def test_gke_failures_are_one_line_with_the_mend(cloud, part, error, message):
+def test_gke_failures_are_one_line_with_the_fix(cloud, part, error, message):
     cloud.reply(part, err=error + "\n")
     cloud.reply("node-pools describe", err="NotFound")
     assert message in cloud.complaint("gke.sh", "create", "--config=c.py")

@@ -142,9 +142,9 @@ def test_images_of_any_size_with_registers(trained):
     model = load(trained)
     model = Model(model.config, model.variables, devices=jax.devices()[:1])
     rng = np.random.default_rng(0)
-    pictures = [rng.normal(size=(*size, 3)).astype(np.float32) for size in ((32, 32), (16, 40), (40, 24))]
-    cls, patches = model.features(pictures, patches=True)
-    for i, image in enumerate(pictures):
+    images = [rng.normal(size=(*size, 3)).astype(np.float32) for size in ((32, 32), (16, 40), (40, 24))]
+    cls, patches = model.features(images, patches=True)
+    for i, image in enumerate(images):
         alone = model.backbone.apply(model.variables, image[None], method="tokens")
         np.testing.assert_allclose(cls[i], alone.cls[0, 0], atol=1e-5)
         np.testing.assert_allclose(patches[i], alone.patches[0, 0], atol=1e-5)

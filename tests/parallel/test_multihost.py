@@ -24,20 +24,20 @@ from dino_jax.weights.checkpoint import steps
 pytestmark = pytest.mark.extra
 ROOT = pathlib.Path(__file__).parents[2]
 
-# 20 steps, 5 epochs of all 64 pictures. The file is Python, so it also notes the pictures of each batch, and makes
+# 20 steps, 5 epochs of all 64 images. The file is Python, so it also notes the images of each batch, and makes
 # process 1 differ in what $ODD says.
 CONFIG = """
 import json, os
 import numpy as np
 import jax
 import dino_jax.training.prefetch, dino_jax.sharding, dino_jax.train
-from dino_jax.data.arrays import ArraySource
+from dino_jax.data.arrays_source import ArraySource
 from tests.tiny import tiny_config
 
 def get_config():
     config = tiny_config()
     config.epochs = 5
-    config.data.train = {pictures!r}
+    config.data.train = {images!r}
     config.run.checkpoint_every = 0.25
     config.run.keep = 100
     odd = os.environ.get("ODD")
@@ -52,7 +52,7 @@ def get_config():
     if odd == "data":
         dino_jax.training.loop.open_source = lambda spec: ArraySource(np.zeros((64, 40, 36, 3), np.uint8))
     if odd == "absent":
-        config.data.train = {pictures!r} + ".absent"
+        config.data.train = {images!r} + ".absent"
     return config
 
 def noted(make_dataset):
@@ -141,7 +141,7 @@ class Run:
         return self.process.returncode, self.lines
 
 
-def pictures_by_step(workdir):
+def images_by_step(workdir):
     """What was consumed in each step by what led to the end: of every session up to where the next one began."""
     sessions = {}
     for path in (workdir / "notes").iterdir():
@@ -150,14 +150,14 @@ def pictures_by_step(workdir):
     consumed = {}
     for start, end in zip(starts, [*starts[1:], 20], strict=True):
         for step in range(start, end):
-            consumed[step] = [picture for rows in sessions[start] for picture in json.loads(rows[step - start])]
+            consumed[step] = [image for rows in sessions[start] for image in json.loads(rows[step - start])]
     return consumed
 
 
-def assert_every_picture_once(workdir):
-    consumed = pictures_by_step(workdir)
+def assert_every_image_once(workdir):
+    consumed = images_by_step(workdir)
     for epoch in range(5):
-        seen = [picture for step in range(4 * epoch, 4 * epoch + 4) for picture in consumed[step]]
+        seen = [image for step in range(4 * epoch, 4 * epoch + 4) for image in consumed[step]]
         assert sorted(seen) == list(range(64))
 
 
@@ -167,7 +167,7 @@ def test_four_processes_equal_one(alone, config_file, tmp_path):
     status, lines = Run(4, config_file, tmp_path, odd="mesh", XLA_FLAGS=two_devices).end()
     assert status == 0, "\n".join(lines)
     np.testing.assert_allclose(losses(tmp_path), alone, rtol=1e-4)
-    assert_every_picture_once(tmp_path)
+    assert_every_image_once(tmp_path)
     assert not [line for line in lines if "INFO" in line and not line.startswith("[0]")]
 
 
@@ -191,7 +191,7 @@ def test_dead_and_stuck_processes_end_the_launch_and_it_resumes(alone, config_fi
     status, lines = Run(2, config_file, tmp_path).end()
     assert status == 0, "\n".join(lines)
     np.testing.assert_allclose(losses(tmp_path), alone, rtol=1e-4)
-    assert_every_picture_once(tmp_path)
+    assert_every_image_once(tmp_path)
 
 
 def test_sigterm_stops_all_at_one_step_and_the_run_goes_on_elsewhere(alone, config_file, tmp_path):
@@ -206,7 +206,7 @@ def test_sigterm_stops_all_at_one_step_and_the_run_goes_on_elsewhere(alone, conf
     resume_here(config_file, copy, devices=1, stop_after=2)
     resume_here(config_file, copy, devices=8)
     np.testing.assert_allclose(losses(copy), alone, rtol=1e-4)
-    assert_every_picture_once(copy)
+    assert_every_image_once(copy)
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_sigterm_stops_all_at_one_step_and_the_run_goes_on_elsewhere(alone, conf
     [
         ("config", "differs from process 0 (HOST) in config.optim.lr: 0.25 against 0.0005"),
         ("data", "differs from process 0 (HOST) in contents of data.train: "),
-        ("absent", "pictures.npz.absent: no such file"),
+        ("absent", "images.npz.absent: no such file"),
     ],
 )
 def test_what_differs_at_the_start_is_one_line(odd, words, config_file, tmp_path):

@@ -26,7 +26,7 @@ def data_parallel():
     return compiled(tiny_config(), 4)
 
 
-def test_data_parallel_reduces_gradients_centre_and_metrics_once(data_parallel):
+def test_data_parallel_reduces_gradients_center_and_metrics_once(data_parallel):
     program, state = data_parallel
     found = collectives(program.text)
     assert set(found) == {"all-reduce"}

@@ -16,14 +16,14 @@ from dino_jax.tools.bench import JpegSource, bench_input
 
 def test_generated_jpegs_are_like_imagenets():
     source = JpegSource(2)
-    pictures = [Image.open(io.BytesIO(source[i].image)) for i in range(2)]
-    assert all(picture.size == (500, 375) and picture.format == "JPEG" for picture in pictures)
+    images = [Image.open(io.BytesIO(source[i].image)) for i in range(2)]
+    assert all(image.size == (500, 375) and image.format == "JPEG" for image in images)
     assert 80_000 < len(source[0].image) < 160_000
     assert source[0].image == source[2].image != source[1].image
 
 
 def test_input_measures_every_part(tmp_path, capsys, monkeypatch):
-    """On small pictures and crops, so that it takes a second."""
+    """On small images and crops, so that it takes a second."""
     monkeypatch.setattr("dino_jax.tools.bench.WARM_UP", 0.05)
     rng = np.random.default_rng(0)
     for index in range(20):
@@ -69,7 +69,7 @@ def test_the_step_and_the_loss_alone(what, rate, capsys):
         (["input", "--source=nowhere"], "nowhere: no such file or folder"),
         (["input", "--seconds=0"], "--seconds=0"),
         (["step", "--steps=0"], "--steps=0"),
-        (["loss", "--source=x"], "bench loss reads no pictures"),
+        (["loss", "--source=x"], "bench loss reads no images"),
         (["input", "--config=nowhere.py"], "there is no such file"),
         (["input", "--config.batch_sise=8"], "did you mean 'batch_size'"),
     ],

@@ -1,4 +1,4 @@
-"""`dino-jax doctor`: what is missing is named with its mend, and nothing that is there is."""
+"""`dino-jax doctor`: what is missing is named with its fix, and nothing that is there is."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def load(config: str, *overrides: str):
     return config_io.load(config, overrides)
 
 
-def folder_of_pictures(folder: pathlib.Path, count: int) -> pathlib.Path:
+def folder_of_images(folder: pathlib.Path, count: int) -> pathlib.Path:
     folder.mkdir()
     for i in range(count):
         Image.fromarray(np.full((20, 30, 3), i, np.uint8)).save(folder / f"{i}.png")
@@ -137,7 +137,7 @@ def test_packages_absent_old_and_other(monkeypatch, tmp_path):
     monkeypatch.setattr(importlib.metadata, "version", version)
     (check,) = machine.packages()
     assert (check.state, check.found) == ("missing", "pillow")
-    assert check.mend == "pip install -c constraints.txt pillow"
+    assert check.fix == "pip install -c constraints.txt pillow"
     there["pillow"] = "10.4"
     (check,) = machine.packages()
     assert (check.state, check.found) == ("missing", "pillow>=11 (is 10.4)")
@@ -186,7 +186,7 @@ def test_hardware_without_its_package(answer, monkeypatch, there, package):
     (check,) = machine.devices()
     assert check.state == "missing"
     assert check.found == f"a {there.upper()} is here, and no {package}"
-    assert "pip install" in check.mend
+    assert "pip install" in check.fix
 
 
 def test_hardware_that_jax_passes_over(answer, monkeypatch):
@@ -195,7 +195,7 @@ def test_hardware_that_jax_passes_over(answer, monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     answer |= {"platform": "cpu", "kind": "cpu", "count": 1}
     (check,) = machine.devices()
-    assert (check.state, "unset JAX_PLATFORMS (it is 'cpu')" in check.mend) == ("warn", True)
+    assert (check.state, "unset JAX_PLATFORMS (it is 'cpu')" in check.fix) == ("warn", True)
 
 
 def test_devices_that_are_wrong_or_silent(answer, monkeypatch):
@@ -209,7 +209,7 @@ def test_devices_that_are_wrong_or_silent(answer, monkeypatch):
     monkeypatch.setattr(machine, "PROBE_SECONDS", 0.2)
     (check,) = machine.devices()
     assert check.found == "no answer: nothing came in 0 s"
-    assert "on a slice of several hosts ask on all of them at once" in check.mend
+    assert "on a slice of several hosts ask on all of them at once" in check.fix
     monkeypatch.setattr(machine, "PROBE_SECONDS", 30.0)
     monkeypatch.setattr(machine, "PROBE", "raise RuntimeError('the TPU is already in use by process 7')")
     (check,) = machine.devices()
@@ -253,7 +253,7 @@ def test_batch_and_mesh(config, overrides, devices, state, part):
     check = doctor._batch(load(config, *overrides), devices)
     assert check.state == state
     assert part in check.found
-    assert bool(check.mend) == (state == "missing")
+    assert bool(check.fix) == (state == "missing")
 
 
 def test_a_wrong_key_of_the_configuration(answer, config):
@@ -281,7 +281,7 @@ def test_file_handles(monkeypatch, limit, state):
 
     monkeypatch.setattr(resource, "getrlimit", lambda which: (limit, limit))
     check = machine.files()
-    assert (check.state, check.mend) == (state, "" if state == "ok" else "ulimit -n 65536")
+    assert (check.state, check.fix) == (state, "" if state == "ok" else "ulimit -n 65536")
 
 
 # --- the workdir
@@ -333,19 +333,19 @@ def test_workdir_in_a_bucket():
 
 
 def test_data_that_opens(tmp_path):
-    folder = folder_of_pictures(tmp_path / "pictures", 3)
+    folder = folder_of_images(tmp_path / "pictures", 3)
     check = doctor._data("data", str(folder), None)
-    assert (check.state, check.found) == ("ok", f"{folder}: 3 pictures; the first: 20 x 30 x 3")
+    assert (check.state, check.found) == ("ok", f"{folder}: 3 images; the first: 20 x 30 x 3")
 
 
-def test_data_with_too_few_pictures_for_a_batch(config, tmp_path):
-    folder = folder_of_pictures(tmp_path / "pictures", 3)
+def test_data_with_too_few_images_for_a_batch(config, tmp_path):
+    folder = folder_of_images(tmp_path / "pictures", 3)
     check = doctor._data("data", str(folder), load(config))
-    assert (check.state, check.mend.split(",")[0]) == ("missing", "--config.batch_size=2")
+    assert (check.state, check.fix.split(",")[0]) == ("missing", "--config.batch_size=2")
 
 
-def test_data_whose_first_picture_is_damaged(tmp_path):
-    (tmp_path / "a.jpg").write_bytes(b"not a picture")
+def test_data_whose_first_image_is_damaged(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"not an image")
     check = doctor._data("data", str(tmp_path), None)
     assert check.state == "missing"
     assert "not an image" in check.found
@@ -355,7 +355,7 @@ def test_data_whose_first_picture_is_damaged(tmp_path):
 def test_data_that_does_not_open(spec):
     check = doctor._data("data", spec, None)
     assert check.state == "missing"
-    assert check.mend
+    assert check.fix
 
 
 def test_data_that_takes_for_ever(monkeypatch):
@@ -370,7 +370,7 @@ def test_online_evaluation_needs_its_sources(answer, config):
     found = checks(config=config, overrides=arguments)
     assert found["knn_train"].state == "ok"
     assert found["knn_test"].state == "missing"
-    assert found["knn_test"].mend == "--config.eval.knn_test=SOURCE"
+    assert found["knn_test"].fix == "--config.eval.knn_test=SOURCE"
 
 
 def test_the_source_given_is_the_one_asked(answer, config):
@@ -381,7 +381,7 @@ def test_the_source_given_is_the_one_asked(answer, config):
 def test_data_that_other_machines_do_not_see(tmp_path):
     check = doctor._data("data", str(tmp_path), None, "gke")
     assert check.state == "missing"
-    assert "copy it to a bucket" in check.mend
+    assert "copy it to a bucket" in check.fix
 
 
 # --- starting others
@@ -395,7 +395,7 @@ def test_commands_of_a_launch(monkeypatch, launch):
     found = {check.name: check for check in doctor._launch(launch)}
     for command in doctor.COMMANDS[launch]:
         assert found[command].state == ("warn" if command == "docker" else "missing")
-        assert found[command].mend
+        assert found[command].fix
     assert ("settings" in found) == (launch in doctor.SETTINGS)
     monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/bin/{name}")
     monkeypatch.setattr(doctor, "_account", lambda: machine.Check("account", "ok", "me@example.com"))

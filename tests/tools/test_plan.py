@@ -39,7 +39,7 @@ def test_flops_compiled_and_analytic_agree(four):
     assert four.flops == pytest.approx(four.analytic_flops, rel=0.1)
 
 
-def test_collectives_are_gradients_centre_and_metrics(four):
+def test_collectives_are_gradients_center_and_metrics(four):
     center = metrics = 4 * wide_config().head.out_dim
     assert set(four.collectives) == {"all-reduce"}
     assert four.collective_bytes == pytest.approx(four.gradient_bytes + center + metrics, rel=0.05)
@@ -165,7 +165,7 @@ def test_bad_input_is_one_line(arguments, message, capsys, tmp_path):
     assert message in said[0]
 
 
-def test_without_libtpu_the_mend_is_named(monkeypatch):
+def test_without_libtpu_the_fix_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"needs libtpu.*pip install"):
         compiler.devices_of("v5e:4x4")

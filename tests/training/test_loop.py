@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from dino_jax import config_io
-from dino_jax.data.arrays import ArraySource
+from dino_jax.data.arrays_source import ArraySource
 from dino_jax.errors import UserError
 from dino_jax.training import step as train_step
 from dino_jax.training.loop import train
@@ -32,16 +32,16 @@ TIMING = ("images_per_second", "input_wait")  # what may differ between two equa
 
 
 @pytest.fixture(scope="module")
-def pictures():
-    """64 labelled pictures of noise, of two classes."""
+def images():
+    """64 labelled images of noise, of two classes."""
     rng = np.random.default_rng(0)
     return ArraySource(rng.integers(0, 256, (64, 40, 36, 3), np.uint8), np.arange(64) % 2)
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(pictures, tmp_path_factory):
+def uninterrupted(images, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("uninterrupted")
-    return train(tiny_config(), workdir, source=pictures), workdir
+    return train(tiny_config(), workdir, source=images), workdir
 
 
 def untimed(workdir):
@@ -66,30 +66,30 @@ def test_a_run_leaves_what_it_should(uninterrupted):
     assert resolve(workdir)[1] == 12
 
 
-def test_stopped_and_resumed_equals_uninterrupted(uninterrupted, pictures, tmp_path):
+def test_stopped_and_resumed_equals_uninterrupted(uninterrupted, images, tmp_path):
     for stop_after in (3, 4, 0):  # in the middle of an epoch, then of another
         config = tiny_config()
         config.run.stop_after = stop_after
-        state = train(config, tmp_path, source=pictures)
+        state = train(config, tmp_path, source=images)
     assert_same_run(state, tmp_path, uninterrupted)
 
 
-def test_resuming_on_other_devices_is_the_same_run(uninterrupted, pictures, tmp_path):
+def test_resuming_on_other_devices_is_the_same_run(uninterrupted, images, tmp_path):
     """8 devices after 1: the data position, the crops and the masks are the same; sums round otherwise."""
     config = tiny_config()
     config.run.stop_after, config.run.mesh.data = 6, 1
-    train(config, tmp_path, source=pictures)
+    train(config, tmp_path, source=images)
     config.run.stop_after, config.run.mesh.data = 0, 8
-    train(config, tmp_path, source=pictures)
+    train(config, tmp_path, source=images)
     losses = [record["loss"] for record in read_metrics(tmp_path)]
     np.testing.assert_allclose(losses, [r["loss"] for r in read_metrics(uninterrupted[1])], rtol=2e-3)
 
 
-def test_damaged_newest_checkpoint_falls_back(uninterrupted, pictures, tmp_path):
+def test_damaged_newest_checkpoint_falls_back(uninterrupted, images, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(uninterrupted[1], workdir)
     damage(workdir / "checkpoints" / "12")
-    assert_same_run(train(tiny_config(), workdir, source=pictures), workdir, uninterrupted)
+    assert_same_run(train(tiny_config(), workdir, source=images), workdir, uninterrupted)
 
 
 def damage(folder):
@@ -98,7 +98,7 @@ def damage(folder):
             path.write_bytes(path.read_bytes()[:100])
 
 
-def test_where_every_checkpoint_is_damaged_the_run_does_not_start_afresh(uninterrupted, pictures, tmp_path):
+def test_where_every_checkpoint_is_damaged_the_run_does_not_start_afresh(uninterrupted, images, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(uninterrupted[1], workdir)
     damage(workdir / "checkpoints")
@@ -106,43 +106,43 @@ def test_where_every_checkpoint_is_damaged_the_run_does_not_start_afresh(uninter
         rf"^{workdir}/checkpoints: none of the checkpoints there can be used \(8, 12\): bring .* another --workdir"
     )
     with pytest.raises(UserError, match=expected):
-        train(tiny_config(), workdir, source=pictures)
+        train(tiny_config(), workdir, source=images)
     assert untimed(workdir) == untimed(uninterrupted[1])
     assert steps(workdir / "checkpoints") == [8, 12]
 
 
 @pytest.mark.parametrize("asynchronous", [True, pytest.param(False, marks=pytest.mark.extra)])
-def test_a_full_disk_is_one_line_and_loses_nothing(uninterrupted, pictures, tmp_path, asynchronous, capfd, caplog):
+def test_a_full_disk_is_one_line_and_loses_nothing(uninterrupted, images, tmp_path, asynchronous, capfd, caplog):
     config = tiny_config()
     config.run.async_checkpoint, config.run.stop_after = asynchronous, 4
-    train(config, tmp_path, source=pictures)
+    train(config, tmp_path, source=images)
     config.run.stop_after = 0
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # room for the metrics, not for a checkpoint
     try:
         with pytest.raises(UserError) as caught:
-            train(config, tmp_path, source=pictures)
+            train(config, tmp_path, source=images)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    mend = "make room there, then the same command goes on from what was saved"
-    assert str(caught.value) == f"{tmp_path}/checkpoints: cannot write a checkpoint: File too large; {mend}"
+    fix = "make room there, then the same command goes on from what was saved"
+    assert str(caught.value) == f"{tmp_path}/checkpoints: cannot write a checkpoint: File too large; {fix}"
     del caught
     gc.collect()
     assert "Traceback" not in capfd.readouterr().err + caplog.text
     assert resolve(tmp_path)[1] == 4
-    assert_same_run(train(config, tmp_path, source=pictures), tmp_path, uninterrupted)
+    assert_same_run(train(config, tmp_path, source=images), tmp_path, uninterrupted)
 
 
-def test_a_trace_of_some_steps(uninterrupted, pictures, tmp_path):
+def test_a_trace_of_some_steps(uninterrupted, images, tmp_path):
     config = tiny_config()
     config.run.stop_after, config.run.profile_steps = 4, (1, 3)
-    train(config, tmp_path, source=pictures)
+    train(config, tmp_path, source=images)
     (trace,) = (tmp_path / "profile").glob("plugins/profile/*/*.xplane.pb")
     assert b"train_step" in trace.read_bytes()
     assert not (uninterrupted[1] / "profile").exists()  # off by default
 
 
-def test_several_non_finite_steps_rewind_then_stop_with_a_reason(pictures, tmp_path, monkeypatch, capsys):
+def test_several_non_finite_steps_rewind_then_stop_with_a_reason(images, tmp_path, monkeypatch, capsys):
     config = tiny_config()
     config.run.progress, config.run.max_bad_steps, config.run.max_rewinds = True, 2, 1
     real, salts = train_step.train_step, []
@@ -154,7 +154,7 @@ def test_several_non_finite_steps_rewind_then_stop_with_a_reason(pictures, tmp_p
 
     monkeypatch.setattr(train_step, "train_step", poisoned)
     with pytest.raises(UserError, match=r"2 non-finite steps in a row, after 1 rewind"):
-        train(config, tmp_path, source=pictures)
+        train(config, tmp_path, source=images)
     said = capsys.readouterr().err
     assert "went back to step 4" in said
     assert steps(tmp_path / "checkpoints") == [4]  # the last good one stays
@@ -171,7 +171,7 @@ def environment():
 
 @pytest.fixture
 def config_file(tmp_path):
-    """A configuration on a folder of pictures, as a file for the command line."""
+    """A configuration on a folder of images, as a file for the command line."""
     rng = np.random.default_rng(0)
     (tmp_path / "pictures").mkdir()
     for i in range(64):
@@ -181,7 +181,7 @@ def config_file(tmp_path):
         "from tests.tiny import tiny_config\n"
         "def get_config():\n"
         "    config = tiny_config()\n"
-        f"    config.data.train = {str(tmp_path / 'pictures')!r}\n"
+        f"    config.data.train = {str(tmp_path / 'images')!r}\n"
         "    config.epochs = 30\n"
         "    config.run.keep = 100\n"
         "    config.run.checkpoint_every = 0.25\n"
@@ -304,9 +304,9 @@ def test_bad_data_gets_one_clear_line(bad_input, tmp_path):
     empty, text, broken = (tmp_path / name for name in ("empty", "text", "broken"))
     for folder in (empty, text, broken):
         folder.mkdir()
-    (text / "notes.txt").write_text("no picture")
+    (text / "notes.txt").write_text("no image")
     for i in range(20):
-        (broken / f"{i}.jpg").write_bytes(b"\xff\xd8 not a picture")
+        (broken / f"{i}.jpg").write_bytes(b"\xff\xd8 not an image")
     for folder in (empty, text, broken, tmp_path / "absent"):
         assert str(folder) in bad_input([f"data.train={folder}"])
     assert "none of the 20 images" in bad_input([f"data.train={broken}"])

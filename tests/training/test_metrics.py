@@ -67,10 +67,10 @@ def test_every_line_is_on_disk_at_once(tmp_path):
     assert not (tmp_path / "tensorboard").exists()
 
 
-def test_pictures(tmp_path):
-    picture = np.zeros((5, 7, 3), np.uint8)
+def test_images(tmp_path):
+    image = np.zeros((5, 7, 3), np.uint8)
     with MetricWriter(tmp_path) as writer:
-        writer.images(4, {"attention": picture})
+        writer.images(4, {"attention": image})
     [(event, value)] = [(event, value) for event in events(tmp_path) for value in event.summary.value]
     assert (event.step, value.tag, value.image.height, value.image.width) == (4, "attention", 5, 7)
 
@@ -161,13 +161,13 @@ def test_wandb(tmp_path, monkeypatch):
         run.finish = lambda: calls.append(("finish",))
         return run
 
-    stand_in = types.SimpleNamespace(init=init, Image=lambda picture: ("picture", picture.shape))
+    stand_in = types.SimpleNamespace(init=init, Image=lambda image: ("image", image.shape))
     monkeypatch.setitem(sys.modules, "wandb", stand_in)
     with MetricWriter(tmp_path, wandb_project="dino", config_json='{"seed": 3}') as writer:
         writer.write(5, {"loss": 1.5, "note": "text"})
         writer.images(5, {"x": np.zeros((2, 3, 3), np.uint8)})
     start = {"project": "dino", "config": {"seed": 3}, "id": None, "resume": None}
-    logged = [("log", 5, {"loss": 1.5}), ("log", 5, {"x": ("picture", (2, 3, 3))})]
+    logged = [("log", 5, {"loss": 1.5}), ("log", 5, {"x": ("image", (2, 3, 3))})]
     assert calls == [("init", start), *logged, ("finish",)]
     calls.clear()
     MetricWriter(tmp_path, wandb_project="dino", resume_step=5).close()  # goes on as the same run

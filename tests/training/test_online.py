@@ -39,7 +39,7 @@ def test_what_is_missing_is_said_before_the_first_step(settings, message, tmp_pa
     config.eval.update(settings)
     with pytest.raises(UserError, match=message):
         train(config, tmp_path)
-    assert not list(tmp_path.iterdir())  # the workdir is still free for the mended configuration
+    assert not list(tmp_path.iterdir())  # the workdir is still free for the fixed configuration
 
 
 def test_no_attention_no_jaccard(tmp_path):

@@ -1,4 +1,4 @@
-"""Optimisers against closed forms in NumPy and, where it is installed, torch."""
+"""Optimizers against closed forms in NumPy and, where it is installed, torch."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_clipping_is_per_tensor(x64):
     np.testing.assert_allclose(clipped["large"], np.array([[30.0, 40.0]]) * 3 / (50 + 1e-6), rtol=1e-12)
 
 
-def test_unknown_optimiser_is_named():
+def test_unknown_optimizer_is_named():
     config = tiny_config()
     config.optim.name = "adam"
     with pytest.raises(UserError, match=r"optim\.name='adam'"):

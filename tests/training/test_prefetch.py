@@ -1,4 +1,4 @@
-"""From the host to the devices: whatever the pictures, and however slow they come."""
+"""From the host to the devices: whatever the images, and however slow they come."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 from etils import epath
 from PIL import Image
 
-from dino_jax.data.arrays import ArraySource
+from dino_jax.data.arrays_source import ArraySource
 from dino_jax.data.crops import CropParams, render_crops
 from dino_jax.data.example import Example
 from dino_jax.data.pipeline import make_dataset
@@ -77,7 +77,7 @@ def test_crops_on_the_devices_are_those_of_the_pipeline():
 
 
 class Slow(ArraySource):
-    """Takes its time for every picture."""
+    """Takes its time for every image."""
 
     def __getitem__(self, index: int) -> Example:
         time.sleep(0.15)
@@ -95,9 +95,9 @@ def test_the_log_says_when_the_devices_wait_for_input_and_what_to_change(tmp_pat
     assert "run.workers=4 (now 0); data.render=device" in line and "`dino-jax pack`" in line
 
 
-def encode(picture: Image.Image, form: str, **options) -> bytes:
+def encode(image: Image.Image, form: str, **options) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, form, **options)
+    image.save(buffer, form, **options)
     return buffer.getvalue()
 
 
@@ -111,8 +111,8 @@ def bomb() -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
-def hostile_pictures() -> tuple[list[tuple[str, bytes]], list[tuple[str, bytes | None]]]:
-    """(suffix, contents) of odd pictures that can be used, and of such that cannot (None: a broken link)."""
+def hostile_images() -> tuple[list[tuple[str, bytes]], list[tuple[str, bytes | None]]]:
+    """(suffix, contents) of odd images that can be used, and of such that cannot (None: a broken link)."""
     rng = np.random.default_rng(0)
     plain = Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8))
     jpeg, alpha = encode(plain, "JPEG"), plain.convert("RGBA")
@@ -152,9 +152,9 @@ def hostile_pictures() -> tuple[list[tuple[str, bytes]], list[tuple[str, bytes |
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory):
-    """A folder of 1,000 hostile pictures, and the names of those that cannot be read."""
+    """A folder of 1,000 hostile images, and the names of those that cannot be read."""
     root = tmp_path_factory.mktemp("hostile")
-    usable, broken = hostile_pictures()
+    usable, broken = hostile_images()
     names = []
     for number in range(1000):
         hopeless = number % 5 == 0
@@ -171,7 +171,7 @@ def hostile(tmp_path_factory):
 
 @pytest.mark.extra
 @pytest.mark.parametrize("render", ["host", "device"])
-def test_a_folder_of_hostile_pictures_trains_to_the_end_and_resumes_exactly(hostile, tmp_path, render):
+def test_a_folder_of_hostile_images_trains_to_the_end_and_resumes_exactly(hostile, tmp_path, render):
     root, broken = hostile
     config = tiny_config()
     config.data.train, config.data.render, config.data.canvas = str(root), render, 64

@@ -95,7 +95,7 @@ def test_compiled_step_shares_the_work_and_gathers_nothing():
     text = four.as_text()
     assert not re.findall(r"\b(all-gather|all-to-all|collective-permute)\b", text)
     share = four.cost_analysis()["flops"] / one.cost_analysis()["flops"]
-    assert 0.25 <= share < 0.30  # the optimiser's work is not shared
+    assert 0.25 <= share < 0.30  # the optimizer's work is not shared
     reduced = sum(map(_elements, re.findall(r"= (.*?) all-reduce(?:-start)?\(", text)))
     params = train_step.abstract_state(recipe, mesh_of(1)).student["params"]
     backbone, head = (sum(x.size for x in jax.tree.leaves(params[part])) for part in ("backbone", "head"))
@@ -177,7 +177,7 @@ def test_drop_path_masks_belong_to_their_example_and_keep_the_mean(tiny):
     np.testing.assert_array_equal(placed, masks)
 
 
-def test_bfloat16_keeps_parameters_centre_and_loss_in_float32():
+def test_bfloat16_keeps_parameters_center_and_loss_in_float32():
     config = tiny_config(dtype="bfloat16")
     recipe = train_step.make_recipe(config, 4)
     state, metrics = jax.eval_shape(

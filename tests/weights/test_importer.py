@@ -65,7 +65,7 @@ def test_official_checkpoint(official, reference):
     assert logits.shape == (1, 2, 32)
 
 
-def test_moments_of_the_optimiser(official, reference):
+def test_moments_of_the_optimizer(official, reference):
     weights = importer.read(reference("official_checkpoint.pth"), heads=3)
     student = [key for key in official["student"] if not key.endswith("weight_g")]
     flat = [key for key in student if official["student"][key].ndim == 1]
@@ -297,9 +297,9 @@ def test_center_is_checked(official, tmp_path):
         importer.read(tmp_path / "c.pth", heads=3)
 
 
-def test_optimiser_that_does_not_map_is_left_out(official, tmp_path, caplog):
+def test_optimizer_that_does_not_map_is_left_out(official, tmp_path, caplog):
     content = {key: dict(official[key]) for key in ("teacher", "student")}
     for optimizer in ({"state": {}, "param_groups": [{"params": [0]}]}, {"state": 1}, {"param_groups": []}):
         write_pth(tmp_path / "o.pth", {**content, "optimizer": optimizer})
         assert importer.read(tmp_path / "o.pth", heads=3).moments is None
-        assert "optimiser" in caplog.text
+        assert "optimizer" in caplog.text

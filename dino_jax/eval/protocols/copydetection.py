@@ -21,7 +21,7 @@ from PIL import Image
 from dino_jax.config import Key
 from dino_jax.errors import UserError
 from dino_jax.eval.features import run
-from dino_jax.eval.images import batches_by_size, list_pictures, parallel, read_picture, resize
+from dino_jax.eval.images import batches_by_size, list_images, parallel, read_image, resize
 from dino_jax.eval.protocol import THREADS, Data, Protocol
 from dino_jax.eval.ranking import Whitening, average_precision, gem, similarity
 from dino_jax.inference.model import Model
@@ -53,10 +53,10 @@ def evaluate(model: Model, data: str, config: ConfigDict, workdir: str | None = 
     features = {name: squeezed_features(model, paths, config) for name, paths in blocks.items()}
     database = features["original"]
     if config.distractors is not None:
-        extra = squeezed_features(model, list_pictures(config.distractors), config)
+        extra = squeezed_features(model, list_images(config.distractors), config)
         database = np.concatenate([database, extra])
     if config.whitening is not None:
-        whiten = Whitening(squeezed_features(model, list_pictures(config.whitening), config))
+        whiten = Whitening(squeezed_features(model, list_images(config.whitening), config))
         features, database = {name: whiten(rows) for name, rows in features.items()}, whiten(database)
     originals = [path.name[:PREFIX] for path in blocks["original"]]
     return {
@@ -100,7 +100,7 @@ def _blocks(data: str) -> dict[str, list[epath.Path]]:
         raise UserError(f"--data={data}: no folder named original in it: give the Copydays folder")
     folders = [root / "original", root / "strong"]
     folders += [f for part in ("jpegqual", "crops") if (root / part).is_dir() for f in sorted((root / part).iterdir())]
-    blocks = {str(f.relative_to(root)): list_pictures(f) for f in folders if f.is_dir()}
+    blocks = {str(f.relative_to(root)): list_images(f) for f in folders if f.is_dir()}
     keys = {path.name[:PREFIX] for path in blocks["original"]}
     for paths in blocks.values():
         orphans = [path for path in paths if path.name[:PREFIX] not in keys]
@@ -113,7 +113,7 @@ def squeezed_features(model: Model, paths: Sequence[epath.Path], config: ConfigD
     """`ClsAndGem` [N, 2 * D] of images resized to a square."""
 
     def load(path: epath.Path) -> np.ndarray:
-        return resize(read_picture(path, len(model.mean)), config.size, config.size, Image.Resampling.BICUBIC)
+        return resize(read_image(path, len(model.mean)), config.size, config.size, Image.Resampling.BICUBIC)
 
     batches = batches_by_size(parallel(load, paths, config.threads), config.batch_size)
     return np.concatenate([out for out, _ in run(model, ClsAndGem(), batches)])

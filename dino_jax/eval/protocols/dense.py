@@ -28,7 +28,7 @@ from dino_jax.eval.batches import cut, data_mesh, draw_crop, rounded
 from dino_jax.eval.draw import SHOWN, palette, save_rows, tile, tinted
 from dino_jax.eval.features import Patches, run, whole_patches
 from dino_jax.eval.images import grouped, linear_matrix, nearest, parallel, resize
-from dino_jax.eval.masks import IGNORE, Masked, MaskedPictures, train_test_masks, voc_root
+from dino_jax.eval.masks import IGNORE, Masked, MaskedImages, train_test_masks, voc_root
 from dino_jax.eval.protocol import SEED, THREADS, Data, Protocol
 from dino_jax.inference.model import Forward, Model
 from dino_jax.parallel.sharding import process_rows, replicated, to_devices
@@ -80,7 +80,7 @@ def iou_scores(counts: np.ndarray) -> dict[str, float]:
     }
 
 
-def fit(model: Model, train: MaskedPictures, classes: int, config: ConfigDict) -> dict[str, jax.Array]:
+def fit(model: Model, train: MaskedImages, classes: int, config: ConfigDict) -> dict[str, jax.Array]:
     """The trained head: kernel [D, K], bias [K]."""
     mesh = data_mesh()
     size = rounded(config.batch_size, mesh)
@@ -129,7 +129,7 @@ def _tokens(net: Forward, variables: Any, images: jax.Array) -> jax.Array:
 
 
 def _train_batches(
-    train: MaskedPictures, side: int, size: int, mine: np.ndarray, epoch: int, config: ConfigDict
+    train: MaskedImages, side: int, size: int, mine: np.ndarray, epoch: int, config: ConfigDict
 ) -> Iterator[dict[str, np.ndarray]]:
     """This process's rows of an epoch: `image` uint8 [b, S, S, C] and `labels` uint8 [b, S, S]; filling is ignored."""
 
@@ -151,7 +151,7 @@ def _train_batches(
 def confusion(
     model: Model,
     head: dict[str, jax.Array],
-    test: MaskedPictures,
+    test: MaskedImages,
     classes: int,
     config: ConfigDict,
     drawing: epath.Path | None = None,
@@ -187,11 +187,11 @@ def confusion(
     return counts
 
 
-def _largest(pictures: MaskedPictures, config: ConfigDict) -> int:
+def _largest(masked: MaskedImages, config: ConfigDict) -> int:
     """The largest class number in the masks."""
 
     def load(row: int) -> int:
-        labels = pictures.load(row).classes
+        labels = masked.load(row).classes
         return int(labels[labels != IGNORE].max(initial=0))
 
-    return max(parallel(load, range(pictures.size), config.threads))
+    return max(parallel(load, range(masked.size), config.threads))

@@ -13,7 +13,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from dino_jax.config import Key
-from dino_jax.data.folders import Files
+from dino_jax.data.folder_source import Files
 from dino_jax.data.sources import open_source
 from dino_jax.errors import UserError
 from dino_jax.eval.features import dataset_features, source_features

@@ -20,7 +20,7 @@ from dino_jax.errors import UserError
 from dino_jax.eval.draw import GRAY, GREEN, RED, SHOWN, save_rows, tile
 from dino_jax.eval.features import Cls, run
 from dino_jax.eval.gnd import read_gnd
-from dino_jax.eval.images import batches_by_size, linear_resize, parallel, read_picture
+from dino_jax.eval.images import batches_by_size, linear_resize, parallel, read_image
 from dino_jax.eval.protocol import THREADS, Data, Protocol
 from dino_jax.eval.ranking import revisited_scores, similarity
 from dino_jax.inference.model import Model
@@ -82,11 +82,11 @@ PROTOCOL = Protocol(
 def _draw(path: epath.Path, paths: dict, scores: np.ndarray, truth: list[dict], channels: int) -> None:
     rows = []
     for query in np.unique(np.linspace(0, len(truth) - 1, SHOWN).astype(int)):
-        row = [tile(read_picture(paths["qimlist"][query], channels), SIDE)]
+        row = [tile(read_image(paths["qimlist"][query], channels), SIDE)]
         for place in np.argsort(-scores[:, query], kind="stable")[:SHOWN]:
             good = place in truth[query]["easy"] or place in truth[query]["hard"]
             color = GREEN if good else GRAY if place in truth[query]["junk"] else RED
-            row.append(tile(read_picture(paths["imlist"][place], channels), SIDE, color))
+            row.append(tile(read_image(paths["imlist"][place], channels), SIDE, color))
         rows.append(row)
     save_rows(path, rows)
 
@@ -108,12 +108,12 @@ def multiscale_features(
     patch = model.backbone.patch_size or 1
 
     def load(path: epath.Path) -> np.ndarray:
-        return shrink_to_fit(read_picture(path, len(model.mean)), size)
+        return shrink_to_fit(read_image(path, len(model.mean)), size)
 
     total = np.zeros(1)
     for scale in scales:
-        pictures = (scaled(pixels, scale, patch) for pixels in parallel(load, paths, config.threads))
-        rows = [(out, b["index"]) for out, b in run(model, Cls(), batches_by_size(pictures, config.batch_size))]
+        images = (scaled(pixels, scale, patch) for pixels in parallel(load, paths, config.threads))
+        rows = [(out, b["index"]) for out, b in run(model, Cls(), batches_by_size(images, config.batch_size))]
         order = np.argsort(np.concatenate([index for _, index in rows]))
         total = total + np.concatenate([out for out, _ in rows])[order]
     return total / len(scales)

@@ -26,7 +26,7 @@ from dino_jax.errors import UserError
 from dino_jax.eval.draw import GREEN, ORANGE, SHOWN, save_rows, tile, tinted
 from dino_jax.eval.features import ClsAttention, run, whole_patches
 from dino_jax.eval.images import grouped, parallel, resize
-from dino_jax.eval.masks import IGNORE, Masked, MaskedPictures, open_masks, voc_root
+from dino_jax.eval.masks import IGNORE, Masked, MaskedImages, open_masks, voc_root
 from dino_jax.eval.protocol import THREADS, Data, Protocol
 from dino_jax.inference.model import Model
 from dino_jax.weights.load import open_weights
@@ -49,11 +49,11 @@ def evaluate(model: Model, data: str, config: ConfigDict, workdir: str | None = 
 
     `data` is as in `masks.open_masks`. With a `workdir`, `voc.png` there shows some images, truth and attention masks.
     """
-    pictures = open_masks(data, config.split, len(model.mean))
+    images = open_masks(data, config.split, len(model.mean))
     references = _references(model, config)
-    figures = _score(model, pictures, config, None if workdir is None else epath.Path(workdir) / "voc.png")
+    figures = _score(model, images, config, None if workdir is None else epath.Path(workdir) / "voc.png")
     for name, reference in references.items():
-        figures |= {f"{key}_{name}": value for key, value in _score(reference, pictures, config, None).items()}
+        figures |= {f"{key}_{name}": value for key, value in _score(reference, images, config, None).items()}
     return figures
 
 
@@ -92,11 +92,11 @@ def _references(model: Model, config: ConfigDict) -> dict[str, Model]:
     return found
 
 
-def _score(model: Model, pictures: MaskedPictures, config: ConfigDict, path: epath.Path | None) -> dict[str, float]:
+def _score(model: Model, images: MaskedImages, config: ConfigDict, path: epath.Path | None) -> dict[str, float]:
     side = whole_patches(model, config.size)
     scores: dict[float, list[float]] = {mass: [] for mass in config.masses}
     shown: list[list[np.ndarray]] = []
-    for attention, batch in run(model, ClsAttention(config.block), _batches(pictures, side, config)):
+    for attention, batch in run(model, ClsAttention(config.block), _batches(images, side, config)):
         for masked, heads in zip(batch["masked"], attention, strict=True):  # heads [H, h, w]
             for mass in config.masses:
                 masks = attention_masks(heads.reshape(len(heads), -1), mass).reshape(heads.shape)
@@ -111,12 +111,12 @@ def _score(model: Model, pictures: MaskedPictures, config: ConfigDict, path: epa
     return {f"jaccard_{round(100 * mass)}": 100 * float(np.nanmean(values)) for mass, values in scores.items()}
 
 
-def _batches(pictures: MaskedPictures, side: int, config: ConfigDict) -> Iterator[dict[str, Any]]:
+def _batches(images: MaskedImages, side: int, config: ConfigDict) -> Iterator[dict[str, Any]]:
     def load(index: int) -> tuple[np.ndarray, Masked]:
-        masked = pictures.load(index)
+        masked = images.load(index)
         return resize(masked.pixels, side, side, Image.Resampling.BILINEAR), masked
 
-    for group in grouped(parallel(load, range(pictures.size), config.threads), config.batch_size):
+    for group in grouped(parallel(load, range(images.size), config.threads), config.batch_size):
         yield {"image": np.stack([image for image, _ in group]), "masked": [masked for _, masked in group]}
 
 
@@ -165,7 +165,7 @@ def image_jaccard(masks: np.ndarray, objects: np.ndarray, ignore: int = IGNORE) 
 
 
 def enlarge(masks: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Masks [..., h, w] at [..., height, width] by nearest neighbour (integer multiples repeat each patch)."""
+    """Masks [..., h, w] at [..., height, width] by nearest neighbor (integer multiples repeat each patch)."""
     rows = np.arange(height) * masks.shape[-2] // height
     columns = np.arange(width) * masks.shape[-1] // width
     return masks[..., rows[:, None], columns]

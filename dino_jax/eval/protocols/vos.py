@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from dino_jax.config import Key
-from dino_jax.data.scenes import Scenes
+from dino_jax.data.scenes_source import Scenes
 from dino_jax.data.sources import open_source
 from dino_jax.errors import UserError
 from dino_jax.eval import davis
@@ -31,12 +31,12 @@ from dino_jax.eval.features import Patches, fingerprint, run
 from dino_jax.eval.images import (
     grouped,
     linear_resize,
-    list_pictures,
+    list_images,
     listed,
     nearest,
     parallel,
+    read_image,
     read_labels,
-    read_picture,
 )
 from dino_jax.eval.propagation import hard_labels, propagate
 from dino_jax.eval.protocol import THREADS, Data, Protocol
@@ -197,12 +197,12 @@ def _clip(source: Scenes, index: int) -> Video:
 
 
 def _davis(root: epath.Path, name: str, channels: int) -> Video:
-    frames = list_pictures(root / "JPEGImages" / "480p" / name)
+    frames = list_images(root / "JPEGImages" / "480p" / name)
     masks = [root / "Annotations" / "480p" / name / f"{path.stem}.png" for path in frames]
     return Video(
         name,
         [path.stem for path in frames],
-        lambda t: read_picture(frames[t], channels),
+        lambda t: read_image(frames[t], channels),
         lambda: _stacked(name, [read_labels(path) for path in masks]),
     )
 
@@ -218,10 +218,10 @@ def _save(folder: epath.Path, stems: Sequence[str], labels: np.ndarray) -> None:
     partial = folder.parent / f"{folder.name}.partial"
     partial.mkdir(parents=True, exist_ok=True)
     for stem, frame in zip(stems, labels, strict=True):
-        picture = Image.fromarray(frame)
-        picture.putpalette(palette().tobytes())
+        image = Image.fromarray(frame)
+        image.putpalette(palette().tobytes())
         with (partial / f"{stem}.png").open("wb") as file:
-            picture.save(file, "PNG")
+            image.save(file, "PNG")
     partial.rename(folder)
 
 

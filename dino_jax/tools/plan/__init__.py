@@ -21,7 +21,7 @@ from dino_jax.tools.plan.chips import Chip, chip_of, host_memory
 from dino_jax.tools.plan.flops import step_flops
 from dino_jax.tools.plan.hlo import collectives
 
-IMAGENET = 1_281_167  # training pictures of ImageNet-1k, the paper's data set
+IMAGENET = 1_281_167  # training images of ImageNet-1k, the paper's data set
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +85,7 @@ def plan(config: ConfigDict, topology: str, images: int | None = None) -> Plan:
     Args:
       config: as for training; `run.mesh`, `run.accum_steps`, `run.remat` and `model.dtype` count.
       topology: `v5e:4x4` and so on, as libtpu names them, without hardware; `cpu`, `cpu:8`, `gpu`: of this machine.
-      images: pictures in the data set; None: as many as `data.train` has, or ImageNet's if it is not there.
+      images: images in the data set; None: as many as `data.train` has, or ImageNet's if it is not there.
 
     Raises:
       UserError: an unknown topology, no libtpu, a batch or mesh that does not fit.
@@ -93,7 +93,7 @@ def plan(config: ConfigDict, topology: str, images: int | None = None) -> Plan:
     devices = compiler.devices_of(topology)
     images = images or data_set_size(config)
     if images < config.batch_size:
-        raise UserError(f"batch_size={config.batch_size} is more than the {images} pictures of the data set: lower it")
+        raise UserError(f"batch_size={config.batch_size} is more than the {images} images of the data set: lower it")
     epoch_steps = images // config.batch_size
     mesh, state, lowered = compiler.abstract_step(config, devices, epoch_steps)
     program = compiler.compile_step(lowered, compiler.shard_bytes(state))
@@ -141,7 +141,7 @@ def plan(config: ConfigDict, topology: str, images: int | None = None) -> Plan:
 
 
 def data_set_size(config: ConfigDict) -> int:
-    """Pictures of `data.train` where it can be opened here; otherwise ImageNet-1k's."""
+    """Images of `data.train` where it can be opened here; otherwise ImageNet-1k's."""
     if config.data.train.startswith("tfds:imagenet2012:train"):
         return IMAGENET
     try:
@@ -213,7 +213,7 @@ def report(said: Plan) -> Iterator[str]:
     verdict = "fits" if said.fits else "DOES NOT FIT"
     yield f"  memory a device   {_bytes(said.peak_bytes)} at the peak of {_bytes(said.hbm_bytes)}: {verdict}"
     yield (
-        f"    student {_bytes(said.parameter_bytes)}, teacher {_bytes(said.teacher_bytes)}, optimiser "
+        f"    student {_bytes(said.parameter_bytes)}, teacher {_bytes(said.teacher_bytes)}, optimizer "
         f"{_bytes(said.optimizer_bytes)}; activations and other temporaries {_bytes(said.temp_bytes)}"
     )
     analytic = "no count for this backbone" if said.analytic_flops is None else _flops(said.analytic_flops)

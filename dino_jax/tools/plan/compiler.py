@@ -39,7 +39,7 @@ class Program(NamedTuple):
     arguments: int  # state and crops
     temporary: int
     peak: int
-    text: str  # the optimised HLO; empty where the program did not fit
+    text: str  # the optimized HLO; empty where the program did not fit
     seconds: float
 
 

@@ -10,10 +10,10 @@ from dino_jax.eval.protocols import copydetection
 
 @pytest.fixture
 def copydays(tmp_path):
-    """Copydays in miniature: four originals, two strong and two JPEG copies of each; whitening pictures."""
+    """Copydays in miniature: four originals, two strong and two JPEG copies of each; whitening images."""
     rng = np.random.default_rng(0)
 
-    def picture():
+    def image():
         coarse = rng.integers(256, size=(4, 4, 3), dtype=np.uint8)
         return Image.fromarray(coarse).resize((40, 32), Image.Resampling.NEAREST)
 
@@ -21,7 +21,7 @@ def copydays(tmp_path):
     for name in ("original", "strong", "jpegqual/3", "jpegqual/75"):
         (root / name).mkdir(parents=True)
     for i in range(4):
-        original = picture()
+        original = image()
         original.save(root / "original" / f"200{i}00.jpg", quality=95)
         original.save(root / "jpegqual" / "3" / f"200{i}00.jpg", quality=3)
         original.save(root / "jpegqual" / "75" / f"200{i}00.jpg", quality=75)
@@ -29,7 +29,7 @@ def copydays(tmp_path):
         ImageOps.solarize(original, 250).save(root / "strong" / f"200{i}02.jpg")
     (tmp_path / "whitening").mkdir()
     for i in range(6):
-        picture().save(tmp_path / "whitening" / f"{i}.png")
+        image().save(tmp_path / "whitening" / f"{i}.png")
     return tmp_path
 
 

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from dino_jax.errors import UserError
-from dino_jax.eval.masks import Masked, MaskedPictures
+from dino_jax.eval.masks import Masked, MaskedImages
 from dino_jax.eval.protocols import dense
 from dino_jax.parallel.sharding import make_mesh
 
@@ -18,8 +18,8 @@ def small():
     return config
 
 
-def coloured_squares(count, seed):
-    """Pictures of a red and a green square on gray: classes that a linear head on colours can tell."""
+def colored_squares(count, seed):
+    """Images of a red and a green square on gray: classes that a linear head on colors can tell."""
 
     def load(i):
         rng = np.random.default_rng((seed, i))
@@ -27,18 +27,18 @@ def coloured_squares(count, seed):
         for label, left in ((1, 2), (2, 22)):
             top = int(rng.integers(2, 16))
             classes[top : top + 16, left : left + 16] = label
-        colours = np.array([(120, 120, 120), (220, 40, 40), (40, 200, 60)])
-        pixels = np.clip(colours[classes] + rng.normal(0, 8, (36, 40, 3)), 0, 255).astype(np.uint8)
+        colors = np.array([(120, 120, 120), (220, 40, 40), (40, 200, 60)])
+        pixels = np.clip(colors[classes] + rng.normal(0, 8, (36, 40, 3)), 0, 255).astype(np.uint8)
         classes[0] = 255
         return Masked(pixels, classes, classes)
 
-    return MaskedPictures(count, load, 3)
+    return MaskedImages(count, load, 3)
 
 
-def test_a_linear_head_learns_colours(vit):
+def test_a_linear_head_learns_colors(vit):
     config = small()
-    head = dense.fit(vit, coloured_squares(20, 0), 3, config)
-    figures = dense.iou_scores(dense.confusion(vit, head, coloured_squares(5, 1), 3, config))
+    head = dense.fit(vit, colored_squares(20, 0), 3, config)
+    figures = dense.iou_scores(dense.confusion(vit, head, colored_squares(5, 1), 3, config))
     assert figures["miou"] > 50 and figures["pixel_accuracy"] > 70
 
 
@@ -50,7 +50,7 @@ def test_one_device_equals_eight(vit, monkeypatch):
         mesh = make_mesh({"data": -1, "fsdp": 1, "model": 1}, devices)
         monkeypatch.setattr(dense, "data_mesh", lambda mesh=mesh: mesh)
         monkeypatch.setattr(dense, "rounded", lambda size, mesh: 8)  # the same batches: filling does not count
-        heads.append(jax.device_get(dense.fit(vit, coloured_squares(11, 0), 3, config)))
+        heads.append(jax.device_get(dense.fit(vit, colored_squares(11, 0), 3, config)))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), *heads)
 
 
@@ -60,15 +60,15 @@ def test_protocol_on_scenes(vit, tmp_path):
     pair = "scenes:train?size=12&image_size=32,scenes:val?size=5&image_size=32"
     figures = dense.evaluate(vit, pair, config, workdir=str(tmp_path))
     assert 0 < figures["miou"] < 100
-    with Image.open(tmp_path / "dense.png") as picture:
-        assert picture.size == (3 * 164 + 12, 5 * 164 + 4)  # picture, truth, prediction of each
+    with Image.open(tmp_path / "dense.png") as image:
+        assert image.size == (3 * 164 + 12, 5 * 164 + 4)  # image, truth, prediction of each
 
 
 def test_protocol_on_folders(vit, tmp_path):
     for split, seed in (("train", 0), ("val", 1)):
-        pictures = coloured_squares(8, seed)
+        images = colored_squares(8, seed)
         for i in range(8):
-            masked = pictures.load(i)
+            masked = images.load(i)
             for part, array in (("images", masked.pixels), ("masks", masked.classes)):
                 (tmp_path / split / part).mkdir(parents=True, exist_ok=True)
                 Image.fromarray(array).save(tmp_path / split / part / f"{i}.png")
@@ -81,9 +81,9 @@ def test_masks_without_a_class_or_with_too_many_are_errors(vit):
     head = {"kernel": jnp.zeros((16, 3)), "bias": jnp.zeros(3)}
     for number, message in ((255, "no pixel"), (7, "class 7")):
         labels = np.full((8, 8), number, np.uint8)
-        pictures = MaskedPictures(1, lambda i, x=labels: Masked(np.zeros((8, 8, 3), np.uint8), x, x), 3)
+        images = MaskedImages(1, lambda i, x=labels: Masked(np.zeros((8, 8, 3), np.uint8), x, x), 3)
         with pytest.raises(UserError, match=message):
-            dense.confusion(vit, head, pictures, 3, small())
+            dense.confusion(vit, head, images, 3, small())
 
 
 def test_scores_by_hand():

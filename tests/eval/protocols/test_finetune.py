@@ -63,7 +63,7 @@ def test_protocol_trains_and_resumes_to_the_same_end(vit, class_folders, tmp_pat
         finetune.evaluate(vit, str(class_folders), config, workdir=str(tmp_path / "part"))
 
 
-def test_too_few_pictures_for_a_batch(vit, class_folders):
+def test_too_few_images_for_a_batch(vit, class_folders):
     config = small()
     config.batch_size = 100
     with pytest.raises(UserError, match="more than the 24"):

@@ -177,9 +177,9 @@ def test_batches_are_the_same_on_any_number_of_threads_and_skip_broken_files(cla
     assert one[0]["image"].shape == (16, 8, 8, 3)  # 10 filled up to a multiple of 8 devices
 
 
-def test_too_many_unreadable_test_pictures_are_an_error(class_folders):
+def test_too_many_unreadable_test_images_are_an_error(class_folders):
     (class_folders / "val" / "n01" / "n01_3.JPEG").write_bytes(b"broken")
-    with pytest.raises(UserError, match=r"test pictures: 1 of 12 pictures cannot be read, first n01/n01_3\.JPEG"):
+    with pytest.raises(UserError, match=r"test images: 1 of 12 images cannot be read, first n01/n01_3\.JPEG"):
         list(training.test_batches(open_source(str(class_folders / "val")), small(), data_mesh(), 3))
 
 

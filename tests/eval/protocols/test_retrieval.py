@@ -16,21 +16,21 @@ from tests.eval.conftest import COLOURS
 
 @pytest.fixture
 def oxford(tmp_path):
-    """Revisited Oxford in miniature: three scenes of one colour each, pictures of several sizes, one junk."""
+    """Revisited Oxford in miniature: three scenes of one color each, images of several sizes, one junk."""
     rng = np.random.default_rng(0)
     root = tmp_path / "roxford5k"
     (root / "jpg").mkdir(parents=True)
 
-    def save(name, colour, size):
-        pixels = np.clip(rng.normal(colour, 12, (*size, 3)), 0, 255).astype(np.uint8)
+    def save(name, color, size):
+        pixels = np.clip(rng.normal(color, 12, (*size, 3)), 0, 255).astype(np.uint8)
         Image.fromarray(pixels).save(root / "jpg" / f"{name}.jpg", quality=95)
 
     names, truth = [], []
-    for scene, colour in enumerate(COLOURS):
-        save(f"query_{scene}", colour, (36, 36))
+    for scene, color in enumerate(COLOURS):
+        save(f"query_{scene}", color, (36, 36))
         for i, size in enumerate([(24, 40), (33, 33), (24, 40)]):
             names.append(f"scene_{scene}_{i}")
-            save(names[-1], colour, size)
+            save(names[-1], color, size)
         rows = np.arange(3) + 3 * scene
         truth.append({"bbx": [1.0, 2.0, 30.0, 40.0], "easy": rows[:1], "hard": rows[1:2], "junk": list(rows[2:])})
     content = {"imlist": names, "qimlist": [f"query_{s}" for s in range(3)], "gnd": truth}
@@ -60,7 +60,7 @@ def test_features_do_not_depend_on_the_batches(vit, oxford):
     config = small()
     together = retrieval.multiscale_features(vit, paths, config, 32, (1.0, 0.5))
     for i in (0, 5):
-        pixels = retrieval.shrink_to_fit(retrieval.read_picture(paths[i]), 32)
+        pixels = retrieval.shrink_to_fit(retrieval.read_image(paths[i]), 32)
         rows = [
             next(run(vit, Cls(), [{"image": retrieval.scaled(pixels, scale, 4)[None]}]))[0][0] for scale in (1.0, 0.5)
         ]

@@ -25,9 +25,9 @@ def davis_folder(tmp_path):
             labels[3 + t : 17 + t, 4 + t : 18 + t], labels[16:32, 30 - t : 46 - t] = 1, 2
             pixels = np.array([(128, 128, 128), *COLOURS[:2]])[labels] + rng.normal(0, 6, (34, 50, 3))
             Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(frames / f"{t:05d}.jpg", quality=95)
-            picture = Image.fromarray(labels)
-            picture.putpalette(palette().tobytes())
-            picture.save(masks / f"{t:05d}.png")
+            image = Image.fromarray(labels)
+            image.putpalette(palette().tobytes())
+            image.save(masks / f"{t:05d}.png")
     (tmp_path / "ImageSets" / "2017").mkdir(parents=True)
     (tmp_path / "ImageSets" / "2017" / "val.txt").write_text("bear\ndog\n")
     return tmp_path
@@ -39,14 +39,14 @@ def small():
     return config
 
 
-def test_protocol_writes_indexed_pictures_and_resumes_by_video(vit, davis_folder, tmp_path, monkeypatch):
+def test_protocol_writes_indexed_images_and_resumes_by_video(vit, davis_folder, tmp_path, monkeypatch):
     figures = vos.evaluate(vit, str(davis_folder), small(), workdir=str(tmp_path / "work"))
     assert set(figures) == {"J&F_mean", *(f"{m}_{s}" for m in "JF" for s in ("mean", "recall", "decay"))}
     assert figures["J_mean"] > 60
     (folder,) = (tmp_path / "work").glob("vos-*")
-    with Image.open(folder / "dog" / "00002.png") as picture:
-        assert picture.mode == "P" and picture.size == (50, 34)
-        assert picture.getpalette()[:9] == [0, 0, 0, 128, 0, 0, 0, 128, 0]
+    with Image.open(folder / "dog" / "00002.png") as image:
+        assert image.mode == "P" and image.size == (50, 34)
+        assert image.getpalette()[:9] == [0, 0, 0, 128, 0, 0, 0, 128, 0]
     assert set(json.loads((folder / "objects.json").read_text())) == {"bear_1", "bear_2", "dog_1", "dog_2"}
     with Image.open(folder / "bear" / "00000.png") as written:  # the first frame is the annotation itself
         truth = vos.read_labels(davis_folder / "Annotations" / "480p" / "bear" / "00000.png")

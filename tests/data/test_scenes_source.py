@@ -1,4 +1,4 @@
-"""Scenes: deterministic, balanced, masks exact against painted black and white, no class in colour, place or area."""
+"""Scenes: deterministic, balanced, masks exact against painted black and white, no class in color, place or area."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import pickle
 import numpy as np
 import pytest
 
-from dino_jax.data.scenes import CLASSES, Scenes
 from dino_jax.data.scenes_render import TEXTURES, coverage, render
 from dino_jax.data.scenes_shapes import SHAPES, Dice, moments, normalize
+from dino_jax.data.scenes_source import CLASSES, Scenes
 from dino_jax.errors import UserError
 
 
@@ -28,7 +28,7 @@ def test_example_and_classes():
     assert len(set(CLASSES.values())) == len(CLASSES)  # no texture is shared by two classes
 
 
-def test_a_picture_is_a_function_of_seed_split_and_index():
+def test_a_image_is_a_function_of_seed_split_and_index():
     scenes = Scenes("train", size=100, seed=3)
     again = pickle.loads(pickle.dumps(Scenes("train", size=10**9, seed=3)))
     for index in (99, 0, 41):
@@ -39,10 +39,10 @@ def test_a_picture_is_a_function_of_seed_split_and_index():
     assert (Scenes("train", seed=4)[0].image != scenes[0].image).any()
 
 
-def test_splits_share_no_picture():
+def test_splits_share_no_image():
     splits = ("train", "test", "val", "train:picture:1")
-    pictures = {Scenes(split, image_size=16)[i].image.tobytes() for split in splits for i in range(60)}
-    assert len(pictures) == 240
+    rendered = {Scenes(split, image_size=16)[i].image.tobytes() for split in splits for i in range(60)}
+    assert len(rendered) == 240
 
 
 def test_labels_are_balanced_and_shuffled():
@@ -86,7 +86,7 @@ def test_mask_has_the_area_of_the_object():
     for index in range(24):
         scene = scenes.scene(index)
         thing = object_of(scene)
-        thing = thing._replace(matrix=0.6 * thing.matrix, center=(0.5, 0.5))  # all of it in the picture
+        thing = thing._replace(matrix=0.6 * thing.matrix, center=(0.5, 0.5))  # all of it in the image
         _, owner = render(scene._replace(pieces=(thing,)), 128, 128)
         assert owner.sum() == pytest.approx(abs(np.linalg.det(thing.matrix)) * 128**2, rel=0.04)
 
@@ -96,19 +96,19 @@ def test_mask_is_where_the_object_shows():
     scenes = Scenes("train", image_size=96)
     for index in range(24):
         scene = scenes.scene(index)._replace(noise=0.0, light=(0.0, 0.0))
-        thing, pictures = object_of(scene), []
+        thing, rendered = object_of(scene), []
         for value in (0, 1):
             painted = thing._replace(pattern=thing.pattern._replace(colors=np.full((2, 3, 1, 1), value, np.float32)))
             pieces = tuple(painted if piece is thing else piece for piece in scene.pieces)
-            pictures.append(render(scene._replace(pieces=pieces), 96, 96)[0][:, :, 0].astype(int))
-        shows = (pictures[1] - pictures[0]) / 255
+            rendered.append(render(scene._replace(pieces=pieces), 96, 96)[0][:, :, 0].astype(int))
+        shows = (rendered[1] - rendered[0]) / 255
         mask, occluded = scenes.mask(index), scene.pieces[-1] is not thing
         # Where the edges of the object and of an occluder meet in one pixel, less than half may show of its owner.
         assert (mask != (shows >= 0.5)).sum() <= (4 if occluded else 0)
         assert (shows[mask] > 0.2).all() and 0.05 < mask.mean() < 0.45
 
 
-def test_the_object_alone_changes_the_picture():
+def test_the_object_alone_changes_the_image():
     scenes = Scenes("train")
     for index in range(12):
         scene = scenes.scene(index)
@@ -122,7 +122,7 @@ def test_the_object_alone_changes_the_picture():
         assert changed[owner == 1].mean() > 0.95
 
 
-def test_class_is_not_in_colour_place_or_area():
+def test_class_is_not_in_color_place_or_area():
     """Nearest centroid and a linear classifier on such factors stay at chance (1/12): within 4 standard deviations."""
 
     def factors(split, count):
@@ -132,8 +132,8 @@ def test_class_is_not_in_colour_place_or_area():
             image, owner = render(scenes.scene(index), 32, 32)
             mask = owner == 1
             y, x = np.nonzero(mask)
-            colours = image.mean((0, 1)), image[mask].mean(0), image[~mask].mean(0)
-            rows.append([*np.concatenate(colours), x.mean(), y.mean(), mask.sum(), 1])
+            colors = image.mean((0, 1)), image[mask].mean(0), image[~mask].mean(0)
+            rows.append([*np.concatenate(colors), x.mean(), y.mean(), mask.sum(), 1])
         return np.array(rows), np.array([scenes.label(i) for i in range(count)])
 
     (train, train_labels), (test, labels) = factors("train", 720), factors("test", 720)

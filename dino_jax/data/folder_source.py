@@ -11,9 +11,9 @@ import numpy as np
 from etils import epath
 
 from dino_jax.data.decode import BadImage
-from dino_jax.data.example import Example
+from dino_jax.data.example import Example, Kind
+from dino_jax.data.storage import is_remote
 from dino_jax.errors import UserError
-from dino_jax.storage import is_remote
 
 SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".jp2", ".gif"),
@@ -179,3 +179,6 @@ def read_bytes(path: str) -> bytes:
             return file.read()
     except OSError as error:
         raise BadImage(f"cannot be read: {error.strerror or error}") from error
+
+
+KINDS = {"folder": Kind(FolderSource), "list": Kind(ListSource)}

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from dino_jax.storage import absolute, is_remote, new_file, write_atomically
+from dino_jax.data.storage import absolute, is_remote, new_file, write_atomically
 from tests.gcs_stand_in import serve
 
 
@@ -48,7 +48,7 @@ def test_a_failure_leaves_the_old_file(tmp_path):
 
 IN_A_BUCKET = """
     from etils import epath
-    from dino_jax.storage import new_file, write_atomically
+    from dino_jax.data.storage import new_file, write_atomically
 
     write_atomically("gs://bucket/a/text", "text")
     with new_file("gs://bucket/a/file.npz") as local:

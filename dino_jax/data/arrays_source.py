@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 from etils import epath
 
-from dino_jax.data.example import Example
+from dino_jax.data.example import Example, Kind
+from dino_jax.data.storage import is_remote
 from dino_jax.errors import UserError
-from dino_jax.storage import is_remote
 
 
 class ArraySource:
@@ -102,3 +102,6 @@ def _check(what: str, images: np.ndarray, labels: Sequence[int] | np.ndarray | N
         raise UserError(f"{what} must be [N, H, W] or [N, H, W, C], not of shape {images.shape}")
     if labels is not None and len(labels) != len(images):
         raise UserError(f"{what}: {len(images)} of them but {len(labels)} labels")
+
+
+KINDS = {"arrays": Kind(open_arrays)}

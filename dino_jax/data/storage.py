@@ -1,13 +1,20 @@
-"""Files on local disks and in buckets: one place for what differs between them."""
+"""Files on local disks and in buckets: what differs between them, and what is said where one cannot be written."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import pathlib
 import tempfile
 from collections.abc import Iterator
 
 from etils import epath
+
+from dino_jax.errors import UserError
+
+FULL = tuple(os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+SHUT = tuple(os.strerror(code) for code in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST))
 
 
 def is_remote(path: epath.PathLike) -> bool:
@@ -55,3 +62,33 @@ def new_file(path: epath.PathLike) -> Iterator[pathlib.Path]:
         part.replace(target)
     finally:
         part.unlink(missing_ok=True)
+
+
+def cause(error: BaseException) -> str:
+    """The error in one line: the system's own words where a library wraps them in longer ones."""
+    text = " ".join(str(error).split())
+    known = next((words for words in (*FULL, *SHUT) if words in text), None)
+    return known or getattr(error, "strerror", None) or text[:300] or type(error).__name__
+
+
+def unwritable(what: str, error: BaseException) -> UserError:
+    """The error for `what` ("PATH: cannot write"), with the reason and the fix."""
+    reason, fix = cause(error), ""
+    if reason in FULL:
+        fix = "; make room there, then the same command goes on from what was saved"
+    elif reason in SHUT:
+        fix = "; make it writable or name another folder"
+    return UserError(f"{what}: {reason}{fix}")
+
+
+@contextlib.contextmanager
+def writing(what: str) -> Iterator[None]:
+    """Raises OSErrors of the block as `unwritable`; where `what` names a bucket, all errors: clients have their own."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if not isinstance(error, OSError) and not is_remote(what):
+            raise
+        raise unwritable(what, error) from error

@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from dino_jax.data.decode import BadImage
-from dino_jax.data.example import Example
+from dino_jax.data.example import Example, Kind
 from dino_jax.errors import UserError, did_you_mean
 
 
@@ -129,3 +129,9 @@ def split_name(kind: str, spec: str) -> tuple[str, str]:
 def _line(error: Exception) -> str:
     """The first line of an error's message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+KINDS = {
+    "tfds": Kind(TfdsSource, ("data_dir", "image", "label")),
+    "hf": Kind(HfSource, ("config", "image", "label")),
+}

@@ -14,10 +14,10 @@ import numpy as np
 from etils import epath
 
 from dino_jax.data.decode import BadImage
-from dino_jax.data.example import Example
-from dino_jax.data.folders import SUFFIXES, numbered, printable
+from dino_jax.data.example import Example, Kind
+from dino_jax.data.folder_source import SUFFIXES, numbered, printable
+from dino_jax.data.storage import is_remote
 from dino_jax.errors import UserError
-from dino_jax.storage import is_remote
 
 LABEL_KEYS = ("label", "cls", "class")  # of .json members, the first that is there
 
@@ -133,3 +133,6 @@ def _label(path: str, name: str, data: bytes) -> str:
 def _compressed(path: str) -> bool:
     with _open(path) as file:
         return file.read(6)[:2] in (b"\x1f\x8b", b"BZ", b"\xfd7", b"(\xb5")
+
+
+KINDS = {"tar": Kind(TarSource)}

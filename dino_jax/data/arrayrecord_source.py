@@ -18,7 +18,7 @@ import numpy as np
 from etils import epath
 
 from dino_jax.data.decode import BadImage
-from dino_jax.data.example import Example
+from dino_jax.data.example import Example, Kind
 from dino_jax.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -92,3 +92,6 @@ class PackedSource:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._open()
+
+
+KINDS = {"arrayrecord": Kind(PackedSource)}

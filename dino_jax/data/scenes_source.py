@@ -16,11 +16,12 @@ import functools
 import hashlib
 import math
 import operator
+import re
 
 import numpy as np
 
 from ..errors import UserError
-from .example import Example
+from .example import Example, Kind
 from .scenes_render import TEXTURES, Background, Pattern, Piece, Scene, enlarge, render
 from .scenes_shapes import SHAPES, Dice, fragment, normalize
 
@@ -217,3 +218,16 @@ def _moved(piece: Piece, velocity: tuple[float, float], turn: float, t: int) -> 
     """The piece after t frames; its center bounces 0.15 from the edges of the image."""
     x, y = (0.85 - 0.7 * abs((p + t * v - 0.15) / 0.7 % 2 - 1) for p, v in zip(piece.center, velocity, strict=True))
     return piece._replace(center=(x, y), matrix=_rotation(turn * t) @ piece.matrix)
+
+
+def open_scenes(split: str, **options: str) -> Scenes:
+    """`Scenes` with the options of a spec, which are whole numbers in text."""
+    numbers = {}
+    for key, value in options.items():
+        if not re.fullmatch(r"\d+", value):
+            raise UserError(f"scenes: {key} must be a whole number, not {value!r}")
+        numbers[key] = int(value)
+    return Scenes(split, **numbers)
+
+
+KINDS = {"scenes": Kind(open_scenes, ("size", "seed", "image_size"))}

@@ -83,7 +83,8 @@ class PatchStem(nn.Module):
 
     @nn.compact
     def __call__(self, images: Images, train: bool) -> Array:
-        x, count = images.astype(self.dtype), {8: 3, 16: 4}[self.patch_size]
+        x: Any = images.astype(self.dtype)
+        count = {8: 3, 16: 4}[self.patch_size]
         for i in range(count):
             x = gelu(x) if i else x
             features, init = self.embed_dim >> (count - 1 - i), torch_uniform(9 * x.shape[-1])

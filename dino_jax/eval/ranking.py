@@ -9,6 +9,7 @@ Legend: N database, Q queries, D width.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -33,7 +34,7 @@ def average_precision(ranks: Int[np.ndarray, " found"], positives: int) -> float
 
 def revisited_scores(
     similarity: Float[np.ndarray, "N Q"],
-    truth: Sequence[Mapping[str, Sequence[int] | np.ndarray]],
+    truth: Sequence[Mapping[str, Any]],
     ks: Sequence[int] = (1, 5, 10),
 ) -> dict[str, dict]:
     """Mean average precision of the revisited protocol.

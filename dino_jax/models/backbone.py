@@ -12,7 +12,7 @@ import numpy as np
 
 from dino_jax.errors import UserError
 from dino_jax.models.layers import Array, patch_grid
-from dino_jax.models.packing import AnySize, Canvas
+from dino_jax.models.packing import AnySize, Canvas, Images
 
 
 class Tokens(NamedTuple):
@@ -54,18 +54,18 @@ class Backbone(nn.Module):
     registers = 0
     linear_features: ClassVar[tuple[str, ...]] = ("1",)
 
-    def tokens(self, images: Array, n: int = 1) -> Tokens:
+    def tokens(self, images: Images, n: int = 1) -> Tokens:
         """Tokens of the last `n` blocks after the final norm, leading axes [n, B]; `UserError` if it has none."""
         raise UserError(f"a {type(self).__name__} has no tokens, only pooled features: use a ViT or an XCiT")
 
-    def attention(self, images: Array, block: int = -1) -> Array:
+    def attention(self, images: Images, block: int = -1) -> Array:
         """Attention [B, H, N, N] of one block (negative: from the end), or only CLS's row [B, H, 1, N].
 
         Tokens are in the network's order: CLS, registers, patches row by row. Rows sum to 1. `UserError` if none.
         """
         raise UserError(f"a {type(self).__name__} has no attention: use a ViT or an XCiT")
 
-    def cls_attention(self, images: Array, block: int = -1) -> Array:
+    def cls_attention(self, images: Images, block: int = -1) -> Array:
         """Attention from CLS to the patches in one block, [B, H, rows, columns]."""
         weights = self.attention(images, block)
         rows, columns = patch_grid(images.shape[1], images.shape[2], self.patch_size)

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float
 
 from dino_jax.errors import UserError
-from dino_jax.models.packing import Array, Extent
+from dino_jax.models.packing import Array, Extent, Images
 
 # The official `trunc_normal_(std=.02)` cuts at +-2, 100 deviations away: in effect a plain normal.
 INIT_STD = 0.02
@@ -33,7 +33,7 @@ def patch_grid(height: int, width: int, patch_size: int) -> tuple[int, int]:
     return height // patch_size, width // patch_size
 
 
-def check_channels(images: Float[Array, "B h w c"], in_chans: int) -> None:
+def check_channels(images: Images, in_chans: int) -> None:
     """Raises `UserError` unless `images` [B, h, w, c] have the model's channels."""
     if images.shape[-1] != in_chans:
         raise UserError(f"the images have {images.shape[-1]} channels: set model.in_chans={images.shape[-1]}")
@@ -70,7 +70,9 @@ def gelu(x: Float[Array, "*N"]) -> Float[Array, "*N"]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def linear_map(x: Float[Array, "*N D"], kernel: Float[Array, "D E"], precision: Any = None) -> Float[Array, "*N E"]:
+def linear_map(
+    x: Float[Array | np.ndarray, "*N D"], kernel: Float[Array | np.ndarray, "D E"], precision: Any = None
+) -> Float[Array, "*N E"]:
     """Matrix product of [..., D] and [D, E] -> [..., E] in their dtype; see `_kernel_gradient` for CPUs."""
     return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), precision=precision)
 

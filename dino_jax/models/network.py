@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
 
 from dino_jax.models.layers import Array
 
@@ -28,7 +30,12 @@ class Network(nn.Module):
     backbone: nn.Module
     head: nn.Module
 
-    def __call__(self, crops: Sequence[Array], drop_path: Array | None = None, train: bool = False) -> Outputs:
+    def __call__(
+        self,
+        crops: Sequence[Float[Array | np.ndarray, "B _ _ _ c"]],
+        drop_path: Float[Array, "depth branches B C"] | None = None,
+        train: bool = False,
+    ) -> Outputs:
         """`crops`: one [B, C_i, h, w, c] per resolution; `drop_path` [depth, 2, B, C] or None, C = sum of C_i."""
         features, first = [], 0
         for images in crops:

@@ -16,8 +16,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 Array = jax.Array
+Images = Float[jax.Array | np.ndarray, "B h w c"]  # normalised
 
 
 class Packed(NamedTuple):

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from dino_jax.models.backbone import Backbone
 from dino_jax.models.layers import Array, check_channels, conv
 from dino_jax.models.norm import BatchNorm
-from dino_jax.models.packing import Extent
+from dino_jax.models.packing import Extent, Images
 
 # torchvision's `kaiming_normal_(mode="fan_out", nonlinearity="relu")`.
 _kaiming = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -68,7 +68,7 @@ class ResNet(Backbone):
 
     @nn.compact
     def __call__(
-        self, images: Float[Array, "B h w c"], drop_path: Float[Array, "0 _ B"] | None = None, train: bool = False
+        self, images: Images, drop_path: Float[Array, "0 _ B"] | None = None, train: bool = False
     ) -> Float[Array, "B D"]:
         """Features [B, D] of normalized `images` [B, h, w, c]; `drop_path` is ignored."""
         check_channels(images, self.in_chans)
@@ -88,7 +88,7 @@ class ResNet(Backbone):
         return x.mean(axis=(1, 2))  # [B, h/32, w/32, D] -> [B, D]
 
     @nn.nowrap
-    def on_canvas(self, extent: Extent, call: Callable[..., Array], images: Array) -> Array:
+    def on_canvas(self, extent: Extent, call: Callable[..., Array], images: Images) -> Array:
         """See `packing.Canvas`: rescales the mean, which counts the last map's empty cells."""
         stride = (1 if self.small_stem else 4) * 2 ** (len(self.stages) - 1)  # pixels per cell
         cells = images.shape[1] * images.shape[2] // stride**2

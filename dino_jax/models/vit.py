@@ -29,7 +29,7 @@ from dino_jax.models.layers import (
     statistics_dtype,
     torch_uniform,
 )
-from dino_jax.models.packing import AnySize, Line
+from dino_jax.models.packing import AnySize, Images, Line
 
 
 def _cubic(t: np.ndarray) -> np.ndarray:
@@ -87,7 +87,7 @@ class PatchEmbed(nn.Module):
     precision: Any = None
 
     @nn.compact
-    def __call__(self, images: Array) -> Array:
+    def __call__(self, images: Images) -> Array:
         batch, height, width, channels = images.shape
         p = self.patch_size
         rows, columns = patch_grid(height, width, p)
@@ -166,7 +166,7 @@ class ViT(Backbone):
 
     def __call__(
         self,
-        images: Float[Array, "B h w c"],
+        images: Images,
         drop_path: Float[Array, "depth 2 B"] | None = None,
         train: bool = False,
     ) -> Float[Array, "B D"]:
@@ -180,7 +180,7 @@ class ViT(Backbone):
             x = block(x, None if drop_path is None else drop_path[i])
         return self.norm(x[:, 0])
 
-    def tokens(self, images: Array, n: int = 1) -> Tokens:
+    def tokens(self, images: Images, n: int = 1) -> Tokens:
         """Tokens of the last `n` blocks after the final norm, leading axes [n, B]."""
         if not 1 <= n <= self.depth:
             raise UserError(f"tokens of the last {n} blocks: this model has {self.depth}")
@@ -192,7 +192,7 @@ class ViT(Backbone):
         grid = patch_grid(images.shape[1], images.shape[2], self.patch_size)
         return split_tokens(jnp.stack(kept), self.registers, grid)
 
-    def attention(self, images: Array, block: int = -1) -> Array:
+    def attention(self, images: Images, block: int = -1) -> Array:
         """Attention [B, H, N, N] of one block (negative: from the end), N = 1 + R + patches; rows sum to 1."""
         if not -self.depth <= block < self.depth:
             raise UserError(f"attention of block {block}: this model has blocks 0 to {self.depth - 1}")
@@ -252,7 +252,7 @@ class ViT(Backbone):
 
         return Line(self, positions, own[0] * own[1])
 
-    def _embed(self, images: Array) -> Array:
+    def _embed(self, images: Images) -> Array:
         """The first block's input: [B, h, w, c] -> [B, 1 + R + patches, D]."""
         if images.shape[-1] != self.in_chans:
             raise UserError(

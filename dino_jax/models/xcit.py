@@ -34,7 +34,7 @@ from dino_jax.models.layers import (
     unit,
 )
 from dino_jax.models.norm import BatchNorm
-from dino_jax.models.packing import AnySize, Canvas, Extent
+from dino_jax.models.packing import AnySize, Canvas, Extent, Images
 
 
 def fourier_features(rows: int, columns: int, half: int = 32) -> np.ndarray:
@@ -82,8 +82,9 @@ class PatchStem(nn.Module):
     precision: Any = None
 
     @nn.compact
-    def __call__(self, images: Array, train: bool) -> Array:
-        x, count = images.astype(self.dtype), {8: 3, 16: 4}[self.patch_size]
+    def __call__(self, images: Images, train: bool) -> Array:
+        x: Any = images.astype(self.dtype)
+        count = {8: 3, 16: 4}[self.patch_size]
         for i in range(count):
             x = gelu(x) if i else x
             features, init = self.embed_dim >> (count - 1 - i), torch_uniform(9 * x.shape[-1])
@@ -241,7 +242,7 @@ class XCiT(Backbone):
 
     def __call__(
         self,
-        images: Float[Array, "B h w c"],
+        images: Images,
         drop_path: Float[Array, "depth 3 B"] | None = None,
         train: bool = False,
     ) -> Float[Array, "B D"]:
@@ -260,7 +261,7 @@ class XCiT(Backbone):
         """Stochastic depth rates [depth, 3] of the attention, MLP and local branches: `rate` in every block."""
         return np.full((self.depth, 3), rate)
 
-    def tokens(self, images: Array, n: int = 1) -> Tokens:
+    def tokens(self, images: Images, n: int = 1) -> Tokens:
         """Tokens of the last `n` class attention blocks after the final norm, leading axes [n, B]."""
         if not 1 <= n <= self.class_depth:
             raise UserError(f"tokens of the last {n} blocks: an XCiT has CLS in its last {self.class_depth} only")
@@ -271,7 +272,7 @@ class XCiT(Backbone):
         grid = patch_grid(images.shape[1], images.shape[2], self.patch_size)
         return split_tokens(jnp.stack(kept[-n:]), self.registers, grid)
 
-    def attention(self, images: Array, block: int = -1) -> Array:
+    def attention(self, images: Images, block: int = -1) -> Array:
         """Attention of CLS to all tokens, [B, H, 1, 1 + N], in one of the class attention blocks; rows sum to 1."""
         if not -self.class_depth <= block < self.class_depth:
             raise UserError(f"attention of block {block}: an XCiT has {self.class_depth} class attention blocks")
@@ -285,7 +286,7 @@ class XCiT(Backbone):
         """Canvases, with the position features of each image's own grid."""
         return Canvas(self, fourier_features)
 
-    def _patches(self, images: Array, drop_path: Array | None = None, train: bool = False) -> Array:
+    def _patches(self, images: Images, drop_path: Array | None = None, train: bool = False) -> Array:
         """CLS, then the patch tokens after all channel attention: [B, h, w, c] -> [B, 1 + N, D]."""
         check_channels(images, self.in_chans)
         grid = patch_grid(images.shape[1], images.shape[2], self.patch_size)

@@ -388,7 +388,7 @@ def test_mistakes_are_named_in_one_line(tmp_path, spec, message):
     (tmp_path / "text" / "x.txt").write_text("x")
     (tmp_path / "blank.txt").write_text("# nothing\n")
     (tmp_path / "missing.txt").write_text("gone.png\npicture.png\ngone too.png\n")
-    (tmp_path / "halfway.txt").write_text("image.png 1\npicture.png\n")
+    (tmp_path / "halfway.txt").write_text("picture.png 1\nother.png\n")
     np.savez(tmp_path / "other.npz", pixels=np.zeros(3))
     np.savez(tmp_path / "counts.npz", images=np.zeros((3, 2, 2), np.uint8), labels=np.zeros(2))
     np.savez(tmp_path / "shape.npz", images=np.zeros(3, np.uint8))

@@ -185,7 +185,7 @@ def test_help_of_a_protocol_lists_its_keys(capsys):
     assert exit_.value.code == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "usage: dino-jax eval" in said and "--config.radius=12" in said
-    assert "reach of a patch, in rows and in columns (at least 0)" in said
+    assert "window radius in patches, in rows and columns; 0: the whole frame (at least 0)" in said
     with pytest.raises(SystemExit) as exit_:
         main(["eval", "vso", "--help"])
     assert exit_.value.code == 2 and "did you mean" in capsys.readouterr().err

@@ -1,1 +1,1 @@
-"""The paper's evaluations: `run.py` is the verb `eval`, `protocol.py` the record, `protocols/` has a file for each."""
+"""The paper's evaluations: `run.py` runs the verb `eval`; `protocols/` has one file per protocol."""

@@ -1,8 +1,8 @@
 """The augmentation of DeiT (Touvron et al. 2021): RandAugment on the host, erasing, mixup and CutMix on the device.
 
-No kept-up library offers these without torch or TensorFlow, so they are written out here: RandAugment (Cubuk et al.
-2020) by PIL with the strengths that `rand-m9-mstd0.5-inc1` stands for, mixup (Zhang et al. 2018) and CutMix (Yun et al.
-2019) with one draw per batch against the batch in reverse, random erasing (Zhong et al. 2020) with normal noise.
+No maintained library offers these without torch or TensorFlow. RandAugment (Cubuk et al. 2020) uses PIL with the
+strengths of timm's `rand-m9-mstd0.5-inc1`, mixup (Zhang et al. 2018) and CutMix (Yun et al. 2019) make one draw per
+batch and mix it with the reversed batch, and random erasing (Zhong et al. 2020) fills with normal noise.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 Operation = Callable[[Image.Image, float, float, Image.Resampling], Image.Image]
-GRAY = (124, 116, 104)  # what comes in from outside of an image: ImageNet's mean
-TRIES = 10  # boxes drawn before an image is left unerased
+GRAY = (124, 116, 104)  # fill color outside the image: ImageNet's mean
+TRIES = 10  # boxes tried before giving up on erasing an image
 
 
 def _affine(image: Image.Image, matrix: tuple[float, ...], how: Image.Resampling) -> Image.Image:
@@ -32,7 +32,7 @@ def _enhance(kind: Callable[[Image.Image], ImageEnhance._Enhance]) -> Operation:
     return lambda p, share, sign, how: kind(p).enhance(max(0.1, 1 + 0.9 * share * sign))
 
 
-# Each takes the image, the strength in 0..1, a random sign and the resampling; a higher strength changes more.
+# Each takes an image, a strength in 0..1, a random sign and a resampling filter.
 OPERATIONS: dict[str, Operation] = {
     "autocontrast": lambda p, share, sign, how: ImageOps.autocontrast(p),
     "equalize": lambda p, share, sign, how: ImageOps.equalize(p),
@@ -55,9 +55,9 @@ OPERATIONS: dict[str, Operation] = {
 def rand_augment(
     pixels: np.ndarray, rng: np.random.Generator, magnitude: float, *, count: int = 2, spread: float = 0.5
 ) -> np.ndarray:
-    """`count` random operations, each applied with probability 0.5, of strength N(magnitude, spread) out of 10.
+    """Applies `count` random operations with probability 0.5 each and strength N(magnitude, spread) out of 10.
 
-    uint8 [H, W, 3] to the same; images of other channels come back as they are.
+    uint8 [H, W, 3] -> uint8 [H, W, 3]; images with other channel counts are returned unchanged.
     """
     if pixels.shape[-1] != 3:
         return pixels
@@ -72,16 +72,15 @@ def rand_augment(
 
 
 class Mix(NamedTuple):
-    """How a batch is mixed with its reverse: `share` of an image that is its own; inside `box` (top, left, bottom,
-    right) CutMix takes the other image; an empty box with `blend` below 1 is mixup."""
+    """How a batch is mixed with its reverse; mixup has an empty `box`, CutMix `blend` 1."""
 
-    share: np.float32
-    blend: np.float32
-    box: np.ndarray  # [4] int32
+    share: np.float32  # of an image in its own target
+    blend: np.float32  # of an image in its own pixels, outside the box
+    box: np.ndarray  # [4] int32: top, left, bottom, right; CutMix takes the other image inside
 
 
 def draw_mix(rng: np.random.Generator, height: int, width: int, mixup: float, cutmix: float) -> Mix:
-    """One draw for a batch: mixup or CutMix with even chance where both have a positive alpha, shares from a beta."""
+    """Draws mixup or CutMix for a batch, with even chance if both alphas are positive; shares are beta-distributed."""
     nothing = np.zeros(4, np.int32)
     if mixup <= 0 and cutmix <= 0:
         return Mix(np.float32(1), np.float32(1), nothing)
@@ -97,7 +96,7 @@ def draw_mix(rng: np.random.Generator, height: int, width: int, mixup: float, cu
 
 
 def mix_batch(images: jax.Array, targets: jax.Array, valid: jax.Array, mix: Mix) -> tuple[jax.Array, jax.Array]:
-    """Images [B, h, w, C] and targets [B, K] mixed with the reverse batch, save rows whose partner is not valid."""
+    """Mixes images [B, h, w, C] and targets [B, K] with the reversed batch, except rows with an invalid partner."""
     partner, pairs = images[::-1], valid[::-1]
     rows, columns = jnp.arange(images.shape[1])[:, None], jnp.arange(images.shape[2])[None]
     inside = (rows >= mix.box[0]) & (rows < mix.box[2]) & (columns >= mix.box[1]) & (columns < mix.box[3])  # [h, w]
@@ -108,7 +107,7 @@ def mix_batch(images: jax.Array, targets: jax.Array, valid: jax.Array, mix: Mix)
 
 
 def smoothed(labels: jax.Array, classes: int, smoothing: float) -> jax.Array:
-    """Targets [B, K] with `smoothing` spread over all classes."""
+    """Smoothed one-hot targets [B, K]: `smoothing` is spread over all classes."""
     return jax.nn.one_hot(labels, classes) * (1 - smoothing) + smoothing / classes
 
 

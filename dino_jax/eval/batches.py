@@ -1,7 +1,7 @@
-"""What the protocols that train something share: shuffled batches of augmented images, and test batches, on a mesh.
+"""Batches for protocols that train: shuffled and augmented training batches, and test batches, on a mesh.
 
-Every draw is a function of (seed, epoch, place in the data set), so a resumed run sees what an uninterrupted one does,
-and the number of devices or threads changes nothing.
+Every draw depends only on (seed, epoch, position, row), so results do not depend on resuming, the number of devices or
+the number of threads.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Augment = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
 
 class Subset:
-    """Some rows of a source, as a source."""
+    """A subset of a source's rows, as a source."""
 
     def __init__(self, source: Source, rows: np.ndarray):
         self.source, self.rows, self.class_names = source, rows, source.class_names
@@ -44,12 +44,12 @@ class Subset:
 
 
 def data_mesh() -> Mesh:
-    """All devices along the batch."""
+    """A mesh that shards only the batch, over all devices."""
     return make_mesh({"data": -1, "fsdp": 1, "model": 1})
 
 
 def rounded(batch_size: int, mesh: Mesh) -> int:
-    """The batch size rounded up to the devices; rows beyond `batch_size` are filling."""
+    """The batch size rounded up to a multiple of the devices; extra rows are padding."""
     return -(-batch_size // mesh.size) * mesh.size
 
 
@@ -65,10 +65,10 @@ def train_batches(
     threads: int,
     repeats: int = 1,
 ) -> Iterator[dict[str, jax.Array]]:
-    """One epoch, shuffled: `image` uint8 [B, h, w, C], `label` int32 [B], `valid` bool [B] over the mesh.
+    """One shuffled epoch: `image` uint8 [B, h, w, C], `label` int32 [B], `valid` bool [B], sharded over the mesh.
 
-    The last batch is filled up with rows that are not valid, as are unreadable images. With `repeats` an epoch holds
-    every image of a share 1 / repeats that many times, each time augmented anew (Hoffer et al. 2020).
+    Unreadable images, and padding in the last batch, are not valid. With `repeats`, an epoch holds a share 1 / repeats
+    of the images, each that many times and augmented independently (Hoffer et al. 2020).
     """
     size = rounded(batch_size, mesh)
     mine = process_rows(size, mesh)
@@ -85,9 +85,9 @@ def train_batches(
             return augment(decode(image, channels), np.random.default_rng((seed, epoch, place, row))), label
         except BadImage as error:
             bad.append(row)
-            _log.warning("image %d is left out: %s", row, error)
+            _log.warning("image %d is skipped: %s", row, error)
             if len(bad) > max(1, MAX_BAD_SHARE * len(source)):
-                raise UserError(f"{len(bad)} training images cannot be read, last number {row}: {error}") from None
+                raise UserError(f"{len(bad)} training images cannot be read, last image {row}: {error}") from None
             return None, -1
 
     def rows() -> Iterator[tuple[int, int] | None]:
@@ -110,7 +110,7 @@ def train_batches(
 
 
 def test_batches(source: Source, config: Any, mesh: Mesh, channels: int) -> Iterator[dict[str, jax.Array]]:
-    """All images in the eval view of `config`: `image`, `label`, `valid` over the mesh."""
+    """All images, resized and cropped as in `config`: `image`, `label`, `valid`, sharded over the mesh."""
     size = rounded(config.batch_size, mesh)
     batches = make_eval_dataset(
         source,
@@ -132,19 +132,19 @@ def crop_and_flip(
     scale: tuple[float, float] = (0.08, 1.0),
     how: Image.Resampling = Image.Resampling.BILINEAR,
 ) -> np.ndarray:
-    """torchvision's RandomResizedCrop to a square and RandomHorizontalFlip of uint8 [H, W, C]."""
+    """torchvision's RandomResizedCrop to a square, then RandomHorizontalFlip, on uint8 [H, W, C]."""
     box, flip = draw_crop(pixels.shape[0], pixels.shape[1], rng, scale)
     return cut(pixels, box, flip, size, how)
 
 
 def draw_crop(height: int, width: int, rng: np.random.Generator, scale: tuple[float, float]) -> tuple[np.ndarray, bool]:
-    """A random box (top, left, height, width) of a share of the area, and whether to mirror."""
+    """A random box (top, left, height, width) with an area share in `scale`, and whether to flip."""
     box = draw_boxes(rng.random((1, 10, 4)), height, width, np.array([scale]), (3 / 4, 4 / 3))[0]
     return box, bool(rng.random() < 0.5)
 
 
 def cut(pixels: np.ndarray, box: np.ndarray, flip: bool, size: int, how: Image.Resampling) -> np.ndarray:
-    """The box of uint8 [H, W, C] resized to a square and mirrored."""
+    """Crops a box from uint8 [H, W, C], resizes it to a square and optionally flips it."""
     top, left, height, width = (int(v) for v in box)
     part = np.ascontiguousarray(pixels[top : top + height, left : left + width])
     planes = [np.asarray(plane.resize((size, size), how)) for plane in to_pil(part)]

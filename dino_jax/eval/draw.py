@@ -1,4 +1,4 @@
-"""Images of what a protocol did: rows of tiles in one PNG."""
+"""Draws a protocol's results: rows of tiles in one PNG."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from dino_jax.data.storage import write_atomically
 from dino_jax.eval.images import resize
 
 GREEN, RED, GRAY, ORANGE = (60, 180, 75), (230, 50, 40), (150, 150, 150), (245, 160, 30)
-SHOWN = 6  # rows of an image
+SHOWN = 6  # rows per drawing
 
 
 def tile(pixels: np.ndarray, side: int, frame: Sequence[int] | None = None) -> np.ndarray:
-    """An image uint8 [H, W, C] in a square uint8 [side, side, 3] on white, `frame` as a colored border."""
+    """Fits an image uint8 [H, W, C] in a white square uint8 [side, side, 3], with border color `frame`."""
     pixels = pixels[..., :3] if pixels.shape[-1] >= 3 else np.repeat(pixels[..., :1], 3, axis=-1)
     border = 0 if frame is None else max(2, side // 24)
     inner = side - 2 * border
@@ -32,14 +32,14 @@ def tile(pixels: np.ndarray, side: int, frame: Sequence[int] | None = None) -> n
 
 
 def tinted(pixels: np.ndarray, labels: np.ndarray, colors: np.ndarray) -> np.ndarray:
-    """An image uint8 [H, W, C] with its labels [H, W] over it: 0 stays as it is, others take half of their color."""
+    """Blends label colors over an image uint8 [H, W, C], half and half; labels [H, W], 0 is left unchanged."""
     pixels = pixels[..., :3] if pixels.shape[-1] >= 3 else np.repeat(pixels[..., :1], 3, axis=-1)
     mixed = pixels // 2 + colors[labels] // 2
     return np.where((labels > 0)[..., None], mixed, pixels).astype(np.uint8)
 
 
 def palette() -> np.ndarray:
-    """The colors of VOC's and DAVIS's labels, uint8 [256, 3]: the bits of the number spread over red, green, blue."""
+    """The label colors of VOC and DAVIS, uint8 [256, 3]: the label's bits spread over red, green, blue."""
     numbers = np.arange(256)
     colors = np.zeros((256, 3), np.uint8)
     for bit in range(8):
@@ -49,7 +49,7 @@ def palette() -> np.ndarray:
 
 
 def save_rows(path: epath.PathLike, rows: Sequence[Sequence[np.ndarray]], gap: int = 4) -> None:
-    """Writes rows of tiles, all of one size uint8 [s, s, 3], as a PNG, the first column apart (process 0 alone)."""
+    """Writes rows of tiles uint8 [s, s, 3] as a PNG, with the first column set apart (process 0 only)."""
     if jax.process_index() != 0:
         return
     side, columns = rows[0][0].shape[0], max(map(len, rows))

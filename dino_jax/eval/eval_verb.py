@@ -10,12 +10,12 @@ from dino_jax.cli import Verb, checkpoint_arguments, process_arguments
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("protocol", metavar="PROTOCOL", help="one of the protocols below, or all")
     checkpoint_arguments(parser)
-    parser.add_argument("--data", required=True, help="a source or folder, as the protocol takes it")
+    parser.add_argument("--data", required=True, help="the protocol's source or folder")
     parser.add_argument(
-        "--config", metavar="FILE|NAME", help="keys of the protocol: a file, or a name such as finetune/cifar10"
+        "--config", metavar="FILE|NAME", help="the protocol's configuration: a file, or a name such as finetune/cifar10"
     )
-    parser.add_argument("--workdir", metavar="DIR", help="for features, images and resumable state")
-    parser.add_argument("--out", metavar="FILE.json", help="for the figures as JSON")
+    parser.add_argument("--workdir", metavar="DIR", help="folder for features, drawings and resumable state")
+    parser.add_argument("--out", metavar="FILE.json", help="file for the figures as JSON")
     process_arguments(parser)
     parser.epilog = "--config.KEY=VALUE sets any key of the protocol; `dino-jax eval PROTOCOL --help` lists them."
 
@@ -33,10 +33,10 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def more_help(args: argparse.Namespace) -> str:
-    """The protocols, or the keys of the one that stands before `--help`."""
+    """The list of protocols, or the keys of the one named before `--help`."""
     from dino_jax.eval.protocol import help_of
 
     return help_of(args.protocol)
 
 
-VERB = Verb("eval", "evaluate a checkpoint by a protocol, or by all", arguments, run, more_help)
+VERB = Verb("eval", "evaluate a checkpoint by one protocol or all", arguments, run, more_help)

@@ -1,8 +1,7 @@
-"""Features of a model: run over images, jitted, batched and spread over the devices.
+"""Extracts features: jitted, batched and spread over the devices.
 
-Every protocol builds on what is here: `run`, which maps a view of the backbone (`Cls`, `Pooled`, ...) over batches of
-images; `extract`, which collects the features and labels of a data set; and
-`dataset_features`, which also opens the data set and keeps the features for the next protocol.
+`run` maps a view of the backbone (`Cls`, `Pooled`, ...) over batches of images, `extract` collects the features and
+labels of a data set, and `dataset_features` also opens the data set and caches the features for other protocols.
 
 Legend: B batch, N tokens, D width, H heads, n blocks.
 """
@@ -35,13 +34,13 @@ from dino_jax.progress import Progress
 
 Batch = dict[str, Any]
 View = Callable[[Backbone, jax.Array], Any]
-MAX_BAD_SHARE = 0.01  # unreadable images beyond this share of a data set are an error
+MAX_BAD_SHARE = 0.01  # more unreadable images than this share are an error
 
 _log = logging.getLogger(__name__)
 
 
 def whole_patches(model: Model, size: int) -> int:
-    """`size` pixels cut down to whole patches; `UserError` where it holds none."""
+    """`size` rounded down to whole patches, in pixels; `UserError` if smaller than one patch."""
     patch = model.backbone.patch_size
     if size < patch:
         raise UserError(f"--config.size={size} is smaller than a patch of {patch} pixels")
@@ -50,7 +49,7 @@ def whole_patches(model: Model, size: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Cls:
-    """The output of the backbone, [B, D]: CLS after the final norm, or the pooled map of a ResNet."""
+    """The backbone's output [B, D]: CLS after the final norm, or a ResNet's pooled map."""
 
     def __call__(self, backbone: Backbone, images: jax.Array) -> jax.Array:
         return backbone(images)
@@ -60,7 +59,7 @@ class Cls:
 class Pooled:
     """CLS tokens of the last n blocks [B, n, D] and the last block's mean patch token [B, D]: `cls` and `mean`.
 
-    A backbone without patches (ResNet) gives its pooled map as both, with n = 1.
+    For a backbone without patches (ResNet), both are its pooled map, with n = 1.
     """
 
     n: int = 4
@@ -83,7 +82,7 @@ class Patches:
 
 @dataclasses.dataclass(frozen=True)
 class ClsAttention:
-    """What CLS attends to in one block, [B, H, h, w]."""
+    """Attention from CLS to the patches in one block, [B, H, h, w]."""
 
     block: int = -1
 
@@ -92,11 +91,11 @@ class ClsAttention:
 
 
 def linear_input(pooled: dict[str, jax.Array], n: int, avgpool: bool) -> jax.Array:
-    """The input of the official linear heads, from what `Pooled` gives for n blocks or more.
+    """The input of the official linear heads, from the output of `Pooled` for at least n blocks.
 
-    Without `avgpool`: the CLS tokens of the last n blocks side by side, [B, n * D]. With it and n = 1: CLS and mean
-    patch token *interleaved*, [cls0, avg0, cls1, avg1, ...], as released heads expect, [B, 2 * D]. With it and n > 1,
-    which the official code does not offer: the mean patch token after the CLS tokens, [B, (n + 1) * D].
+    Without `avgpool`: the CLS tokens of the last n blocks concatenated, [B, n * D]. With `avgpool` and n = 1: CLS and
+    mean patch token *interleaved*, [cls0, avg0, cls1, avg1, ...], as released heads expect, [B, 2 * D]. With `avgpool`
+    and n > 1 (not in the official code): the CLS tokens, then the mean patch token, [B, (n + 1) * D].
     """
     cls = pooled["cls"][:, -n:].reshape(len(pooled["cls"]), -1)  # [B, n * D]
     if not avgpool:
@@ -111,9 +110,9 @@ def run(
 ) -> Iterator[tuple[Any, Batch]]:
     """Yields (view(backbone, normalized images), batch) for each batch, in order, as NumPy arrays.
 
-    `batch["image"]` is [B, h, w, C], uint8 or float of the same range. Batches are filled up to the devices and to the
-    largest one before (the filling never comes back), and the next one is under way while the last is being copied.
-    Each process runs its own batches on its own devices.
+    `batch["image"]` is [B, h, w, C], uint8 or float in 0..255. Batches are padded to a multiple of the devices and to
+    the largest batch so far; the padding is removed again. One batch computes while the previous one is copied. Each
+    process runs its own batches on its own devices.
     """
     mesh = Mesh(np.array(jax.local_devices() if devices is None else devices), ("data",))
     forward = _compiled(model.forward, view, mesh)
@@ -135,7 +134,7 @@ def run(
 
 
 def _local(x: Any) -> Any:
-    """An array that this process can place anywhere: a replicated one of all processes is read back."""
+    """Copies an array replicated over all processes to this host, so it can be placed on any device."""
     return np.asarray(x) if isinstance(x, jax.Array) and not x.is_fully_addressable else x
 
 
@@ -157,13 +156,13 @@ def extract(
     devices: Sequence[jax.Device] | None = None,
     progress: Callable[[int], Any] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Features [N, D] float32 and labels [N] int64 of all readable images, ordered by `index`.
+    """Features [N, D] float32 and labels [N] int64 of all readable images, ordered by `index`, on every process.
 
     Args:
-      batches: this process's share, as `data.pipeline.make_eval_dataset` gives it: `image` uint8 [B, h, w, C], `label`
-        and `index` int [B], `valid` bool [B]. Every process gets the features of all shares.
+      batches: this process's share, from `data.pipeline.make_eval_dataset`: `image` uint8 [B, h, w, C], `label` and
+        `index` int [B], `valid` bool [B].
       view: what to take from the backbone.
-      progress: called after each batch with the number of images that this process has done.
+      progress: called after each batch with the number of images done in this process.
 
     Raises:
       UserError: no image could be read.
@@ -175,18 +174,18 @@ def extract(
         if progress is not None:
             progress(sum(len(index) for _, _, index in rows))
     if not rows:
-        raise UserError("the data set holds no images: check --data")
+        raise UserError("the data set has no images: check --data")
     features, labels, index = (np.concatenate(column) for column in zip(*rows, strict=True))
     if jax.process_count() > 1:
         features, labels, index = _gather(features, labels, index)
     if not len(index):
         raise UserError("none of the images can be read: check --data")
-    order = np.unique(index, return_index=True)[1]  # an image that several processes ran counts once
+    order = np.unique(index, return_index=True)[1]  # images seen by several processes count once
     return features[order], labels[order].astype(np.int64)
 
 
 def _gather(*arrays: np.ndarray) -> list[np.ndarray]:
-    """The rows of every process, one process after another; their numbers may differ."""
+    """Concatenates the rows of all processes, which may differ in number."""
     counts = multihost_utils.process_allgather(np.array(len(arrays[0])))
     filled = [np.concatenate([a, np.zeros((counts.max() - len(a), *a.shape[1:]), a.dtype)]) for a in arrays]
     gathered = [multihost_utils.process_allgather(a) for a in filled]  # [processes, most, ...]
@@ -196,16 +195,16 @@ def _gather(*arrays: np.ndarray) -> list[np.ndarray]:
 def dataset_features(
     model: Model, spec: str, config: ConfigDict, *, view: View = Cls(), workdir: str | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`source_features` of the source that `spec` names."""
+    """`source_features` for a source spec."""
     return source_features(model, open_source(spec), spec, config, view=view, workdir=workdir)
 
 
 def source_features(
     model: Model, source: Source, spec: str, config: ConfigDict, *, view: View = Cls(), workdir: str | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`extract` for a source, with the eval view of `config` (`resize crop batch_size workers`).
+    """`extract` for a source, with `resize`, `crop`, `batch_size` and `workers` of `config`.
 
-    With a `workdir` the features are kept in it, by weights, view and `spec`, and found again there.
+    With a `workdir`, the features are cached there by weights, view, `spec`, `resize` and `crop`.
     """
     path = None
     if workdir is not None:
@@ -238,11 +237,11 @@ def source_features(
 
 
 def counted(batches: Iterable[Batch], spec: str, total: int) -> Iterator[Batch]:
-    """The batches; unreadable images are logged by name and left out, too many are an error."""
+    """Passes batches through and logs unreadable images; too many are an error."""
     bad: list[tuple] = []
     for batch in batches:
         for entry in batch["bad"]:
-            _log.warning("%s: %s is left out: %s", spec, *entry[1:])
+            _log.warning("%s: %s is skipped: %s", spec, *entry[1:])
             bad.append(entry)
         if len(bad) > MAX_BAD_SHARE * total:
             _, name, reason = bad[0]
@@ -253,7 +252,7 @@ def counted(batches: Iterable[Batch], spec: str, total: int) -> Iterator[Batch]:
 
 
 def fingerprint(model: Model) -> str:
-    """A short name of a network and its weights, the same on every machine."""
+    """A short hash of a network and its weights, the same on every machine."""
     digest = hashlib.sha256(f"{model.backbone} {model.mean} {model.std}".encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(model.variables):
         digest.update(jax.tree_util.keystr(path).encode())

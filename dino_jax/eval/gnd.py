@@ -1,6 +1,6 @@
-"""The ground-truth pickles of revisited Oxford and Paris (`gnd_*.pkl`), read without running anything they say.
+"""Reads the ground-truth pickles of revisited Oxford and Paris (`gnd_*.pkl`) without running code from them.
 
-They hold containers, numbers, strings and NumPy's numeric arrays; every other name is refused.
+Only containers, numbers, strings and numeric NumPy arrays are allowed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def read_gnd(path: epath.PathLike) -> dict[str, Any]:
     """`{"imlist": names, "qimlist": names, "gnd": [{"easy", "hard", "junk": int arrays, ...} per query]}`.
 
     Raises:
-      UserError: the file is absent, damaged or hostile, or lacks one of these.
+      UserError: the file is missing, damaged or hostile, or lacks one of these.
     """
     path = epath.Path(path)
     if not path.exists():
@@ -33,20 +33,20 @@ def read_gnd(path: epath.PathLike) -> dict[str, Any]:
     try:
         content = plain(Unpickler(data, ALLOWED, STATES, encoding="latin1").load())
     except RefusedError as refused:
-        raise UserError(f"{path}: asks for {refused}, which is refused: it may be hostile; nothing was run") from None
-    except Exception as error:  # whatever a damaged or hostile pickle provokes
+        raise UserError(f"{path}: uses {refused}, which is not allowed: it may be hostile; nothing was run") from None
+    except Exception as error:  # damaged or hostile pickles raise anything
         raise UserError(f"{path}: not a ground-truth file ({type(error).__name__}: {error})") from None
     missing = [key for key in KEYS if not isinstance(content, dict) or key not in content]
     if missing:
         raise UserError(f"{path}: has no {missing[0]!r}: not a revisited Oxford or Paris file")
     if len(content["gnd"]) != len(content["qimlist"]):
-        raise UserError(f"{path}: {len(content['qimlist'])} queries but truth for {len(content['gnd'])}")
+        raise UserError(f"{path}: {len(content['qimlist'])} queries but ground truth for {len(content['gnd'])}")
     for entry in content["gnd"]:
         if not {"easy", "hard", "junk"} <= set(entry):
             raise UserError(f"{path}: a query lacks easy, hard or junk: take the *revisited* annotations")
         entry.update({key: np.asarray(entry[key], np.int64) for key in ("easy", "hard", "junk")})
         if any((rows < 0).any() or (rows >= len(content["imlist"])).any() for rows in _rows(entry)):
-            raise UserError(f"{path}: a query names images outside of the {len(content['imlist'])} in imlist")
+            raise UserError(f"{path}: a query refers to images beyond the {len(content['imlist'])} in imlist")
     return content
 
 

@@ -1,4 +1,4 @@
-"""Reading and resizing images outside of a data source: benchmark layouts, masks, several scales, mixed sizes."""
+"""Reads, resizes and batches images that do not come from a data source."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".
 
 
 def read_image(path: epath.PathLike, channels: int = 3) -> np.ndarray:
-    """uint8 [H, W, channels]. Raises `UserError` that names a file which is absent or damaged."""
+    """Reads an image as uint8 [H, W, channels]. Raises `UserError` if the file is missing or damaged."""
     try:
         return decode(epath.Path(path).read_bytes(), channels)
     except (BadImage, OSError) as error:
@@ -29,10 +29,10 @@ def read_image(path: epath.PathLike, channels: int = 3) -> np.ndarray:
 
 
 def read_labels(path: epath.PathLike) -> np.ndarray:
-    """The label map uint8 [H, W] of an indexed, gray or black-and-white image: its raw numbers, no palette applied.
+    """Reads a label map uint8 [H, W] from an indexed, gray or binary image: raw values, no palette applied.
 
     Raises:
-      UserError: the file is absent or damaged, or is a color image.
+      UserError: the file is missing, damaged or a color image.
     """
     try:
         with epath.Path(path).open("rb") as file, Image.open(file) as image:
@@ -41,7 +41,7 @@ def read_labels(path: epath.PathLike) -> np.ndarray:
             return np.asarray(image).astype(np.uint8)
     except UserError:
         raise
-    except Exception as error:  # damaged files raise nearly anything inside PIL's plug-ins
+    except Exception as error:  # PIL's plug-ins raise anything for damaged files
         raise UserError(f"{path}: {_reason(error)}") from None
 
 
@@ -50,7 +50,7 @@ def _reason(error: Exception) -> str:
 
 
 def list_images(folder: epath.PathLike) -> list[epath.Path]:
-    """The images right in a folder, by name. Raises `UserError` where there are none."""
+    """The images directly in a folder, by name. Raises `UserError` if there are none."""
     folder = epath.Path(folder)
     found = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES) if folder.is_dir() else []
     if not found:
@@ -59,7 +59,7 @@ def list_images(folder: epath.PathLike) -> list[epath.Path]:
 
 
 def listed(listing: epath.Path, fix: str) -> list[str]:
-    """The words of a file that names images, one a line. Raises `UserError` with the fix where there are none."""
+    """The image names in a list file, one per line. Raises `UserError` with `fix` if there are none."""
     names = listing.read_text().split() if listing.exists() else []
     if not names:
         raise UserError(f"{listing}: {'the list is empty' if listing.exists() else 'no such file'}: {fix}")
@@ -67,20 +67,20 @@ def listed(listing: epath.Path, fix: str) -> list[str]:
 
 
 def resize(pixels: np.ndarray, height: int, width: int, how: Image.Resampling) -> np.ndarray:
-    """PIL's resize of uint8 [H, W, C], antialiased."""
+    """PIL's antialiased resize for uint8 [H, W, C]."""
     planes = [np.asarray(plane.resize((width, height), how)) for plane in to_pil(pixels)]
     return planes[0] if pixels.shape[-1] == 3 else np.stack(planes, axis=-1)
 
 
 def nearest(labels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """PIL's nearest-neighbor resize of a label map uint8 [H, W]."""
+    """PIL's nearest-neighbor resize for a label map uint8 [H, W]."""
     return np.asarray(Image.fromarray(labels).resize((width, height), Image.Resampling.NEAREST))
 
 
 def linear_matrix(old: int, new: int, step: float | None = None) -> np.ndarray:
-    """The matrix [new, old] of a linear resize without antialiasing, as torch's `interpolate` and OpenCV do it.
+    """The matrix [new, old] of a linear resize without antialiasing, as in torch's `interpolate` and OpenCV.
 
-    Half-pixel centers, edges repeated. `step`: old pixels per new pixel, by default old / new.
+    Half-pixel centers, edges repeated. `step`: old pixels per new pixel; default old / new.
     """
     place = np.maximum((np.arange(new) + 0.5) * (old / new if step is None else step) - 0.5, 0)
     left = np.minimum(place.astype(int), old - 1)
@@ -92,14 +92,14 @@ def linear_matrix(old: int, new: int, step: float | None = None) -> np.ndarray:
 
 
 def linear_resize(pixels: np.ndarray, height: int, width: int, step: float | None = None) -> np.ndarray:
-    """`linear_matrix` along both sides of [H, W, C]: float32 [height, width, C]."""
+    """Resizes [H, W, C] by `linear_matrix` in both directions, to float32 [height, width, C]."""
     rows = linear_matrix(pixels.shape[0], height, step).astype(np.float32)
     columns = linear_matrix(pixels.shape[1], width, step).astype(np.float32)
     return np.einsum("hy,yxc,wx->hwc", rows, pixels.astype(np.float32), columns, optimize=True)
 
 
 def parallel(load: Callable[[Any], T], items: Iterable[Any], threads: int = 4) -> Iterator[T]:
-    """`map(load, items)` in order, by threads that keep a few results ahead."""
+    """`map(load, items)` in order, on threads that prefetch a few results."""
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         waiting: collections.deque = collections.deque()
         try:
@@ -115,14 +115,14 @@ def parallel(load: Callable[[Any], T], items: Iterable[Any], threads: int = 4) -
 
 
 def grouped(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Lists of `size` items in order, the last one maybe shorter."""
+    """Lists of `size` items in order; the last may be shorter."""
     iterator = iter(items)
     while group := list(itertools.islice(iterator, size)):
         yield group
 
 
 def batches_by_size(images: Iterable[np.ndarray], batch_size: int) -> Iterator[dict[str, np.ndarray]]:
-    """Batches of images [h, w, C] of one size each: `image` [B, h, w, C] and `index` int [B], places in the input."""
+    """Batches images [h, w, C] by size: `image` [B, h, w, C] and `index` int [B], positions in the input."""
     groups: dict[tuple, list[tuple[int, np.ndarray]]] = {}
     for index, image in enumerate(images):
         group = groups.setdefault(image.shape, [])

@@ -1,7 +1,7 @@
-"""l2-regularized multinomial logistic regression on the devices, by Newton-CG to a certified distance from the optimum.
+"""L2-regularized multinomial logistic regression by Newton-CG, with a certified distance from the optimum.
 
-The objective is mean cross-entropy + penalty / 2 * |W|^2, without an intercept. It is strongly convex, so
-|gradient|^2 / (2 * penalty) bounds how far its value is above the optimum; that bound is the stopping rule.
+The objective is mean cross-entropy + penalty / 2 * |W|^2, without an intercept. It is strongly convex, so its value is
+at most |gradient|^2 / (2 * penalty) above the optimum; this bound is the stopping rule.
 
 Legend: n rows, D width, K classes.
 """
@@ -20,12 +20,12 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-CG_STEPS = 100  # at most, for one Newton direction
-SHORTEST = 2.0**-20  # of a step, as a share of the Newton direction
+CG_STEPS = 100  # at most, per Newton direction
+SHORTEST = 2.0**-20  # step, as a share of the Newton direction
 
 
 class Fit(NamedTuple):
-    """The weights [D, K] float32, the objective's value there, the bound on its excess, and the Newton steps taken."""
+    """Weights [D, K] float32, the objective's value, its bound above the optimum, and the number of Newton steps."""
 
     weights: np.ndarray
     loss: float
@@ -46,15 +46,15 @@ def fit_logistic(
     """Minimizes the objective for features [n, D] and labels int [n].
 
     Args:
-      tolerance: stop once the value is certified to lie no further than this above the optimum.
-      max_iterations: stop then at the latest; `Fit.gap` says what was reached.
-      devices: default all of this process; rows are spread over them.
+      tolerance: stop once the value is certified to be within this of the optimum.
+      max_iterations: most Newton steps; `Fit.gap` is the bound reached.
+      devices: shard the rows over these; default all of this process.
     """
     mesh = Mesh(np.array(jax.local_devices() if devices is None else devices), ("data",))
     rows = -(-len(features) // mesh.size) * mesh.size
     filled = np.zeros((rows, features.shape[1]), np.float32)
     filled[: len(features)] = features
-    targets = np.full(rows, -1, np.int32)  # -1: filling, of no weight
+    targets = np.full(rows, -1, np.int32)  # -1: padding
     targets[: len(labels)] = labels
     filled, targets = (jax.device_put(x, NamedSharding(mesh, P("data"))) for x in (filled, targets))
     start = jnp.zeros((features.shape[1], num_classes))
@@ -68,7 +68,7 @@ def objective(
     labels: Int[Array, " n"],
     penalty: float | Float[Array, ""],
 ) -> Float[Array, ""]:
-    """Mean cross-entropy over the rows whose label is not -1, plus penalty / 2 times the weights' squared norm."""
+    """Mean cross-entropy over rows with label >= 0, plus penalty / 2 * |weights|^2."""
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
     counted = labels >= 0
     return jnp.sum(losses * counted) / jnp.sum(counted) + penalty / 2 * jnp.sum(weights**2)
@@ -83,10 +83,10 @@ def _solve(
     tolerance: float | Float[Array, ""],
     max_iterations: int,
 ) -> tuple[Float[Array, "D K"], Float[Array, ""], Float[Array, ""], Int[Array, ""]]:
-    """Newton steps, each direction by conjugate gradients, each length by halving along the cached logits."""
+    """Newton steps: direction by conjugate gradients, length by backtracking on the cached logits."""
     dot = functools.partial(jnp.matmul, precision="highest")
     share = (labels >= 0)[:, None] / jnp.sum(labels >= 0)  # [n, 1]
-    targets = jax.nn.one_hot(labels, weights.shape[1])  # [n, K]; zero for the filling
+    targets = jax.nn.one_hot(labels, weights.shape[1])  # [n, K]; zero for padding
 
     def gradient(weights, logits):
         return dot(features.T, share * (jax.nn.softmax(logits) - targets)) + penalty * weights
@@ -95,7 +95,7 @@ def _solve(
         weights, logits, grad, _, count = carry
         probability = jax.nn.softmax(logits)
 
-        def curvature(v):  # the Hessian times v [D, K]
+        def curvature(v):  # Hessian times v [D, K]
             rows = probability * dot(features, v)
             return dot(features.T, share * (rows - probability * rows.sum(1, keepdims=True))) + penalty * v
 
@@ -107,7 +107,7 @@ def _solve(
         least = value(0.0)
         too_far = lambda t: (value(t) > least + 1e-4 * t * slope) & (t > SHORTEST)  # noqa: E731
         length = jax.lax.while_loop(too_far, lambda t: t / 2, 1.0)
-        moved = length > SHORTEST  # else the arithmetic resolves no further descent
+        moved = length > SHORTEST  # otherwise float32 resolves no further descent
         weights, logits = (jnp.where(moved, x + length * d, x) for x, d in ((weights, direction), (logits, along)))
         return weights, logits, gradient(weights, logits), moved, count + 1
 

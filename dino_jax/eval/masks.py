@@ -1,4 +1,4 @@
-"""Images with masks, one interface for several layouts: VOC, `scenes`, and folders of images and masks."""
+"""Images with object masks, from VOC, `scenes` or folders of images and masks."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ VOC_CLASSES = 21  # background included
 
 
 class Masked(NamedTuple):
-    """An image uint8 [H, W, C], its objects uint8 [H, W] and its classes uint8 [H, W].
+    """An image uint8 [H, W, C] with object numbers uint8 [H, W] and class numbers uint8 [H, W].
 
-    0 is background, 255 belongs to nothing; every other number is one object, or one class.
+    0 is background, 255 is ignored; every other number is one object or class.
     """
 
     pixels: np.ndarray
@@ -30,7 +30,7 @@ class Masked(NamedTuple):
 
 
 class MaskedImages(NamedTuple):
-    """Their number, `load(i) -> Masked`, and the number of classes with the background (None: not known)."""
+    """A data set: its size, `load(i) -> Masked`, and the number of classes with background (None: unknown)."""
 
     size: int
     load: Callable[[int], Masked]
@@ -41,7 +41,7 @@ def open_masks(data: str, split: str, channels: int = 3) -> MaskedImages:
     """Opens `data`: a `scenes:` spec, a VOC folder (`split` of its ImageSets), or a folder with `images` and `masks`.
 
     Raises:
-      UserError: none of these, or an image without its mask.
+      UserError: none of these, or an image without a mask.
     """
     if data.startswith("scenes:"):
         return _scenes(data)
@@ -57,7 +57,7 @@ def open_masks(data: str, split: str, channels: int = 3) -> MaskedImages:
 
 
 def train_test_masks(data: str, channels: int = 3) -> tuple[MaskedImages, MaskedImages]:
-    """Both splits of a VOC folder, or of what `splits.train_test` finds."""
+    """Training and test images of a VOC folder, or of the splits that `splits.train_test` finds."""
     if voc_root(data) is not None:
         return open_masks(data, "train", channels), open_masks(data, "val", channels)
     train, test = train_test(data)
@@ -65,7 +65,7 @@ def train_test_masks(data: str, channels: int = 3) -> tuple[MaskedImages, Masked
 
 
 def voc_root(data: str) -> epath.Path | None:
-    """The folder of the VOC layout in or at `data`, or None."""
+    """The folder with VOC's layout, at or in `data`, or None."""
     here = epath.Path(data)
     for root in (here, here / "VOC2012", here / "VOCdevkit" / "VOC2012"):
         if (root / "ImageSets" / "Segmentation").is_dir():
@@ -104,11 +104,11 @@ def _folder(root: epath.Path, channels: int) -> MaskedImages:
     masks = {path.stem: path for path in list_images(root / "masks")}
     alone = [path for path in images if path.stem not in masks]
     if alone:
-        raise UserError(f"{alone[0]}: no mask of that name in {root / 'masks'}")
+        raise UserError(f"{alone[0]}: no mask with this name in {root / 'masks'}")
 
     def load(index: int) -> Masked:
         labels = read_labels(masks[images[index].stem])
-        if set(np.unique(labels)) <= {0, IGNORE}:  # black and white
+        if set(np.unique(labels)) <= {0, IGNORE}:  # binary
             labels = (labels > 0).astype(np.uint8)
         return _checked(str(images[index]), Masked(read_image(images[index], channels), labels, labels))
 
@@ -118,5 +118,5 @@ def _folder(root: epath.Path, channels: int) -> MaskedImages:
 def _checked(name: str, masked: Masked) -> Masked:
     for mask in masked[1:]:
         if mask.shape != masked.pixels.shape[:2]:
-            raise UserError(f"{name}: a mask of {mask.shape} for an image of {masked.pixels.shape[:2]} pixels")
+            raise UserError(f"{name}: mask of {mask.shape} pixels for an image of {masked.pixels.shape[:2]}")
     return masked

@@ -1,9 +1,8 @@
-"""Label propagation between video frames (official `eval_video_segmentation.py`; paper section 4.2), in local windows.
+"""Label propagation between video frames (official `eval_video_segmentation.py`; paper section 4.2).
 
 Every patch of a new frame takes the labels of its most similar patches in the context frames, weighted by
-exp(cosine similarity / T) and normalized. A patch looks at most `radius` rows and columns away, so the frame is cut
-into tiles, and one tile at a time meets just the windows it can see: the affinity between all patches of all frames is
-never built.
+exp(cosine similarity / T) and normalized. Patches see at most `radius` rows and columns away, so the frame is processed
+in tiles, each against its local window. The full affinity matrix is never built.
 
 Legend: n context frames, h x w patches, D width, L labels, t tile side, s = t + 2 * radius window side.
 """
@@ -37,17 +36,17 @@ def propagate(
     temperature: float = 0.1,
     devices: Sequence[jax.Device] | None = None,
 ) -> Float[jax.Array, "h w L"]:
-    """Soft labels [h, w, L] of the target frame.
+    """Propagates labels to the target frame: soft labels [h, w, L].
 
     Args:
       context_features: [n, h, w, D] float; need not be normalized.
       target_features: [h, w, D] float.
       context_labels: [n, h, w, L] float, e.g. one-hot or earlier results.
-      valid: bool [n], which of the context frames exist; default all.
-      radius: reach of the window in rows and in columns; 0 or less: the whole frame.
+      valid: bool [n], which context frames to use; default all.
+      radius: window radius in rows and columns; 0 or less: the whole frame.
       topk: number of source patches, over all context frames together.
       temperature: T.
-      devices: default all of this process; each takes a share of the tiles.
+      devices: shard the tiles over these; default all of this process.
     """
     count, height, width, _ = context_features.shape
     reach = radius if radius > 0 else max(height, width)
@@ -73,7 +72,7 @@ def _compiled(
     tiles = jax.shard_map(local, mesh=mesh, in_specs=(P("data"), P(), P(), P(), P()), out_specs=P("data"))
 
     def step(sources, target, labels, valid):
-        def pad(x, low):  # to whole tiles, and by `low` on every side
+        def pad(x, low):  # to whole tiles, plus `low` on every side
             sides = [(low, low + rows * TILE - height), (low, low + columns * TILE - width)]
             return jnp.pad(x, [(0, 0)] * (x.ndim - 3) + sides + [(0, 0)])
 
@@ -95,14 +94,14 @@ def _tile(
     temperature: float,
     corner: jax.Array,
 ) -> jax.Array:
-    """The labels [t, t, L] of one tile, from padded arrays: the tile's window in them starts at its corner."""
+    """The labels [t, t, L] of one tile; in the padded sources its window starts at `corner`."""
     side = TILE + 2 * reach
     window = lambda x: jax.lax.dynamic_slice(  # noqa: E731  [n, s, s, .] -> [n * s * s, .]
         x, (0, corner[0], corner[1], 0), (x.shape[0], side, side, x.shape[3])
     ).reshape(-1, x.shape[3])
     query = jax.lax.dynamic_slice(target, (corner[0], corner[1], 0), (TILE, TILE, target.shape[2]))
     query = query.reshape(TILE * TILE, -1)  # [t * t, D]
-    offset = np.arange(side)[None] - np.arange(TILE)[:, None]  # [t, s]: reach when at the patch itself
+    offset = np.arange(side)[None] - np.arange(TILE)[:, None]  # [t, s]: `reach` at the patch itself
     near = (offset >= 0) & (offset <= 2 * reach)
     near = (near[:, None, :, None] & near[None, :, None, :]).reshape(TILE * TILE, 1, -1)  # [t * t, 1, s * s]
     seen = (near & window(inside).reshape(1, sources.shape[0], -1)).reshape(TILE * TILE, -1)  # [t * t, n * s * s]
@@ -114,9 +113,9 @@ def _tile(
 
 
 def hard_labels(soft: Float[jax.Array | np.ndarray, "h w L"], scale: int) -> UInt8[jax.Array, "y x"]:
-    """Label map uint8 [scale * h, scale * w] of soft labels [h, w, L].
+    """Label map uint8 [scale * h, scale * w] from soft labels [h, w, L].
 
-    Bilinear enlargement (half-pixel centers, edges repeated), each label stretched to 0..1 over the image, argmax.
+    Bilinear upsampling (half-pixel centers, edges repeated), each label rescaled to 0..1 over the image, argmax.
     """
     height, width, _ = soft.shape
     rows, columns = (jnp.asarray(linear_matrix(size, size * scale), soft.dtype) for size in (height, width))

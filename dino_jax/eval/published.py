@@ -1,6 +1,6 @@
-"""Figures beside those of the paper and of the official repository.
+"""Compares figures with the paper's and the official repository's.
 
-Each protocol has its published figures, in percent, by the names below; see `protocol.Protocol.published`.
+Protocols list published figures, in percent, by the architecture names below; see `protocol.Protocol.published`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from dino_jax.config import default
 from dino_jax.eval.protocol import Protocol
 
-ARCHITECTURES = {  # the paper's name -> model.name, model.patch_size (None: it has no patches)
+ARCHITECTURES = {  # the paper's name -> model.name, model.patch_size (None: no patches)
     "S/16": ("vit_small", 16),
     "S/8": ("vit_small", 8),
     "B/16": ("vit_base", 16),
@@ -24,14 +24,14 @@ ARCHITECTURES = {  # the paper's name -> model.name, model.patch_size (None: it 
     "XCiT-M24/16": ("xcit_medium_24", 16),
     "XCiT-M24/8": ("xcit_medium_24", 8),
 }
-# Keys of config.model that do not make it another architecture.
+# Keys of config.model that do not change the architecture.
 _FREE = ("name", "patch_size", "init_std", "drop_path", "dtype", "precision")
 
 
 def architecture(model: ConfigDict) -> str | None:
-    """The paper's name, such as `S/16`, of the backbone that `config.model` describes; None if it is not the paper's.
+    """The paper's name, such as `S/16`, for the backbone in `config.model`; None if the paper does not have it.
 
-    A backbone that differs from the named model, in its width say, has no such name.
+    A backbone that overrides the named model, e.g. its width, has no such name.
     """
     if any(model[key] != value for key, value in default().model.items() if key not in _FREE):
         return None
@@ -40,7 +40,7 @@ def architecture(model: ConfigDict) -> str | None:
 
 
 def table(name: str, protocol: Protocol, figures: Mapping[str, Any], architecture: str | None) -> str:
-    """The figures of a protocol in lines of name, value and, where there is one, the published value."""
+    """Formats a protocol's figures: name, value and, if any, the published value."""
     known = {key: row[architecture] for key, row in protocol.published.items() if architecture and architecture in row}
     lines = [(name, "here", f"published ({architecture})" if known else "")]
     for key, value in figures.items():

@@ -1,6 +1,6 @@
-"""Scores of ranked lists, and the feature transforms that go with them: retrieval and copy detection share them.
+"""Ranking scores and feature transforms for retrieval and copy detection.
 
-Average precision is the trapezoid rule of the Oxford buildings benchmark, used by both the revisited Oxford and Paris
+Average precision uses the trapezoid rule of the Oxford buildings benchmark, as do the revisited Oxford and Paris
 protocol (Radenovic et al. 2018) and the Holidays and Copydays package (Jegou et al. 2008).
 
 Legend: N database, Q queries, D width.
@@ -23,8 +23,8 @@ def average_precision(ranks: Int[np.ndarray, " found"], positives: int) -> float
     """Area under the precision-recall curve by trapezoids.
 
     Args:
-      ranks: zero-based ranks at which positives were found, ascending.
-      positives: how many there are in all, found or not.
+      ranks: zero-based ranks of the positives found, ascending.
+      positives: number of positives in total, found or not.
     """
     found = np.arange(len(ranks))
     before = np.where(ranks == 0, 1.0, found / np.maximum(ranks, 1))
@@ -41,13 +41,13 @@ def revisited_scores(
 
     Args:
       similarity: [N, Q] float.
-      truth: per query the database rows `easy`, `hard` and `junk`.
-      ks: depths of mean precision; as in the official `evaluate.py`, a query's last positive bounds its depth.
+      truth: `easy`, `hard` and `junk` database rows per query.
+      ks: depths of mean precision, limited by each query's last positive as in the official `evaluate.py`.
 
     Returns:
-      `{"medium": {"map": .., "aps": [Q], "mpk": {k: ..}}, "hard": ...}` as shares of 1. Medium counts easy and hard as
-      positives; hard counts the hard alone and takes the easy out with the junk. A query without positives is NaN in
-      `aps` and left out of the means.
+      `{"medium": {"map": .., "aps": [Q], "mpk": {k: ..}}, "hard": ...}` in 0..1. Positives are easy and hard
+      for medium, only hard for hard, which ignores easy as junk. A query without positives is NaN in `aps` and skipped
+      in the means.
     """
     order = np.argsort(-similarity, axis=0, kind="stable")  # [N, Q]
     wanted = {"medium": (("easy", "hard"), ("junk",)), "hard": (("hard",), ("junk", "easy"))}
@@ -71,20 +71,20 @@ def revisited_scores(
 
 
 def similarity(database: Float[np.ndarray, "N D"], queries: Float[np.ndarray, "Q D"]) -> Float[np.ndarray, "N Q"]:
-    """Cosine similarity [N, Q] at the highest matmul precision."""
+    """Cosine similarity [N, Q], at the highest matmul precision."""
     return np.asarray(jnp.matmul(unit(jnp.asarray(database)), unit(jnp.asarray(queries)).T, precision="highest"))
 
 
 def gem(patches: Float[Array | np.ndarray, "B N D"], power: float = 4.0, floor: float = 1e-6) -> Float[Array, "B D"]:
-    """Generalized mean over the patch tokens [B, N, D], values below `floor` raised to it: [B, D]."""
+    """Generalized mean [B, D] over patch tokens [B, N, D], with values clipped below at `floor`."""
     return jnp.mean(jnp.maximum(patches, floor) ** power, axis=1) ** (1 / power)
 
 
 class Whitening:
-    """PCA whitening as the official copy detection does it, fitted on features [N, D].
+    """PCA whitening as in the official copy detection, fitted on features [N, D].
 
-    The axes are the eigenvectors of the *uncentered* covariance, largest first, each divided by its eigenvalue to
-    `power` (0.5 whitens). Eigenvalues below 1e-5 of the largest are raised to that. Data are centered by the mean.
+    The axes are the eigenvectors of the *uncentered* covariance, largest first, divided by eigenvalue**power (0.5
+    whitens). Eigenvalues are clipped at 1e-5 of the largest. Data are centered by the mean.
     """
 
     def __init__(self, features: Float[np.ndarray, "N D"], power: float = 0.5):

@@ -1,4 +1,4 @@
-"""Small results on disk: arrays and figures, written so that a reader never sees half a file."""
+"""Reads and writes small results atomically: arrays and figures."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from dino_jax.errors import UserError
 
 
 def save_arrays(path: epath.PathLike, **arrays: np.ndarray) -> None:
-    """Writes a `.npz`; any path that etils knows, gs:// too."""
+    """Writes a `.npz` to any etils path, including gs://."""
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **arrays)
     write_atomically(path, buffer.getvalue())
 
 
 def load_arrays(path: epath.PathLike) -> dict[str, np.ndarray]:
-    """The arrays of a `.npz` by name. Raises `UserError` for a file that is not one."""
+    """The arrays of a `.npz` by name. Raises `UserError` if the file is damaged."""
     try:
         with np.load(io.BytesIO(epath.Path(path).read_bytes()), allow_pickle=False) as data:
             return {key: data[key] for key in data.files}

@@ -1,4 +1,4 @@
-"""`dino-jax eval`: a protocol, or all that the data allow, on a checkpoint; prints tables, then JSON."""
+"""Runs `dino-jax eval`: one protocol, or all that the data fit, on a checkpoint; prints tables, then JSON."""
 
 from __future__ import annotations
 
@@ -36,22 +36,22 @@ def evaluate(
     workdir: str | None = None,
     out: str | None = None,
 ) -> dict[str, Any]:
-    """The figures of protocol `name`, or of `all`: then each key is `PROTOCOL/FIGURE`.
+    """Returns the figures of protocol `name`, or of `all`, with keys `PROTOCOL/FIGURE`.
 
-    Prints a table of each protocol, beside the published figures where the architecture has some, and at the end the
-    returned figures as one line of JSON.
+    Prints each protocol's figures, with published ones if any for the architecture, then the returned figures as one
+    line of JSON.
 
     Args:
-      config_file: a file whose `get_config()` gives the protocol's keys, such as those in `configs/finetune`.
-      overrides: `--config.KEY=VALUE` for the protocol's own keys (of `all`: `--config.PROTOCOL.KEY=VALUE`); the
-        model's always come from the checkpoint.
-      heads: number of attention heads, for a weight file that does not tell.
-      workdir: features, heads, drawings and resumable state go there.
-      out: a file for the figures as JSON; with `all` it is written after every protocol.
+      config_file: a file with `get_config()` for the protocol's keys, such as those in `configs/finetune`.
+      overrides: `--config.KEY=VALUE` for the protocol's keys (with `all`: `--config.PROTOCOL.KEY=VALUE`); model
+        keys always come from the checkpoint.
+      heads: number of attention heads, if a weight file does not determine it.
+      workdir: folder for features, heads, drawings and resumable state.
+      out: file for the figures as JSON; with `all`, rewritten after every protocol.
 
     Raises:
-      UserError: bad names, keys, values, data or folders, before anything long where that can be known; `all`: at the
-        end, if protocols failed on data that are there (the others were evaluated before).
+      UserError: bad names, keys, values, data or folders, as early as possible; with `all`, at the end if any
+        protocol failed.
     """
     keys = keys_of(name)
     config = check(config_io.override(_settings(name, build(keys), config_file), overrides), keys)
@@ -75,10 +75,10 @@ def evaluate(
 
 
 def find(data: str) -> dict[str, str]:
-    """The data of each protocol of `all`: in a folder or right below it, or from two sources `TRAIN,TEST`.
+    """The data for each protocol of `all`: a folder, its direct subfolders, or two sources `TRAIN,TEST`.
 
     Raises:
-      UserError: there is no such folder or source, or nothing in it for any protocol.
+      UserError: no such folder or source, or no data for any protocol.
     """
     protocols = members()
     if data.count(",") == 1:
@@ -89,11 +89,11 @@ def find(data: str) -> dict[str, str]:
         return {name: data for name, p in protocols.items() if p.data.sources}
     root = epath.Path(data)
     if not root.is_dir():
-        raise UserError(f"--data={data}: no such folder, nor two sources as TRAIN,TEST")
+        raise UserError(f"--data={data}: no such folder; give a folder, or two sources as TRAIN,TEST")
     folders = [root, *sorted(entry for entry in root.iterdir() if entry.is_dir())]
     found = {name: next((f for f in folders if p.data.fits(f)), None) for name, p in protocols.items()}
     if not any(found.values()):
-        raise UserError(f"--data={data}: no data set of any protocol in it or right below it")
+        raise UserError(f"--data={data}: no protocol's data found in this folder or its direct subfolders")
     return {name: str(folder) for name, folder in found.items() if folder is not None}
 
 
@@ -105,14 +105,14 @@ def _one(model: Model, name: str, data: str, config: ConfigDict, workdir: str | 
 
 
 def _all(model: Model, data: str, found: dict[str, str], config: ConfigDict, workdir: str | None) -> Iterator[Part]:
-    """One protocol of `all` after another on the data `found`; a notice for each that is left out."""
+    """Runs the protocols of `all` on the data `found`; logs those skipped."""
     failed: dict[str, str] = {}
     protocols = members()
     for name, protocol in protocols.items():
         if name not in found:
-            log.info("%s is left out: no %s in %s", name, protocol.data.words, data)
+            log.info("%s is skipped: no %s in %s", name, protocol.data.words, data)
         elif protocol.needs_patches and model.backbone.patch_size is None:
-            log.info("%s is left out: it needs patch tokens, which this backbone does not have", name)
+            log.info("%s is skipped: it needs patch tokens, which this backbone does not have", name)
         else:
             try:
                 yield name, protocol, protocol.run(model, found[name], config[name], workdir)
@@ -120,25 +120,25 @@ def _all(model: Model, data: str, found: dict[str, str], config: ConfigDict, wor
                 log.warning("%s failed: %s", name, error)
                 failed[name] = str(error)
     for name in set(names()) - protocols.keys():
-        log.info("%s is left out: it is not part of `all`; run it by its name", name)
+        log.info("%s is skipped: it is not part of `all`; run it by name", name)
     if failed:
         reasons = "; ".join(f"{name} ({reason})" for name, reason in failed.items())
         raise UserError(f"{len(failed)} of {len(found)} protocols failed: {reasons}")
 
 
 def _explained(parts: Iterator[Part]) -> Iterator[Part]:
-    """The same; what does not fit the devices' memory is an error in one line."""
+    """Passes parts through; turns running out of device memory into a one-line error."""
     try:
         yield from parts
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        fix = "lower --config.batch_size, or --config.crop or --config.size if images are too large"
+        fix = "lower --config.batch_size, --config.crop or --config.size"
         raise UserError(f"out of memory on the devices: {fix}") from error
 
 
 def _check_patches(name: str, config: ConfigDict, patch: int | None) -> None:
-    """Raises `UserError` for a size in pixels that must hold whole patches and does not."""
+    """Raises `UserError` if a size is not a multiple of the patch size."""
     if patch is None:
         return
     chosen = {f"{member}.": p for member, p in members().items()} if name == ALL else {"": get(name)}
@@ -152,7 +152,7 @@ def _check_patches(name: str, config: ConfigDict, patch: int | None) -> None:
 
 
 def _settings(name: str, default: ConfigDict, file: str | None) -> ConfigDict:
-    """The configuration of a file, which must have the protocol's keys; without one the default."""
+    """The configuration in `file`, which must have the protocol's keys; without a file the default."""
     if file is None:
         return default
     config = config_io.read(file)
@@ -162,7 +162,7 @@ def _settings(name: str, default: ConfigDict, file: str | None) -> ConfigDict:
 
 
 def _writable(option: str, path: str) -> str:
-    """The folder at `path`, made and tested by process 0 before the long part."""
+    """The absolute path of a folder, created and checked for writing by process 0."""
     folder = absolute(path)
     try:
         if jax.process_index() == 0:

@@ -1,4 +1,4 @@
-"""A protocol's training and test images: where they are, from what `--data` says, and their classes."""
+"""Finds a protocol's training and test images from `--data`, and their classes."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ CLASSES = Data("folder with train and val", _has_classes, sources=True, scenes="
 
 
 def train_test(data: str) -> tuple[str, str]:
-    """The two source specs of `--data`: `TRAIN,TEST`, or a folder with `train` and `val` (or `test`) in it.
+    """The training and test source specs in `--data`: `TRAIN,TEST`, or a folder with `train` and `val` (or `test`).
 
     Raises:
-      UserError: neither.
+      UserError: `data` is neither.
     """
     if data.count(",") == 1:
         train, test = data.split(",")
@@ -33,38 +33,38 @@ def train_test(data: str) -> tuple[str, str]:
     found = [next((root / name for name in names if (root / name).is_dir()), None) for names in (TRAIN, TEST)]
     if None in found:
         raise UserError(
-            f"--data={data}: give two sources as TRAIN,TEST, or a folder with the sub-folders train and val (or test)"
+            f"--data={data}: give two sources as TRAIN,TEST, or a folder with subfolders train and val (or test)"
         )
     return str(found[0]), str(found[1])
 
 
 def check_labels(train_labels: np.ndarray, test_labels: np.ndarray, data: str) -> int:
-    """The number of classes. Raises `UserError` where images are unlabeled or a tested class has no example."""
+    """The number of classes. Raises `UserError` if images are unlabeled or a test class has no training images."""
     for name, labels in (("training", train_labels), ("test", test_labels)):
         if not len(labels) or labels.min() < 0:
             raise UserError(f"--data={data}: the {name} images have no labels: use class folders or a labeled list")
     absent = np.setdiff1d(test_labels, train_labels)
     if len(absent):
         raise UserError(
-            f"--data={data}: no training image of {len(absent)} tested classes, first class {absent[0]}: "
+            f"--data={data}: {len(absent)} test classes have no training images, first class {absent[0]}: "
             "give both splits the same class folders"
         )
     return int(train_labels.max()) + 1
 
 
 def class_count(train: Source, test: Source, data: str) -> int:
-    """The number of classes of two sources, by their class names or else by the labels of all their images.
+    """The number of classes of two sources, from their class names or else from all labels.
 
     Raises:
-      UserError: unlabeled images, or classes that differ.
+      UserError: unlabeled images or different classes.
     """
     if train.class_names and test.class_names:
         for mine, other in zip(train.class_names, test.class_names, strict=False):
             if mine != other:
-                raise UserError(f"--data={data}: the classes of the splits differ, first {mine} and {other}")
+                raise UserError(f"--data={data}: the splits have different classes, first {mine} and {other}")
         if len(train.class_names) != len(test.class_names):
             raise UserError(
-                f"--data={data}: {len(train.class_names)} and {len(test.class_names)} classes in the splits"
+                f"--data={data}: the splits have {len(train.class_names)} and {len(test.class_names)} classes"
             )
         return len(train.class_names)
     return check_labels(_labels(train), _labels(test), data)

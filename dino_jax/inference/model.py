@@ -65,9 +65,9 @@ class Forward(NamedTuple):
 
     def __call__(self, variables: Any, pixels: Array, view: Callable[[Any, Array], Any]) -> Any:
         """Applies `view(backbone, images)` to pixels 0..255 [B, h, w, c], uint8 or float."""
-        return self.backbone.apply(variables, self.normalise(pixels), method=view)
+        return self.backbone.apply(variables, self.normalize(pixels), method=view)
 
-    def normalise(self, pixels: Array) -> Array:
+    def normalize(self, pixels: Array) -> Array:
         """Normalizes pixels 0..255 [..., c] to float32 by the training images' mean and deviation."""
         mean, std = jnp.array(self.mean, jnp.float32), jnp.array(self.std, jnp.float32)
         return (pixels.astype(jnp.float32) / 255 - mean) / std

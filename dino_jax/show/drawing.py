@@ -1,6 +1,6 @@
-"""Images of what the heads attend to (paper, figures 1 and 3; official `visualize_attention.py`).
+"""Draws attention maps (paper, figures 1 and 3; official `visualize_attention.py`).
 
-Legend: H heads, h and w rows and columns of patches.
+Legend: h, w rows and columns of patches; H, W of pixels.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _ANCHORS = np.array(
 
 
 def heat(values: np.ndarray) -> np.ndarray:
-    """float [h, w] -> uint8 [h, w, 3]: dark at its minimum, light at its maximum."""
+    """Heat map of float [h, w] as uint8 [h, w, 3]: minimum dark, maximum light."""
     span = np.ptp(values)
     place = (values - values.min()) / (span if span > 0 else 1.0) * (len(_ANCHORS) - 1)
     grid = np.arange(len(_ANCHORS))
@@ -37,7 +37,7 @@ def heat(values: np.ndarray) -> np.ndarray:
 
 
 def outline(image: np.ndarray, mask: np.ndarray, color: Sequence[int] = (255, 220, 0)) -> np.ndarray:
-    """The image uint8 [H, W, 3] darkened outside a boolean mask [H, W], whose edge is drawn."""
+    """Darkens an image uint8 [H, W, 3] outside a boolean mask [H, W] and draws the mask's edge."""
     padded = np.pad(mask, 1)
     inside = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
     result = np.where(mask[..., None], image, image // 3)
@@ -46,14 +46,14 @@ def outline(image: np.ndarray, mask: np.ndarray, color: Sequence[int] = (255, 22
 
 
 def nearest(image: np.ndarray, side: int) -> np.ndarray:
-    """An image [h, w] or [h, w, 3] at [side, side(, 3)] by nearest neighbor."""
+    """Resizes [h, w] or [h, w, 3] to [side, side(, 3)] by nearest neighbor."""
     rows = np.arange(side) * image.shape[0] // side
     columns = np.arange(side) * image.shape[1] // side
     return image[rows[:, None], columns]
 
 
 def table(rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str], side: int = 128) -> np.ndarray:
-    """Images uint8 [h, w, 3] in rows and columns, each `side` pixels square, under column titles: uint8 [H, W, 3]."""
+    """A grid of images uint8 [h, w, 3], each scaled to `side` pixels square, with column titles: uint8 [H, W, 3]."""
     gap, header = 4, 18
     height = header + len(rows) * (side + gap)
     width = len(titles) * (side + gap) + gap

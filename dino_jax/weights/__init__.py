@@ -1,7 +1,6 @@
 """Weights in and out of this package: the official release, timm, transformers, torchvision, StableHLO, ONNX.
 
-`store.open_weights` reads any checkpoint or weight file, `store.import_weights` makes a checkpoint of one,
-`exporter.export_weights` writes other codes' formats, `start.start_from` begins a run from either. Below them: `names`
-(released files), `files` and `pth` (containers, read without torch), `keys` (two-way tables), `architecture` (the model
-behind the shapes), `importer`, `programs`.
+`load.open_weights` reads any checkpoint or weight file, `exporter.export_weights` writes other libraries' formats,
+`checkpoint` saves and restores runs. Below them: `names` (released files), `containers` and `pth` (file formats, read
+without torch), `keys` (two-way key tables), `architecture` (infers the model from shapes), `importer`, `programs`.
 """

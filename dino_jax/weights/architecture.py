@@ -1,4 +1,4 @@
-"""Which model a set of tensors is: its format, its configuration, and the key table that both imply."""
+"""Infers the model from a set of tensors: its format, its configuration, and the resulting key table."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ MEMBERS: dict[str, dict[str, Any]] = {name: getattr(make, "keywords", {}) for na
 
 
 class Hints(NamedTuple):
-    """What shapes cannot tell, from the user or from what lies beside the tensors."""
+    """What shapes do not determine: from the user, or from files next to the weights."""
 
     heads: int | None = None
     image_size: tuple[int, int] | None = None  # height, width of the position table
 
 
 class Format(NamedTuple):
-    """A naming of a family's backbone tensors, known by a key that only it has."""
+    """A naming scheme for a family's backbone tensors, recognized by a key that only it has."""
 
     name: str
     family: str
@@ -41,7 +41,7 @@ class Format(NamedTuple):
     rules: keys.Rules
 
 
-FORMATS = (  # the first whose marker is present counts
+FORMATS = (  # the first whose marker is present wins
     Format("official", "xcit", "cls_attn_blocks.0.attn.qkv.weight", keys.XCIT),
     Format("timm", "xcit", "cls_attn_blocks.0.attn.q.weight", keys.XCIT_TIMM),
     Format("official", "resnet", "layer1.0.conv1.weight", keys.RESNET),
@@ -52,9 +52,9 @@ FORMATS = (  # the first whose marker is present counts
 
 
 def rules(config: ConfigDict, name: str) -> keys.Rules:
-    """What the format `official`, `timm` or `hf` calls this model's parameters; `UserError` if it has no such model.
+    """Key rules of the format `official`, `timm` or `hf` for this model; `UserError` if it has no such model.
 
-    The tensors of `timm` with registers are also others: see `containers.timm_prefix`.
+    With registers, `timm` also needs other tensors: see `containers.timm_prefix`.
     """
     family = config.model.name.partition("_")[0].rstrip("0123456789")
     known = {fmt.name: fmt.rules for fmt in reversed(FORMATS) if fmt.family == family}
@@ -67,15 +67,15 @@ def rules(config: ConfigDict, name: str) -> keys.Rules:
     return known[name]
 
 
-def recognise(backbone: Tensors, source: object) -> Format:
-    """The format of a backbone's tensors; `UserError` if it is none that is known."""
+def recognize(backbone: Tensors, source: object) -> Format:
+    """The format of a backbone's tensors; `UserError` if unknown."""
     for known in FORMATS:
         if known.marker in backbone:
             return known
     some = ", ".join(list(backbone)[:3]) or "nothing"
     raise UserError(
-        f"{source}: not the weights of a ViT, ResNet or XCiT as DINO, timm, torchvision or transformers "
-        f"name them; it holds {some}, ..."
+        f"{source}: not the weights of a ViT, ResNet or XCiT under the names of DINO, timm, torchvision or "
+        f"transformers; it holds {some}, ..."
     )
 
 
@@ -83,7 +83,7 @@ def fill_model(config: ConfigDict, fmt: Format, backbone: Tensors, hints: Hints,
     """Sets `config.model` and the image size from the shapes of a backbone's tensors.
 
     Raises:
-      UserError: the number of attention heads cannot be known (a hint is needed), or the shapes make no sense.
+      UserError: the number of attention heads is unknown (a hint is needed), or the shapes are inconsistent.
     """
     try:
         fill = {"vit": _fill_vit, "xcit": _fill_xcit, "resnet": _fill_resnet}[fmt.family]
@@ -91,7 +91,7 @@ def fill_model(config: ConfigDict, fmt: Format, backbone: Tensors, hints: Hints,
     except UserError:
         raise
     except (KeyError, ValueError, IndexError) as error:
-        raise UserError(f"{source}: incomplete: it lacks or misshapes {error}, from which the model is known") from None
+        raise UserError(f"{source}: cannot identify the model: {error} is missing or has a wrong shape") from None
 
 
 def _fill_vit(config: ConfigDict, fmt: Format, backbone: Tensors, hints: Hints, source: object) -> None:
@@ -99,7 +99,7 @@ def _fill_vit(config: ConfigDict, fmt: Format, backbone: Tensors, hints: Hints, 
     count = backbone[keys.renamed("pos_embed", fmt.rules)].shape[1] - 1
     height, width = hints.image_size or (math.isqrt(count) * patch,) * 2
     if (height // patch) * (width // patch) != count:
-        raise UserError(f"{source}: a position table of {count} patches is not square; its grid cannot be known")
+        raise UserError(f"{source}: a position table of {count} patches is not square, so its grid is unknown")
     depth = _count(backbone, lambda i: keys.renamed(f"blocks.{i}.norm1.weight", fmt.rules))
     if "register_tokens" in backbone:
         config.model.registers = backbone["register_tokens"].shape[1]
@@ -123,7 +123,7 @@ def _fill_resnet(config: ConfigDict, fmt: Format, backbone: Tensors, hints: Hint
             config.model.name = name
             break
     else:
-        raise UserError(f"{source}: a ResNet with {stages} blocks is none of the registered models")
+        raise UserError(f"{source}: no registered ResNet has {stages} blocks")
     _, chans, side, _ = backbone["conv1.weight"].shape
     config.model.small_stem = side == 3
     size = (32, 32) if side == 3 else (224, 224)
@@ -131,19 +131,19 @@ def _fill_resnet(config: ConfigDict, fmt: Format, backbone: Tensors, hints: Hint
 
 
 def _count(backbone: Tensors, name: Callable[[int], str]) -> int:
-    """How many of the keys name(0), name(1), ... there are."""
+    """How many of the keys name(0), name(1), ... exist."""
     return next(i for i in itertools.count() if name(i) not in backbone)
 
 
 def _fill_shape(config: ConfigDict, family: str, shape: dict[str, int], heads: int | None, source: object) -> None:
-    """`config.model.name` of the family's member nearest to the shape, and the keys in which it differs."""
+    """Sets `config.model.name` to the family's closest model, and the keys in which this one differs."""
     members = {name: member for name, member in MEMBERS.items() if name.startswith(family)}
     alike = [name for name, member in members.items() if member["embed_dim"] == shape["embed_dim"]]
     if not alike and heads is None:
         widths = ", ".join(str(member["embed_dim"]) for member in members.values())
         raise UserError(
-            f"{source}: the number of attention heads cannot be known from a width of {shape['embed_dim']} (the named "
-            f"models have {widths}): give --heads=N"
+            f"{source}: the number of attention heads is unknown for a width of {shape['embed_dim']} (the named models "
+            f"have {widths}): give --heads=N"
         )
     if heads is not None and (heads < 1 or shape["embed_dim"] % heads):
         raise UserError(f"{source}: a width of {shape['embed_dim']} is not divisible by --heads={heads}")

@@ -1,13 +1,13 @@
-"""Checkpoints: named pytrees and a config, one folder per step. Orbax lives here and nowhere else.
+"""Checkpoints: named pytrees and a config, one folder per step. Only this module uses Orbax.
 
     DIRECTORY/                      a run's `checkpoints/`, local or gs://
-      1200/                         a step; it counts only once it is complete (renamed or, on gs://, committed)
-        student/ teacher/ rest/     one item each, so that an evaluation reads the teacher alone
+      1200/                         a step; valid only when complete (renamed or, on gs://, committed)
+        student/ teacher/ rest/     one item each, so evaluation reads only the teacher
         config/                     the run's configuration as JSON
-        format/                     the version of what the items hold (see `dino_jax.migrations`)
-        checksums/                  one number per array, by which a damaged step is known
+        format/                     the format version of the items (see `dino_jax.migrations`)
+        checksums/                  one number per array, to detect damaged steps
 
-Saving and restoring are collective: every process of a run makes the same calls.
+Saving and restoring are collective: every process must make the same calls.
 """
 
 from __future__ import annotations
@@ -38,23 +38,23 @@ log = logging.getLogger(__name__)
 
 
 class Checkpointer:
-    """The checkpoints of one folder. Making one touches nothing: the folder appears with the first `save`.
+    """Saves and restores checkpoints in one folder, which the first `save` creates.
 
     Args:
-        directory: the folder of the steps' folders; any path that `etils.epath` knows, gs:// too.
-        keep: how many of the latest steps stay, at least 1.
-        keep_every_steps: steps that are multiples of this stay for good; 0: none.
-        asynchronous: `save` returns once the arrays are copied to the host; threads write them.
+        directory: holds a folder per step; any `etils.epath` path, including gs://.
+        keep: how many of the latest steps to keep, at least 1.
+        keep_every_steps: also keep every multiple of this for good; 0: none.
+        asynchronous: `save` returns once the arrays are on the host; threads write them.
 
-    A write that fails (full disk, no permission) is a `UserError` from `save` or, when asynchronous, from the next
-    `save`, `wait` or `close`. The steps already there survive it.
+    A failed write (full disk, no permission) is a `UserError` from `save` or, when asynchronous, from the next
+    `save`, `wait` or `close`. Existing steps are unaffected.
     """
 
     def __init__(
         self, directory: epath.PathLike, *, keep: int = 1, keep_every_steps: int = 0, asynchronous: bool = True
     ):
         if keep < 1:
-            raise UserError(f"at least one checkpoint must stay, but keep={keep}")
+            raise UserError(f"keep={keep}: at least one checkpoint must be kept")
         self.directory = absolute(directory)
         self._policy = _Keep(keep, keep_every_steps)
         self._asynchronous = asynchronous
@@ -69,8 +69,8 @@ class Checkpointer:
     def save(self, step: int, items: Mapping[str, PyTree], config_json: str) -> bool:
         """Write `items` (name -> pytree of arrays) and the config as `step`.
 
-        Returns whether it was written: a checkpoint of that step that is there already is left as it is, unless
-        `latest_step` found it damaged; then it is moved aside to `STEP.damaged`. Half-written ones are replaced.
+        Returns whether it was written: an existing checkpoint of that step is kept, unless `latest_step` found it
+        damaged; then it is renamed to `STEP.damaged`. Half-written ones are replaced.
         """
         self.wait()
         if step in self._policy.damaged:
@@ -85,12 +85,12 @@ class Checkpointer:
         return True
 
     def wait(self) -> None:
-        """Block until the save under way, if any, is complete."""
+        """Block until any pending save is complete."""
         if self._manager is not None:
             self._write(self._manager.wait_until_finished)
 
     def close(self) -> None:
-        """`wait`, and release what Orbax holds; a later `save` opens it again."""
+        """`wait`, then release Orbax's resources; a later `save` reopens them."""
         self.wait()
         if self._manager is not None:
             self._manager.close()
@@ -98,9 +98,9 @@ class Checkpointer:
             quiet.end()
 
     def latest_step(self) -> int | None:
-        """The newest step that reads back whole, or None. Newer ones that do not are one logged warning.
+        """The newest undamaged step, or None. Logs one warning about newer damaged ones.
 
-        Process 0 reads the data of every item; the others take its word.
+        Process 0 reads the data of every item and tells the others.
         """
         self.wait()
         found = _newest_whole(self.directory)
@@ -127,12 +127,12 @@ class Checkpointer:
     def _write(self, action: Callable[[], T]) -> T:
         try:
             return action()
-        except Exception as error:  # a full disk is a ValueError of TensorStore's; storage clients have their own
-            self._manager = None  # it counts the lost step as saved
+        except Exception as error:  # ValueError for a full disk (TensorStore), storage clients' own types
+            self._manager = None  # it believes the lost step is saved
             raise unwritable(f"{self.directory}: cannot write a checkpoint", error) from error
 
     def _set_aside(self, step: int) -> None:
-        self.close()  # Orbax has listed the step
+        self.close()  # Orbax caches the list of steps
         if jax.process_index() == 0:
             self._write(lambda: (self.directory / str(step)).rename(self.directory / f"{step}.damaged"))
         multihost_utils.sync_global_devices(f"set aside {step}")
@@ -140,7 +140,7 @@ class Checkpointer:
 
 
 def steps(directory: epath.PathLike) -> list[int]:
-    """The complete steps of a folder, ascending; none where there is no folder."""
+    """The complete steps in a folder, ascending; empty if there is no folder."""
     found = ocp.path.step.standard_name_format().find_all(absolute(directory))
     return sorted(metadata.step for metadata in found)
 
@@ -148,7 +148,7 @@ def steps(directory: epath.PathLike) -> list[int]:
 def resolve(path: epath.PathLike) -> tuple[epath.Path, int]:
     """`(directory, step)` of a CKPT: a run's workdir or its checkpoints folder (latest step), or one step's folder.
 
-    Raises `UserError`, naming the path, where there is nothing, no complete step or only damaged ones.
+    Raises `UserError` with the path if there is nothing, no complete step or only damaged ones.
     """
     path = absolute(path)
     if not path.exists():
@@ -164,13 +164,12 @@ def resolve(path: epath.PathLike) -> tuple[epath.Path, int]:
 
 
 def restore(directory: epath.PathLike, step: int, items: Mapping[str, PyTree]) -> dict[str, PyTree]:
-    """The named items of a step, and no other, bit for bit.
+    """Restores the named items of a step bit for bit, and reads nothing else.
 
-    `items`: name -> pytree of `jax.ShapeDtypeStruct`. A leaf with a sharding comes back as a `jax.Array` laid out
-    so, whatever devices wrote it; a leaf without one comes back as a NumPy array. Steps of an older format are read as
-    this version has them.
+    `items`: name -> pytree of `jax.ShapeDtypeStruct`. A leaf with a sharding is restored as a `jax.Array` with that
+    sharding, whatever devices wrote it; a leaf without one as a NumPy array. Older formats are migrated.
     Raises `UserError` if the step or an item is missing, if tree, shapes or dtypes differ (naming the first few
-    keys), if the data does not read back as it was written, or if a newer version wrote it.
+    keys), if a checksum does not match, or if a newer version wrote it.
     """
     folder = absolute(directory) / str(step)
     restored = {}
@@ -186,9 +185,9 @@ def restore(directory: epath.PathLike, step: int, items: Mapping[str, PyTree]) -
 
 
 def abstract(directory: epath.PathLike, step: int, item: str) -> PyTree:
-    """What an item holds: nested dicts and lists of `jax.ShapeDtypeStruct`, no shardings, from the files alone.
+    """The structure of an item: nested dicts and lists of `jax.ShapeDtypeStruct`, without shardings or reading data.
 
-    Of a step of an older format, what it holds as this version has it.
+    Older formats are migrated.
     """
     folder = absolute(directory) / str(step)
     saved = _abstract(folder, item)
@@ -200,13 +199,13 @@ def abstract(directory: epath.PathLike, step: int, item: str) -> PyTree:
 
 
 def restore_config(directory: epath.PathLike, step: int) -> str:
-    """The configuration that `save` was given, as JSON."""
+    """The saved configuration, as JSON."""
     return json.dumps(_read(absolute(directory) / str(step), CONFIG, _json))
 
 
 @dataclasses.dataclass
 class _Keep:
-    """Orbax preservation policy: the latest `keep` steps, the multiples of `every`, and whatever is damaged."""
+    """Orbax preservation policy: keeps the latest `keep` steps, multiples of `every`, and damaged steps."""
 
     keep: int
     every: int
@@ -219,7 +218,7 @@ class _Keep:
 
 
 def _newest_whole(directory: epath.Path, deep: bool = True) -> int | None:
-    """The newest step of `directory` without damage, as process 0 finds it; one warning names the newer ones."""
+    """The newest undamaged step, found by process 0; logs one warning about the newer ones."""
     found, complaints = -1, []
     if jax.process_index() == 0:
         for step in reversed(steps(directory)):
@@ -231,7 +230,7 @@ def _newest_whole(directory: epath.Path, deep: bool = True) -> int | None:
         if deep:
             complaints += _half_written(directory, found)
         if complaints:
-            instead = f"step {found} is used instead" if found >= 0 else "there is none to use instead"
+            instead = f"using step {found} instead" if found >= 0 else "there is no other step to use"
             log.warning("%s; %s", "; ".join(complaints), instead)
     if jax.process_count() > 1:
         found = int(multihost_utils.broadcast_one_to_all(np.int32(found)))
@@ -239,24 +238,24 @@ def _newest_whole(directory: epath.Path, deep: bool = True) -> int | None:
 
 
 def _damage(folder: epath.Path, deep: bool) -> str | None:
-    """What is wrong with a step, in a line; None for nothing. `deep`: the data is read too, by this process alone."""
+    """What is wrong with a step, in one line, or None. `deep`: also read the data, in this process only."""
     try:
         _read(folder, CONFIG, _json)
         if _format_version(folder) > FORMAT_VERSION:
-            return None  # no damage, and whoever reads it is told
+            return None  # not damaged; reading it says why it cannot be used
         for name, recorded in _read(folder, CHECKSUMS, _json).items():
             tree = _abstract(folder, name)
             if by_path(tree).keys() != recorded.keys():
                 raise UserError(f"{folder / name}: arrays are missing")
             if deep:
                 _read_item(folder, name, tree, alone=True)
-    except Exception as error:  # what parses may still be nonsense
+    except Exception as error:  # damaged files may raise anything
         return str(error) if isinstance(error, UserError) else f"{folder}: {cause(error)}"
     return None
 
 
 def _half_written(directory: epath.Path, after: int) -> list[str]:
-    """Steps above `after` that a killed process left behind."""
+    """Incomplete steps above `after`, left by a killed process."""
     names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
     heads = {name.split(".")[0] for name in names if not name.endswith(".damaged")}
     left = sorted(int(head) for head in heads if head.isdigit())
@@ -265,7 +264,7 @@ def _half_written(directory: epath.Path, after: int) -> list[str]:
 
 
 def _read(folder: epath.Path, item: str, action: Callable[[epath.Path], T]) -> T:
-    """`action(path of the item)`, any failure as a `UserError` that names the path."""
+    """`action(path of the item)`; any failure becomes a `UserError` with the path."""
     if not folder.exists():
         there = ", ".join(map(str, steps(folder.parent))) or "none"
         raise UserError(f"{folder}: there is no such checkpoint; complete steps here: {there}")
@@ -275,12 +274,12 @@ def _read(folder: epath.Path, item: str, action: Callable[[epath.Path], T]) -> T
     try:
         with quiet.quiet():
             return action(folder / item)
-    except Exception as error:  # broken files raise nearly anything: JSON, key, value and OS errors
+    except Exception as error:  # damaged files raise JSON, key, value or OS errors
         raise UserError(f"{folder / item}: cannot be read: {cause(error)}") from error
 
 
 def _json(path: epath.Path) -> Any:
-    return ocp.JsonCheckpointHandler().restore(path)  # the handler alone: no waiting for other processes
+    return ocp.JsonCheckpointHandler().restore(path)  # the bare handler does not wait for other processes
 
 
 def _format_version(folder: epath.Path) -> int:
@@ -290,7 +289,7 @@ def _format_version(folder: epath.Path) -> int:
 
 
 def _places(folder: epath.Path, item: str, saved: PyTree) -> dict[str, str]:
-    """Path of each of the item's leaves in this version -> its path in the files."""
+    """Path of each leaf in this version -> its path in the files."""
     names = {f"{item}/{key}": key for key in by_path(saved)}
     return {key.removeprefix(f"{item}/"): old for key, old in migrate(names, _format_version(folder), folder).items()}
 
@@ -301,7 +300,7 @@ def _abstract(folder: epath.Path, item: str) -> PyTree:
 
 
 def _read_item(folder: epath.Path, item: str, wanted: PyTree, alone: bool = False) -> PyTree:
-    """The item's data, compared with its checksums. `alone`: this process reads without the others."""
+    """The item's data, verified by checksums. `alone`: only this process reads."""
     processes = ocp.options.MultiprocessingOptions()
     if alone and jax.process_count() > 1:
         mine = jax.process_index()
@@ -313,7 +312,7 @@ def _read_item(folder: epath.Path, item: str, wanted: PyTree, alone: bool = Fals
     recorded = _read(folder, CHECKSUMS, _json)[item]
     changed = [key for key, value in checksums(tree).items() if recorded[key] != value]
     if changed:
-        raise UserError(f"{folder / item}: not what was written: {_first(changed)}")
+        raise UserError(f"{folder / item}: checksum mismatch in {_first(changed)}")
     return tree
 
 
@@ -325,7 +324,7 @@ def _read_as(folder: epath.Path, item: str, saved: PyTree, places: Mapping[str, 
 
 
 def _check_tree(path: epath.Path, saved: PyTree, wanted: PyTree) -> None:
-    """`UserError` unless both have the same keys, shapes and dtypes."""
+    """Raises `UserError` unless both have the same keys, shapes and dtypes."""
     have, want = by_path(saved), by_path(wanted)
     if missing := [key for key in want if key not in have]:
         raise UserError(f"{path}: the checkpoint lacks {_first(missing)}: it is of another model or configuration")

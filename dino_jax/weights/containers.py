@@ -1,4 +1,4 @@
-"""Weight files of every kind as plain dicts of tensors, and the official checkpoint's names made regular."""
+"""Reads weight files of every kind as dicts of tensors, and unifies the official checkpoints' names."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from etils import epath
 from dino_jax.errors import UserError
 from dino_jax.weights.pth import read_pth
 
-# The names of other versions of the official code and of torch: (pattern, replacement), applied in order.
+# Names from other versions of the official code and of torch: (pattern, replacement), applied in order.
 RENAMED = (
     (r"^(module\.|_orig_mod\.)+", ""),  # DistributedDataParallel, torch.compile
-    (r"\bprojection_head\.", "mlp."),  # the checkpoints as first released
+    (r"\bprojection_head\.", "mlp."),  # the first release
     (r"\bprototypes\.", "last_layer."),
     (r"\.parametrizations\.weight\.original0$", ".weight_g"),  # weight_norm since torch 2.0
     (r"\.parametrizations\.weight\.original1$", ".weight_v"),
@@ -26,17 +26,17 @@ RENAMED = (
 
 
 def read_weights(path: epath.PathLike) -> Any:
-    """What is in a `.pth` or `.safetensors` file (told apart by content), or in a folder with `model.safetensors`.
+    """The contents of a `.pth` or `.safetensors` file (detected by content), or a folder with `model.safetensors`.
 
     Raises:
-      UserError: absent, truncated, hostile or no weight file.
+      UserError: missing, truncated, hostile or not a weight file.
     """
     path = epath.Path(path)
     if path.is_dir():
         path = path / "model.safetensors"
         if not path.exists():
             raise UserError(
-                f"{path.parent}: no model.safetensors in this folder; a run needs no import: give it as --checkpoint"
+                f"{path.parent}: no model.safetensors in this folder; to use a run, give its folder as --checkpoint"
             )
     if not path.is_file():
         raise UserError(f"{path}: no such file")
@@ -48,11 +48,11 @@ def read_weights(path: epath.PathLike) -> Any:
         return safetensors.numpy.load(path.read_bytes())
     except (safetensors.SafetensorError, KeyError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{path}: truncated or no safetensors file ({reason}); download it again") from None
+        raise UserError(f"{path}: truncated or not a safetensors file ({reason}); download it again") from None
 
 
 def is_tensors(value: Any) -> bool:
-    """Whether a value is a state dict: names to arrays, nothing else."""
+    """Whether a value is a state dict: only names mapped to arrays."""
     return (
         isinstance(value, Mapping)
         and len(value) > 0
@@ -61,10 +61,10 @@ def is_tensors(value: Any) -> bool:
 
 
 def regular_names(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """A state dict of backbone and head with today's names: `backbone.*`, `head.mlp.*`, `head.last_layer.weight_[gv]`.
+    """A state dict with current names: `backbone.*`, `head.mlp.*`, `head.last_layer.weight_[gv]`.
 
-    A last layer without weight norm (the released ResNet-50's) becomes the same function: direction and gain. So do
-    timm's registers and positions: see `timm_prefix`.
+    A last layer without weight norm (the released ResNet-50's) is converted to an equivalent direction and gain, and
+    timm's registers and positions are converted back: see `timm_prefix`.
     """
     regular = {}
     for key, value in state.items():
@@ -76,15 +76,15 @@ def regular_names(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         regular["head.last_layer.weight_g"] = np.linalg.norm(plain.astype(np.float32), axis=1, keepdims=True)
     if (registers := regular.pop("backbone.reg_token", None)) is not None:
         regular["backbone.register_tokens"] = registers
-        if (table := regular.get("backbone.pos_embed")) is not None:  # CLS has no row there: one of 0
+        if (table := regular.get("backbone.pos_embed")) is not None:  # timm has no row for CLS: add zeros
             regular["backbone.pos_embed"] = np.concatenate([np.zeros_like(table[:, :1]), table], axis=1)
     return regular
 
 
 def timm_prefix(backbone: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The tensors of a ViT with registers as timm has them (`reg_tokens`, `no_embed_class`); others as they are.
+    """Converts a ViT with registers to timm's tensors (`reg_tokens`, `no_embed_class`); others are unchanged.
 
-    `register_tokens` is `reg_token` there, and the position of CLS is part of `cls_token` instead of a table's row.
+    timm calls `register_tokens` `reg_token`, and adds the position of CLS to `cls_token` instead of keeping its row.
     """
     if "register_tokens" not in backbone:
         return dict(backbone)
@@ -94,5 +94,5 @@ def timm_prefix(backbone: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def section(tensors: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
-    """The tensors under `prefix`, without it."""
+    """The tensors whose names start with `prefix`, which is removed."""
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}

@@ -11,7 +11,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     checkpoint_arguments(parser)
     parser.add_argument("--format", required=True, help="official, timm, hf, stablehlo or onnx")
     parser.add_argument("--out", required=True, metavar="PATH", help="a file or folder")
-    parser.add_argument("--attention", action="store_true", help="programs also give the last block's attention")
+    parser.add_argument("--attention", action="store_true", help="programs also return the last block's attention")
 
 
 def run(args: argparse.Namespace, overrides: list[str]) -> None:

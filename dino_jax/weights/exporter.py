@@ -1,4 +1,4 @@
-"""Checkpoints out: torch-layout weights for the original code, timm and transformers; StableHLO and ONNX programs."""
+"""Exports checkpoints: torch weights for the official code, timm and transformers; StableHLO and ONNX programs."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ def export_weights(
     attention: bool = False,
     image_size: tuple[int, int] | None = None,
 ) -> epath.Path:
-    """Writes a CKPT's weights in another code's format and returns the file.
+    """Writes a CKPT's weights in another library's format and returns the file.
 
     Args:
       ckpt: what `open_weights` takes.
-      out: a file with the format's suffix, or a folder, in which it gets its usual name.
-      format: `official` (.pth: a full checkpoint if the CKPT has a student, else the backbone), `timm` or `hf`
+      out: a file with the format's suffix, or a folder for a file with the usual name.
+      format: `official` (.pth: a full checkpoint if the CKPT has a head, else the backbone), `timm` or `hf`
         (.safetensors; hf adds its config.json), `stablehlo` or `onnx` (the backbone as a program).
-      heads: attention heads, where `ckpt` is a weight file that does not tell.
-      attention: programs also give the last block's attention.
+      heads: attention heads, if a weight file does not determine them.
+      attention: programs also return the last block's attention.
       image_size: (height, width) of a program's input; None: the configuration's global crops.
 
     Raises:
-      UserError: an unknown format, one that does not know the model, or a converter that is not installed.
+      UserError: unknown format, model unsupported by the format, or converter not installed.
     """
     if format not in FORMATS:
         raise UserError(f"--format={format}: choose one of {', '.join(FORMATS)}")
@@ -53,7 +53,7 @@ def export_weights(
     out = absolute(out)
     suffixes = (".pth", ".safetensors") if format == "timm" else (epath.Path(name).suffix,)
     if out.suffix in (".pth", ".safetensors", ".stablehlo", ".onnx") and out.suffix not in suffixes:
-        raise UserError(f"--out={out}: --format={format} writes {' or '.join(suffixes)}, or into a folder")
+        raise UserError(f"--out={out}: --format={format} writes {' or '.join(suffixes)}: give such a file or a folder")
     path = out if out.suffix in suffixes else out / name
     path.parent.mkdir(parents=True, exist_ok=True)
     weights = open_weights(ckpt, heads=heads, everything=format == "official")
@@ -62,14 +62,14 @@ def export_weights(
 
 
 def official(weights: Restored) -> dict[str, Any]:
-    """What the official code saves: `student`, `teacher`, `args`, the objectives' states where it keeps them.
+    """An official checkpoint: `student`, `teacher`, `args`, and the objectives' states.
 
-    Of a backbone alone, its state dict.
+    For a backbone without head: its state dict.
     """
     if "head" not in weights.teacher["params"]:
         return backbone_tensors(weights, "official")
     teacher = _network(weights, weights.teacher)
-    distributed = any(key.endswith(keys.COUNTER) for key in teacher)  # with batch norm the teacher too is wrapped
+    distributed = any(key.endswith(keys.COUNTER) for key in teacher)  # with batch norm the teacher is wrapped too
     content: dict[str, Any] = {"teacher": _prefixed(teacher, "module.") if distributed else teacher}
     if weights.student is not None:
         content["student"] = _prefixed(_network(weights, weights.student), "module.")
@@ -82,7 +82,7 @@ def official(weights: Restored) -> dict[str, Any]:
 
 
 def backbone_tensors(weights: Restored, name: str) -> Tensors:
-    """The teacher's backbone under the names of `official`, `timm` or `hf`; `UserError` if it has none for it."""
+    """The teacher's backbone under `official`, `timm` or `hf` names; `UserError` if the format lacks the model."""
     rules = architecture.rules(weights.config, name)
     table = keys.key_table(architecture.backbone_shapes(weights.config), rules)
     tensors = keys.to_torch(table, part(weights.teacher, "backbone"))
@@ -90,12 +90,12 @@ def backbone_tensors(weights: Restored, name: str) -> Tensors:
 
 
 def part(variables: keys.Variables, name: str) -> keys.Variables:
-    """The variables of a network's `backbone` or `head`."""
+    """The variables of a network's `backbone` or `head`, by collection."""
     return {collection: tree[name] for collection, tree in variables.items() if name in tree}
 
 
 def _network(weights: Restored, variables: keys.Variables) -> Tensors:
-    """The state dict of backbone and head; a gain that is not trained is 1."""
+    """The state dict of backbone and head; an untrained gain is 1."""
     rules = architecture.rules(weights.config, "official")
     tensors = keys.to_torch(architecture.network_table(weights.config, rules, with_head=True), variables)
     if GAIN not in tensors:
@@ -114,7 +114,7 @@ def _arguments(weights: Restored) -> dict[str, Any]:
     for word, key in ARGS.items():
         group, _, name = key.rpartition(".")
         args[word] = (config[group] if group else config)[name]
-    args["image_size"] = list(config.crops.global_size)  # this and the next are ours, for the way back
+    args["image_size"] = list(config.crops.global_size)  # this and num_heads are ours, for re-importing
     backbone = build_backbone(config.model, config.crops.global_size)
     if backbone.patch_size:
         args["num_heads"] = backbone.heads
@@ -149,7 +149,7 @@ def _write_hf(weights: Restored, path: epath.Path, **_: Any) -> None:
         "patch_size": config.model.patch_size,
         "image_size": height if height == width else [height, width],
         "hidden_act": "gelu",
-        "layer_norm_eps": 1e-6,  # the default there, 1e-12, is another function
+        "layer_norm_eps": 1e-6,  # transformers defaults to 1e-12
         "qkv_bias": True,
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,

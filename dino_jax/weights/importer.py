@@ -1,4 +1,4 @@
-"""Weight files in: the official release, timm, transformers, torchvision; as configuration and trees of parameters."""
+"""Imports weight files (official release, timm, transformers, torchvision) as configuration and parameter trees."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from dino_jax.weights.containers import is_tensors, read_weights, regular_names,
 
 log = logging.getLogger(__name__)
 
-# What a classifier's file holds besides the backbone, after `regular_names`; named in the log and left out.
+# A classifier's keys outside the backbone, after `regular_names`; logged and skipped.
 CLASSIFIER = re.compile(r"backbone\.(fc|classifier|pooler|pooler\.dense|vit\.pooler\.dense)\.|head\.(weight|bias)$")
 GAIN = "head.last_layer.weight_g"
 
-# The official command line's words for our configuration keys.
+# Official command-line argument -> our configuration key.
 ARGS = {
     "lr": "optim.lr",
     "min_lr": "optim.min_lr",
@@ -51,20 +51,20 @@ ARGS = {
 
 
 class Moments(NamedTuple):
-    """AdamW's state by parameter: first and second moments, and the steps each parameter has made."""
+    """AdamW's state: first and second moments, and update counts, by parameter."""
 
     mu: Any  # params tree
     nu: Any  # params tree
-    count: Any  # params tree of int32 scalars; the last layer's may be fewer (it was frozen)
+    count: Any  # params tree of int32 scalars; lower for the last layer if it was frozen
 
 
 class Restored(NamedTuple):
-    """What a weight file holds, as this package has it. Trees are NumPy, float32."""
+    """A weight file converted to this package's form. Trees are NumPy, float32."""
 
     config: ConfigDict
     teacher: keys.Variables  # params: backbone, and head if the file has one
     student: keys.Variables | None = None
-    objectives: Mapping[str, Any] = {}  # the state of each objective term, by its name
+    objectives: Mapping[str, Any] = {}  # state by objective term
     moments: Moments | None = None
 
 
@@ -75,22 +75,20 @@ def read(
 
     Args:
       file_or_name: a `.pth` or `.safetensors` file, a transformers folder, or a key of `names.PRETRAINED`.
-      heads: attention heads, for a width that no named model has.
-      from_file: a local copy of what the name stands for; nothing is downloaded.
+      heads: attention heads, if no named model has this width.
+      from_file: a local copy of the named file, instead of a download.
 
     Raises:
-      UserError: in one line, whatever is wrong with the file, and which keys are missing, unexpected or misshaped.
+      UserError: one line with the problem, including any missing, unexpected or misshaped keys.
     """
     if str(file_or_name) in names.PRETRAINED:
         path = epath.Path(from_file) if from_file else names.fetch(str(file_or_name))
     elif from_file:
-        raise UserError(
-            f"--from={from_file}: {file_or_name} is no released model's name; {names.known(str(file_or_name))}"
-        )
+        raise UserError(f"--from={from_file}: {file_or_name} is not a released model; {names.known(str(file_or_name))}")
     else:
         path = epath.Path(file_or_name)
         if not path.exists():
-            raise UserError(f"{path}: no such file, nor a released model's name; {names.known(str(file_or_name))}")
+            raise UserError(f"{path}: no such file or released model; {names.known(str(file_or_name))}")
     content = read_weights(path)
     if is_tensors(content):
         return _from_backbone(content, heads, path)
@@ -100,40 +98,40 @@ def read(
         for key in ("state_dict", "model"):
             if is_tensors(content.get(key)):
                 return _from_backbone(content[key], heads, path)
-    raise UserError(f"{path}: no weights in it: neither named tensors nor a `teacher` that holds them")
+    raise UserError(f"{path}: no weights found: neither named tensors nor a `teacher` with them")
 
 
 def _from_backbone(tensors: keys.Tensors, heads: int | None, source: epath.Path) -> Restored:
-    """A backbone alone, or a network's state dict without anything around it."""
+    """From a plain state dict of a backbone or a whole network."""
     network = _regular(tensors)
     hints = _neighbor(source) if any("embeddings." in key for key in network) else architecture.Hints()
     return _weights(default(), network, hints._replace(heads=heads or hints.heads), source)
 
 
 def _from_checkpoint(content: Mapping[str, Any], heads: int | None, source: epath.Path) -> Restored:
-    """A full checkpoint of the official code."""
+    """From a full checkpoint of the official code."""
     config, args = default(), _arguments(content.get("args"))
     student, optimizer = content.get("student"), content.get("optimizer")
     for key, value in (("teacher", content["teacher"]), ("student", student)):
         if not is_tensors(value) and (key == "teacher" or value is not None):
-            raise UserError(f"{source}: its {key!r} is no dict of tensors")
+            raise UserError(f"{source}: {key!r} is not a dict of tensors")
     _fill_recipe(config, args)
     network = _regular(content["teacher"])
     student = _regular(student) if student else None
     train_gain = args.get("norm_last_layer") is False or _gain_has_moments(student, optimizer)
-    hints = _hints(heads or args.get("num_heads"), args.get("image_size"))  # which our own exports have
+    hints = _hints(heads or args.get("num_heads"), args.get("image_size"))  # our own exports have them
     weights = _weights(config, network, hints, source, student, train_gain)
     moments = None
     if student is not None and optimizer:
         try:
             moments = _moments(config, student, optimizer, source)
         except (UserError, KeyError, TypeError, AttributeError, ValueError) as error:
-            log.warning("%s: the optimizer's state does not map (%s) and is left out", source, error)
+            log.warning("%s: the optimizer's state does not match (%s) and is skipped", source, error)
     return weights._replace(objectives=_objectives(config, content, source), moments=moments)
 
 
 def _objectives(config: ConfigDict, content: Mapping[str, Any], source: epath.Path) -> dict[str, Any]:
-    """The states of the terms that the file has all arrays of, by the term's name."""
+    """States by term, for the terms whose arrays are all in the file."""
     states = {}
     for term in make_objectives(config):
         shapes = jax.eval_shape(term.init)
@@ -144,8 +142,8 @@ def _objectives(config: ConfigDict, content: Mapping[str, Any], source: epath.Pa
             array, size = np.asarray(value, np.float32), math.prod(shapes[name].shape)
             if array.size != size or not np.isfinite(array).all():
                 raise UserError(
-                    f"{source}: its {term.official[name].path} has {array.size} values where config.head asks for "
-                    f"{size}, or NaN among them"
+                    f"{source}: {term.official[name].path} must have {size} finite values for config.head; it has "
+                    f"{array.size}, or NaN or infinity among them"
                 )
             found[name] = array.reshape(shapes[name].shape)
         states[term.name] = found
@@ -153,7 +151,7 @@ def _objectives(config: ConfigDict, content: Mapping[str, Any], source: epath.Pa
 
 
 def _at(content: Any, path: str) -> Any:
-    """What nested mappings hold at a dotted path, or None."""
+    """The value at a dotted path in nested mappings, or None."""
     for part in path.split("."):
         content = content.get(part) if isinstance(content, Mapping) else None
     return content
@@ -163,7 +161,7 @@ def _regular(tensors: keys.Tensors) -> dict[str, np.ndarray]:
     regular = regular_names({key.removeprefix("vit."): value for key, value in tensors.items()})
     classifier = [key for key in regular if CLASSIFIER.match(key)]
     if classifier:
-        log.info("left out, no part of the backbone: %s", ", ".join(classifier))
+        log.info("skipped, not part of the backbone: %s", ", ".join(classifier))
     return {key: value for key, value in regular.items() if key not in classifier}
 
 
@@ -175,9 +173,9 @@ def _weights(
     student: dict[str, np.ndarray] | None = None,
     train_gain: bool = False,
 ) -> Restored:
-    """Fills the configuration from the shapes and maps teacher and student through its table."""
+    """Fills the configuration from the shapes and converts teacher and student."""
     backbone, head = section(network, "backbone."), section(network, "head.")
-    fmt = architecture.recognise(backbone, source)
+    fmt = architecture.recognize(backbone, source)
     architecture.fill_model(config, fmt, backbone, hints, source)
     both = [state for state in (network, student) if state is not None]
     if head:
@@ -189,19 +187,19 @@ def _weights(
 
 
 def _without_gain(state: dict[str, np.ndarray], train_gain: bool) -> dict[str, np.ndarray]:
-    """A gain that is not trained is 1 and no parameter here."""
+    """Drops an untrained gain, which is 1 and not a parameter here."""
     return {key: value for key, value in state.items() if train_gain or key != GAIN}
 
 
 def _arguments(args: Any) -> dict[str, Any]:
-    """The official code's `args`: a Namespace there, a dict in our own exports."""
+    """The checkpoint's `args` as a dict: official files have a Namespace, our exports a dict."""
     if isinstance(args, argparse.Namespace):
         return vars(args)
     return dict(args) if isinstance(args, Mapping) else {}
 
 
 def _fill_recipe(config: ConfigDict, args: dict[str, Any]) -> None:
-    """The configuration keys that the official arguments name; a value of another type is passed over."""
+    """Sets configuration keys from the official arguments; values of the wrong type are skipped."""
     wanted = {key: args[word] for word, key in ARGS.items() if args.get(word) is not None}
     if args.get("batch_size_per_gpu") and args.get("world_size"):
         wanted["batch_size"] = args["batch_size_per_gpu"] * args["world_size"]
@@ -216,9 +214,9 @@ def _fill_recipe(config: ConfigDict, args: dict[str, Any]) -> None:
 
 
 def _trained(student: dict[str, np.ndarray], optimizer: Any) -> dict[int, str]:
-    """The parameter behind each of the optimizer's indices: the official groups, in the order of the state dict.
+    """Optimizer index -> parameter name, by the official groups in state-dict order.
 
-    Official: `utils.get_params_groups`, biases and 1-D tensors last. Raises if the counts do not agree.
+    Official: `utils.get_params_groups`, biases and 1-D tensors last. Raises ValueError if the counts differ.
     """
     buffers = ("running_mean", "running_var", keys.COUNTER)
     everything = [key for key in student if not key.endswith(buffers)]
@@ -229,20 +227,20 @@ def _trained(student: dict[str, np.ndarray], optimizer: Any) -> dict[int, str]:
         if [len(group) for group in groups] == [len(part) for part in ordered]:
             pairs = zip(groups, ordered, strict=True)
             return {index: key for group, part in pairs for index, key in zip(group, part, strict=True)}
-    raise ValueError("it is of other parameters")
+    raise ValueError("it is for other parameters")
 
 
 def _gain_has_moments(student: dict[str, np.ndarray] | None, optimizer: Any) -> bool:
     try:
         return GAIN in _trained(student or {}, optimizer).values()
-    except (KeyError, TypeError, ValueError):  # no optimizer's state, or one that does not map
+    except (KeyError, TypeError, ValueError):  # no optimizer state, or one that does not match
         return False
 
 
 def _moments(config: ConfigDict, student: dict[str, np.ndarray], optimizer: Any, source: epath.Path) -> Moments:
-    """AdamW's state as trees; a parameter that was never updated has zeros. Raises if it is not AdamW's."""
+    """AdamW's state as trees; zeros for parameters never updated. Raises if it is not AdamW's."""
     index_of = {key: index for index, key in _trained(student, optimizer).items()}
-    fmt = architecture.recognise(section(student, "backbone."), source)
+    fmt = architecture.recognize(section(student, "backbone."), source)
     table = architecture.network_table(config, fmt.rules, with_head=True)
     table = [entry for entry in table if entry.path[0] == "params"]
 
@@ -259,7 +257,7 @@ def _moments(config: ConfigDict, student: dict[str, np.ndarray], optimizer: Any,
 
 
 def _neighbor(source: epath.Path) -> architecture.Hints:
-    """What a transformers `config.json` beside the weights tells."""
+    """Hints from a transformers `config.json` next to the weights."""
     path = (source if source.is_dir() else source.parent) / "config.json"
     try:
         described = json.loads(path.read_text())
@@ -269,7 +267,7 @@ def _neighbor(source: epath.Path) -> architecture.Hints:
 
 
 def _hints(heads: Any, size: Any) -> architecture.Hints:
-    """Hints from a file's words, which may be anything."""
+    """Hints from a file's values; invalid ones are ignored."""
     size = (size, size) if isinstance(size, int) else size
     is_size = isinstance(size, list | tuple) and len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size)
     is_heads = isinstance(heads, int) and heads > 0

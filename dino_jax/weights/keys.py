@@ -1,8 +1,8 @@
-"""Key tables: which tensor of a weight file is which parameter here, read in both directions.
+"""Key tables: map the tensors of a weight file to parameters here, in both directions.
 
-A table is made from the shapes of a model's variables and the naming rules of one format, so every key and every shape
-is known before a file is opened: a file fits exactly, or the error lists what does not. Torch keeps linear weights as
-[out, in] and convolutions as [out, in, h, w]; Flax as [in, out] and [h, w, in, out].
+A table is built from a model's variable shapes and one format's naming rules, so every key and shape is known before a
+file is opened: the file fits exactly, or the error lists the differences. Torch stores linear weights as [out, in] and
+convolutions as [out, in, h, w]; Flax as [in, out] and [h, w, in, out].
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ Variables = dict[str, Any]  # {"params": ..., "batch_stats": ...}
 Rules = Sequence[tuple[str, str]]
 
 LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
-LEAVES |= {"v": "weight_v", "g": "weight_g"}  # of torch's weight_norm
-COUNTER = "num_batches_tracked"  # torch counts batch norm's batches and, with a fixed momentum, never looks
+LEAVES |= {"v": "weight_v", "g": "weight_g"}  # torch's weight_norm
+COUNTER = "num_batches_tracked"  # torch's batch-norm counter, unused with a fixed momentum
 
-# What the format calls what torch_name() would call otherwise: (pattern, replacement), applied in order.
-# Braces stand for several tensors of the file that are one parameter here, joined along the first axis.
+# How each format's names differ from torch_name(): (pattern, replacement), applied in order.
+# Braces: several tensors in the file that are one parameter here, joined along the first axis.
 VIT = ((r"^patch_embed\.", "patch_embed.proj."),)
 RESNET: Rules = ()
 XCIT: Rules = ()
@@ -44,7 +44,7 @@ HUGGING_FACE = (
     (r"^norm\.", "layernorm."),
     (r"^blocks\.", "encoder.layer."),
 )
-HUGGING_FACE_5 = (  # the names in memory since transformers 5; save_pretrained still writes the ones above
+HUGGING_FACE_5 = (  # in-memory names since transformers 5; save_pretrained still writes the ones above
     *HUGGING_FACE[:3],
     (r"\.attn\.qkv\.", ".attention.{q,k,v}_proj."),
     (r"\.attn\.proj\.", ".attention.o_proj."),
@@ -55,7 +55,7 @@ HUGGING_FACE_5 = (  # the names in memory since transformers 5; save_pretrained 
 
 
 class Entry(NamedTuple):
-    """One parameter: its path in the variables, the file's names for it, and the shape of each in the file."""
+    """One parameter: its path in the variables, its keys in the file, and the shape under each key."""
 
     path: tuple[str, ...]
     keys: tuple[str, ...]
@@ -70,7 +70,7 @@ def torch_name(path: Sequence[str]) -> str:
 
 
 def renamed(name: str, rules: Rules) -> str:
-    """What a format calls the tensor that `torch_name` calls `name`."""
+    """The format's name for the tensor that `torch_name` calls `name`."""
     for pattern, replacement in rules:
         name = re.sub(pattern, replacement, name)
     return name
@@ -79,7 +79,7 @@ def renamed(name: str, rules: Rules) -> str:
 def key_table(variables: Any, rules: Rules, part: str = "") -> list[Entry]:
     """The table of a model's variables (arrays or `jax.ShapeDtypeStruct`) in a format.
 
-    With `part`, of a network whose `part` the model is: its paths and its keys stand under that name.
+    With `part`, paths and keys are nested under that name, as in a network of backbone and head.
     """
     table = []
     for path, leaf in traverse_util.flatten_dict(variables).items():
@@ -96,17 +96,17 @@ def key_table(variables: Any, rules: Rules, part: str = "") -> list[Entry]:
 
 
 def _torch_axes(path: Sequence[str], ndim: int) -> tuple[int, ...]:
-    """Which axes of the parameter here are the axes of the tensor in the file."""
+    """The parameter's axes in the order of the file's tensor."""
     if path[-1] != "kernel":
         return tuple(range(ndim))
     return (*range(ndim - 1, ndim - 3, -1), *range(ndim - 2))  # [in, out] -> [out, in]; [h, w, i, o] -> [o, i, h, w]
 
 
 def from_torch(table: Sequence[Entry], tensors: Tensors, source: object) -> Variables:
-    """The variables, float32, from a file's tensors.
+    """Converts a file's tensors to variables, float32.
 
     Raises:
-      UserError: names every missing, unexpected and misshaped key, or every key that holds NaN or infinity.
+      UserError: lists missing, unexpected and misshaped keys, or keys with NaN or infinity.
     """
     expected = {key: entry.shape for entry in table for key in entry.keys}
     missing = [key for key in expected if key not in tensors]
@@ -115,7 +115,7 @@ def from_torch(table: Sequence[Entry], tensors: Tensors, source: object) -> Vari
     misshaped = [
         f"{key} is {list(shape)}, not {list(expected[key])}" for key, shape in shapes.items() if shape != expected[key]
     ]
-    complaints = {"missing": missing, "unexpected": unexpected, "of another shape": misshaped}
+    complaints = {"missing": missing, "unexpected": unexpected, "with a different shape": misshaped}
     if any(complaints.values()):
         lines = [f"{what}: {_listed(keys)}" for what, keys in complaints.items() if keys]
         raise UserError(f"{source}: the weights do not fit this model; {'; '.join(lines)}")
@@ -130,7 +130,7 @@ def from_torch(table: Sequence[Entry], tensors: Tensors, source: object) -> Vari
 
 
 def to_torch(table: Sequence[Entry], variables: Variables) -> dict[str, np.ndarray]:
-    """The inverse of `from_torch`, in the table's order; batch norm's counters are 0."""
+    """Inverse of `from_torch`, in the table's order; batch-norm counters are 0."""
     flat = traverse_util.flatten_dict(variables)
     tensors = {}
     for entry in table:

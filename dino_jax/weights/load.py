@@ -1,4 +1,4 @@
-"""Weights as checkpoint folders, and any CKPT as weights: the one door to evaluate, export or start from."""
+"""Opens the weights of any CKPT, for evaluation, export or starting a run."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ def open_weights(ckpt: epath.PathLike, *, heads: int | None = None, everything: 
 
     Args:
       ckpt: local or gs:// path, or a key of `names.PRETRAINED`.
-      heads: attention heads, where a weight file does not tell.
-      everything: student and objectives' states too, if they are there; else the teacher alone is read.
+      heads: attention heads, if a weight file does not determine them.
+      everything: also read student and objectives' states, if present; else only the teacher.
 
     Raises:
-      UserError: in one line, what is wrong with it.
+      UserError: one line with the problem.
     """
     path = epath.Path(ckpt)
     is_folder = path.is_dir() and not (path / "model.safetensors").exists()

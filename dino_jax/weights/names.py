@@ -1,4 +1,4 @@
-"""The released models by name, and their files: downloaded once, with progress, resumed where a transfer broke off."""
+"""The released models by name, and their files: downloaded once; interrupted downloads resume."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ CACHE = "DINO_JAX_CACHE"  # environment variable: where downloads are kept
 
 
 class Pretrained(NamedTuple):
-    """A released file: its address below `BASE`, and published ImageNet k-NN and linear accuracy (percent)."""
+    """A released file: its path below `BASE`, and published ImageNet k-NN and linear accuracy (percent)."""
 
     file: str
     knn: float | None = None
     linear: float | None = None
-    head: str | None = None  # the linear classifier on its features, for `eval linear`
+    head: str | None = None  # its linear classifier, for `eval linear`
 
 
 def _both(name: str, stem: str, knn: float, linear: float) -> dict[str, Pretrained]:
-    """The teacher's backbone, and under `<name>_full` student, teacher, heads, optimizer and the objective's state."""
+    """`<name>`: the teacher's backbone; `<name>_full`: student, teacher, heads, optimizer, objective state."""
     path, head = f"{stem}_pretrain/{stem}_pretrain", f"{stem}_pretrain/{stem}_linearweights.pth"
     return {
         name: Pretrained(f"{path}.pth", knn, linear, head),
@@ -52,7 +52,7 @@ PRETRAINED = {
 
 
 def known(name: str = "") -> str:
-    """The released names as the end of an error message, with the one that is near to `name`."""
+    """The released names for the end of an error message, with the one closest to `name`."""
     names = ", ".join(key for key in PRETRAINED if not key.endswith("_full"))
     return f"names are {names} (or with _full){did_you_mean(name, PRETRAINED)}"
 
@@ -66,10 +66,10 @@ def fetch(name: str, head: bool = False) -> epath.Path:
     """The local file of a released model, or of the linear `head` on it, downloaded if it is not in the cache.
 
     Raises:
-      UserError: an unknown name; no connection, or one that broke off (what came is kept, and resumed next time).
+      UserError: unknown name, no connection, or an interrupted download (kept, and resumed next time).
     """
     if name not in PRETRAINED:
-        raise UserError(f"{name}: no such released model; {known(name)}")
+        raise UserError(f"{name}: not a released model; {known(name)}")
     file = PRETRAINED[name].head if head else PRETRAINED[name].file
     if file is None:
         raise UserError(f"{name}: no linear head was released for it")
@@ -81,12 +81,12 @@ def fetch(name: str, head: bool = False) -> epath.Path:
 
 
 def download(address: str, target: epath.Path) -> None:
-    """Downloads to `target`, which appears only when it is complete.
+    """Downloads to `target`, which appears only when complete.
 
-    Until then `<target>.part` grows. It outlives a failure, unlike a `storage.new_file`, so that a download resumes.
+    Data goes to `<target>.part` first, which is kept after a failure (unlike `storage.new_file`) so downloads resume.
 
     Raises:
-      UserError: the transfer failed or the answer is a web page.
+      UserError: the download failed or the server sent a web page.
     """
     partial = target.parent / f"{target.name}.part"
     have = partial.stat().length if partial.exists() else 0
@@ -95,8 +95,8 @@ def download(address: str, target: epath.Path) -> None:
     try:
         with urllib.request.urlopen(request, timeout=60) as answer:
             if answer.headers.get_content_type() == "text/html":
-                raise UserError(f"{target.name}: the server answered with a web page; {fix}")
-            have = have if answer.status == 206 else 0  # 200: the server sends all of it again
+                raise UserError(f"{target.name}: the server sent a web page; {fix}")
+            have = have if answer.status == 206 else 0  # 200: the server sends the whole file again
             total = have + int(answer.headers["Content-Length"])
             with (
                 partial.open("ab" if have else "wb") as file,
@@ -109,10 +109,10 @@ def download(address: str, target: epath.Path) -> None:
     except urllib.error.HTTPError as error:
         if error.code != 416:
             raise UserError(f"{target.name}: the server answered {error.code} {error.reason}; {fix}") from None
-        partial.unlink()  # more than the whole is there: it is not this file
+        partial.unlink()  # the partial file is larger than the whole: not this file
         raise UserError(f"{target.name}: the partial download did not fit and was removed; {fix}") from None
     except (OSError, TypeError, ValueError) as error:
         raise UserError(f"{target.name}: the download failed ({error}); {fix}") from None
     if (got := partial.stat().length) != total:
-        raise UserError(f"{target.name}: the transfer broke off after {got} of {total} bytes; {fix}")
+        raise UserError(f"{target.name}: the download was interrupted after {got} of {total} bytes; {fix}")
     partial.replace(target)

@@ -1,4 +1,4 @@
-"""A backbone with its weights as one program: StableHLO through `jax.export`, ONNX through jax2onnx."""
+"""Exports a backbone with its weights as a program: StableHLO by `jax.export`, ONNX by jax2onnx."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 def stablehlo(
     backbone: nn.Module, variables: Any, *, channels: int, image_size: tuple[int, int], attention: bool
 ) -> bytes:
-    """A serialised `jax.export.Exported` for cpu, cuda and tpu; `jax.export.deserialize(bytes).call(images)` runs it.
+    """A serialized `jax.export.Exported` for cpu, cuda and tpu; `jax.export.deserialize(bytes).call(images)` runs it.
 
-    Input: normalized float32 images [B, h, w, c], B any number. Output: features [B, D], and with `attention` the last
-    block's attention [B, H, N, N] after it, tokens in the order CLS, registers, patches.
+    Input: normalized float32 images [B, h, w, c], any B. Output: features [B, D]; with `attention` also the last
+    block's attention [B, H, N, N], tokens in the order CLS, registers, patches.
     """
     _require("flatbuffers")
     (batch,) = jax.export.symbolic_shape("b")
@@ -32,15 +32,15 @@ def stablehlo(
 
 
 def onnx(backbone: nn.Module, variables: Any, *, channels: int, image_size: tuple[int, int], attention: bool) -> bytes:
-    """An ONNX model. Input `images`: normalized float32 [B, c, h, w] as ONNX models of images have it, B any number.
+    """An ONNX model. Input `images`: normalized float32 [B, c, h, w], the ONNX convention, any B.
 
-    Outputs: `features` [B, D], and with `attention` the last block's `attention` [B, H, N, N].
+    Outputs: `features` [B, D]; with `attention` also the last block's `attention` [B, H, N, N].
     """
     for module in ("onnx", "jax2onnx"):
         _require(module)
     forward = _forward(backbone, variables, attention)
     level = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # about examples that lack their libraries, and shapes of constants
+    logging.disable(logging.WARNING)  # about missing example libraries, and constant shapes
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -66,7 +66,7 @@ def _forward(backbone: nn.Module, variables: Any, attention: bool) -> Callable[[
 
 
 def _rename(model: Any, inputs: list[str], outputs: list[str]) -> None:
-    """Gives an ONNX model's inputs and outputs these names, wherever they occur."""
+    """Renames an ONNX model's inputs and outputs everywhere."""
     values = [*model.graph.input, *model.graph.output]
     names = {value.name: name for value, name in zip(values, inputs + outputs, strict=True)}
     for value in values:

@@ -1,9 +1,8 @@
-"""Torch's zip-format `.pth` files, read and written without torch; nothing a file says is ever run.
+"""Reads and writes torch's zip-format `.pth` files without torch, and never runs code from a file.
 
-Such a file is a zip archive of uncompressed members: `<name>/data.pkl` is a pickle of the object in which every tensor
-is a call of `torch._utils._rebuild_tensor_v2(storage, offset, size, stride, ...)`, and `<name>/data/<key>` holds the
-bytes of one storage. `unpickle.Unpickler` reads it with the few names of `ALLOWED` and refuses all others. Sizes are
-checked before anything is allocated.
+The file is a zip archive of uncompressed members: `<name>/data.pkl` pickles the object, with each tensor as a call of
+`torch._utils._rebuild_tensor_v2(storage, offset, size, stride, ...)`, and `<name>/data/<key>` holds the bytes of one
+storage. `unpickle.Unpickler` accepts only the names in `ALLOWED`. Sizes are checked before anything is allocated.
 """
 
 from __future__ import annotations
@@ -42,19 +41,19 @@ STORAGES = {
 }
 MAX_PICKLE = 64 << 20  # bytes of data.pkl; a full checkpoint has about 0.2 MB
 MAX_EXPANDED = 1 << 24  # elements of a tensor whose strides repeat its storage
-LEGACY_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # the pickled magic number of torch < 1.6
-PythonPickler: Any = pickle._Pickler  # the pure-Python machine, whose parts type stubs do not list
-ALIGNMENT = 64  # bytes; where torch places each storage, so that it can be memory-mapped
+LEGACY_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # magic number of torch < 1.6
+PythonPickler: Any = pickle._Pickler  # the pure-Python pickler, missing from type stubs
+ALIGNMENT = 64  # bytes; torch aligns storages so that they can be memory-mapped
 
 
 def read_pth(path: epath.PathLike) -> Any:
-    """The object in a `.pth` file: dicts, lists, numbers, and read-only NumPy arrays in the place of tensors.
+    """The object in a `.pth` file: dicts, lists, numbers, and read-only NumPy arrays instead of tensors.
 
-    Arrays keep the tensor's dtype (bfloat16 through `ml_dtypes`) and strides. Torch's older format is read by torch
-    itself, under `weights_only`, where torch is installed.
+    Arrays keep the tensor's dtype (bfloat16 by `ml_dtypes`) and strides. Torch's legacy format is read by torch itself
+    with `weights_only`, if installed.
 
     Raises:
-      UserError: the file is absent, truncated, no checkpoint, or asks for something that is not on the allow-list.
+      UserError: the file is missing, truncated, not a checkpoint, or uses a name not in the allow-list.
     """
     path = epath.Path(path)
     if not path.is_file():
@@ -69,7 +68,7 @@ def read_pth(path: epath.PathLike) -> Any:
 
 
 def _describe(start: bytes) -> str:
-    """What a file that is no checkpoint is, from its first bytes."""
+    """Says what a file that is not a checkpoint is, from its first bytes."""
     if not start:
         return "the file is empty; download it again"
     text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
@@ -92,9 +91,9 @@ def _read_zip(path: epath.Path, file: Any) -> Any:
                 raise UserError(f"{path}: a zip archive, but not a torch checkpoint (it holds no data.pkl)")
             prefix = pickles[0].removesuffix("data.pkl")
             if any(info.compress_type != zipfile.ZIP_STORED for info in members.values()):
-                raise UserError(f"{path}: its members are compressed, which torch.save never does; refused")
+                raise UserError(f"{path}: its members are compressed, which torch.save never does: refused")
             if sum(info.file_size for info in members.values()) > size or members[pickles[0]].file_size > MAX_PICKLE:
-                raise UserError(f"{path}: it claims to hold more than its own size; refused")
+                raise UserError(f"{path}: its members claim more bytes than the file has: refused")
             if f"{prefix}byteorder" in members and archive.read(f"{prefix}byteorder") != b"little":
                 raise UserError(f"{path}: written on a big-endian machine; load and save it once with torch elsewhere")
             storages = _Storages(lambda key: archive.read(f"{prefix}data/{key}"))
@@ -103,13 +102,13 @@ def _read_zip(path: epath.Path, file: Any) -> Any:
         raise
     except RefusedError as refused:
         raise UserError(
-            f"{path}: its pickle asks for {refused}, which no weights need; it may be hostile, and nothing was run"
+            f"{path}: its pickle uses {refused}, which weights never need; it may be hostile, and nothing was run"
         ) from None
     except zipfile.BadZipFile as error:
         if "CRC" in str(error):
             raise UserError(f"{path}: damaged ({error}); download it again") from None
         raise UserError(f"{path}: truncated or damaged at {size} bytes; download it again") from None
-    except Exception as error:  # whatever else a damaged or hostile pickle provokes
+    except Exception as error:  # damaged or hostile pickles raise anything
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: damaged or not a torch checkpoint ({type(error).__name__}: {reason})") from None
 
@@ -120,7 +119,7 @@ class _StorageType:
 
 
 class _Storages:
-    """The storages of an archive by persistent id, each read once."""
+    """Looks up an archive's storages by persistent id, reading each once."""
 
     def __init__(self, read: Callable[[str], bytes]):
         self._read = read
@@ -129,7 +128,7 @@ class _Storages:
     def __call__(self, pid: Any) -> np.ndarray:
         kind, storage_type, key, _, count = pid
         if kind != "storage" or not isinstance(storage_type, _StorageType) or not isinstance(key, str):
-            raise ValueError("a persistent id that is no storage")
+            raise ValueError("a persistent id that is not a storage")
         if key not in self._known:
             data = self._read(key)
             if len(data) != count * storage_type.dtype.itemsize:
@@ -139,9 +138,9 @@ class _Storages:
 
 
 def _rebuild_tensor(storage: np.ndarray, offset: int, shape: tuple, strides: tuple, *_: Any) -> np.ndarray:
-    """A view of `storage` with these strides (in elements), after checking that it stays inside."""
+    """A view of `storage` with these strides (in elements), checked to stay in bounds."""
     if not (isinstance(storage, np.ndarray) and storage.ndim == 1 and len(shape) == len(strides)):
-        raise ValueError("a tensor that is no view of a storage")
+        raise ValueError("a tensor that is not a view of a storage")
     if min(offset, *shape, *strides, 0) < 0:
         raise ValueError(f"a tensor with negative size or stride: {shape}, {strides}")
     count = math.prod(shape)
@@ -187,7 +186,7 @@ def _read_legacy(path: epath.Path) -> Any:
             return _to_numpy(torch.load(file, map_location="cpu", weights_only=True))
     except Exception as error:
         refused = re.search(r"GLOBAL (\S+) (was|whose)", str(error))
-        reason = f"its pickle asks for {refused[1]}" if refused else str(error).partition("\n")[0]
+        reason = f"its pickle uses {refused[1]}" if refused else str(error).partition("\n")[0]
         raise UserError(f"{path}: damaged or hostile: torch refuses it ({reason})") from None
 
 
@@ -205,7 +204,7 @@ def _to_numpy(value: Any) -> Any:
 
 
 class _Pickler(PythonPickler):
-    """Pickles NumPy arrays the way torch pickles tensors, collecting their storages."""
+    """Pickles NumPy arrays as torch pickles tensors, collecting their storages."""
 
     dispatch: ClassVar = dict(PythonPickler.dispatch)
 
@@ -237,7 +236,7 @@ class _Pickler(PythonPickler):
 def write_pth(path: epath.PathLike, value: Any) -> None:
     """Writes nested dicts, lists, numbers and NumPy arrays as a `.pth` that `torch.load(weights_only=True)` reads.
 
-    Arrays become contiguous tensors. The same value gives the same bytes. The file appears whole or not at all.
+    Arrays become contiguous tensors. The bytes are deterministic. The file appears whole or not at all.
     """
     buffer = io.BytesIO()
     pickler = _Pickler(buffer)
@@ -251,10 +250,10 @@ def write_pth(path: epath.PathLike, value: Any) -> None:
 
 
 def _add(archive: zipfile.ZipFile, name: str, data: bytes) -> None:
-    """Adds a member whose bytes start at a multiple of `ALIGNMENT`, padded through torch's `FB` extra field."""
+    """Adds a member aligned to `ALIGNMENT`, padded in the `FB` extra field as torch does."""
     info = zipfile.ZipInfo(f"archive/{name}", date_time=(1980, 1, 1, 0, 0, 0))
     assert archive.fp is not None  # it is open
-    start = archive.fp.tell() + 30 + len(info.filename) + 4  # 30: a local header; 4: the extra field's own header
+    start = archive.fp.tell() + 30 + len(info.filename) + 4  # 30: local header; 4: extra-field header
     padding = -start % ALIGNMENT
     info.extra = b"FB" + padding.to_bytes(2, "little") + b"Z" * padding
     archive.writestr(info, data)

@@ -1,7 +1,7 @@
-"""Keeps Orbax's tracebacks off the terminal, where the error itself becomes one line.
+"""Hides Orbax's tracebacks; the error itself is reported in one line.
 
-Orbax logs every error of its threads with a traceback. asyncio does so for tasks that nobody asked, and TensorStore's
-threads for tasks that Orbax has given up.
+Orbax logs a traceback for every error in its threads. So do asyncio for tasks never awaited, and TensorStore's threads
+for tasks that Orbax abandoned.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _before = sys.unraisablehook
 
 
 def begin() -> None:
-    """Drops these tracebacks until as many calls of `end`."""
+    """Hides the tracebacks until a matching `end`."""
     global _users, _before
     if _users == 0:
         _before, sys.unraisablehook = sys.unraisablehook, _unraisable
@@ -28,7 +28,7 @@ def begin() -> None:
 
 
 def end() -> None:
-    """Undoes one `begin`. To be left out after an error: threads may report it up to seconds later."""
+    """Undoes one `begin`. Do not call after an error: threads may log it seconds later."""
     global _users
     _users -= 1
     if _users == 0:
@@ -40,7 +40,7 @@ def end() -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """`begin`, and `end` unless there is an error."""
+    """`begin`, then `end` unless there is an error."""
     begin()
     yield
     end()

@@ -1,4 +1,4 @@
-"""Trees of arrays as leaves by path, and checksums of them."""
+"""Pytrees as leaves by path, and their checksums."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ PyTree = Any
 
 
 def by_path(tree: PyTree) -> dict[str, Any]:
-    """Leaves by path, `params/head/mlp_0/kernel`; named tuples and dicts, tuples and lists read alike."""
+    """Leaves by path, such as `params/head/mlp_0/kernel`; named tuples look like dicts, tuples like lists."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {path_of(path): leaf for path, leaf in leaves}
 
 
 def path_of(path: Any) -> str:
-    """A leaf's path as JAX has it, as text: `params/head/mlp_0/kernel`."""
+    """A JAX key path as text: `params/head/mlp_0/kernel`."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def map_by_path(function: Callable[[str, Any], Any], tree: PyTree) -> PyTree:
-    """`function(path, leaf)` of every leaf."""
+    """Maps `function(path, leaf)` over the leaves."""
     return jax.tree_util.tree_map_with_path(lambda path, leaf: function(path_of(path), leaf), tree)
 
 
 def checksums(tree: PyTree) -> dict[str, int]:
-    """A number of 32 bits per leaf: the same for any layout on any devices, changed by any change of one word."""
+    """A 32-bit checksum per leaf, independent of sharding; any change of one word changes it."""
     sums = {
         key: (_checksum if isinstance(leaf, jax.Array) else _host_checksum)(leaf) for key, leaf in by_path(tree).items()
     }
@@ -38,9 +38,9 @@ def checksums(tree: PyTree) -> dict[str, int]:
 
 @jax.jit
 def _checksum(x: jax.Array) -> jax.Array:
-    """Sum of the array's words, each times an odd number of its place, modulo 2^32; items of 8 bytes are two words.
+    """Sum of the words times 2 * index + 1, modulo 2^32; 8-byte items are two words.
 
-    The place is built from the axes: a reshape would gather the shards.
+    The index is built from the axes, as a reshape would gather the shards.
     """
     kind = _WORDS[x.dtype.itemsize]
     words = x.astype(kind) if x.dtype == bool else jax.lax.bitcast_convert_type(x, kind)
@@ -51,9 +51,9 @@ def _checksum(x: jax.Array) -> jax.Array:
 
 
 def _host_checksum(x: np.ndarray) -> np.uint32:
-    """The same of an array on the host, without a device: one process may do this alone."""
+    """The same for a host array, without a device, so one process can compute it alone."""
     words = np.ascontiguousarray(x).reshape(-1).view(_WORDS[x.dtype.itemsize]).astype(np.uint32)
     return np.sum(words * (2 * np.arange(words.size, dtype=np.uint32) + 1), dtype=np.uint32)
 
 
-_WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint32}  # by bytes an item
+_WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint32}  # by bytes per item

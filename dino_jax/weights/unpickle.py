@@ -1,7 +1,7 @@
-"""Pickles of other programs, read without running anything they name.
+"""Reads untrusted pickles without running code from them.
 
-A pickle is a program that may call whatever it names. `Unpickler` hands it only what an allow-list holds: stand-ins
-that collect data. All other names are refused.
+A pickle can call anything it names. `Unpickler` resolves only an allow-list of names, to stand-ins that collect data,
+and refuses all others.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-PythonUnpickler: Any = pickle._Unpickler  # the pure-Python machine, whose parts type stubs do not list
+PythonUnpickler: Any = pickle._Unpickler  # the pure-Python unpickler, missing from type stubs
 CODES = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")
 
 
@@ -23,15 +23,17 @@ class RefusedError(Exception):
 
 
 class Unpickler(PythonUnpickler):
-    """Python's own pickle machine with three doors closed. Its memo is a dict, so no opcode can reserve memory.
+    """The pure-Python unpickler with restricted names, states and persistent ids.
+
+    Its memo is a dict, so no opcode can reserve memory.
 
     Args:
         data: the pickle.
-        allowed: "module.name" -> what stands in for it. Other names raise `RefusedError`.
-        states: type -> how an object of just that type takes its state (`BUILD`, which else sets attributes on
-            anything). Any other state is a ValueError.
-        load: what a persistent id stands for. Without it, one is an error.
-        encoding: of the byte strings of Python 2.
+        allowed: "module.name" -> stand-in. Other names raise `RefusedError`.
+        states: type -> setter of the state of exactly that type (`BUILD`, which by default sets attributes on
+            anything). Other types raise ValueError.
+        load: resolves persistent ids; without it they raise ValueError.
+        encoding: for Python 2 byte strings.
     """
 
     dispatch: ClassVar = dict(PythonUnpickler.dispatch)
@@ -69,7 +71,7 @@ class Unpickler(PythonUnpickler):
 
 
 class DType:
-    """A numeric dtype as NumPy pickles it: a code such as `f8`, then the byte order by state."""
+    """Stand-in for a pickled NumPy dtype: a code such as `f8`, then the byte order as state."""
 
     def __init__(self, code: str, *_: Any):
         if code not in CODES:
@@ -81,7 +83,7 @@ class DType:
 
 
 class Array:
-    """An array as NumPy pickles it: empty first, then shape, dtype and bytes by state. `plain` gives its `value`."""
+    """Stand-in for a pickled NumPy array: created empty, then shape, dtype and bytes as state."""
 
     def __init__(self, *_: Any):
         self.value = np.zeros(0)
@@ -95,7 +97,7 @@ class Array:
 
 
 def plain(value: Any) -> Any:
-    """Dicts, lists and tuples with NumPy arrays in the place of `Array`."""
+    """Replaces each `Array` by its NumPy array, in dicts, lists and tuples."""
     if isinstance(value, Array):
         return value.value
     if isinstance(value, dict):
@@ -110,14 +112,14 @@ def _scalar(kind: DType, data: Any) -> Any:
 
 
 def _from_buffer(data: Any, kind: DType, shape: tuple, order: str) -> Array:
-    """An array in the newest pickle protocol."""
+    """An array in pickle protocol 5."""
     array = Array()
     array.fill((1, shape, kind, order == "F", bytes(data)))
     return array
 
 
 def _encode(text: str, encoding: str) -> bytes:
-    """Bytes in the older protocols."""
+    """Bytes in older protocols."""
     if encoding not in ("latin1", "latin-1"):
         raise RefusedError(f"_codecs.encode({encoding!r})")
     return text.encode("latin1")
@@ -127,7 +129,7 @@ def _bytes(data: Any) -> bytes:
     return data.encode("latin1") if isinstance(data, str) else data
 
 
-NUMERIC = {  # bytes, NumPy's scalars and their types
+NUMERIC = {  # bytes, NumPy scalars and dtypes
     **{f"numpy.{core}.multiarray.scalar": _scalar for core in ("core", "_core")},
     **{f"numpy.dtypes.{type(np.dtype(code)).__name__}": lambda code=code: DType(code) for code in CODES},
     "numpy.dtype": DType,
@@ -137,6 +139,6 @@ ARRAYS = {
     **{f"numpy.{core}.multiarray._reconstruct": Array for core in ("core", "_core")},
     **{f"numpy.{core}.numeric._frombuffer": _from_buffer for core in ("core", "_core")},
     "numpy.ndarray": Array,
-    "__builtin__.bytes": lambda: b"",  # empty, in the older protocols
+    "__builtin__.bytes": lambda: b"",  # empty, in older protocols
 }
 STATES: dict[type, Callable[[Any, Any], object]] = {DType: DType.set_order, Array: Array.fill}

@@ -42,7 +42,7 @@ def drawn() -> CropParams:
 
 
 def one_by_one(rng: np.random.Generator, height: int, width: int, scale: tuple[float, float]) -> tuple[int, ...]:
-    """The box rule as its description reads, a number at a time."""
+    """Reference for the box rule, one box at a time."""
     for _ in range(10):
         area = height * width * rng.uniform(*scale)
         aspect = math.exp(rng.uniform(math.log(RATIO[0]), math.log(RATIO[1])))
@@ -70,7 +70,7 @@ def test_boxes_are_distributed_as_the_rule_drawn_one_number_at_a_time(height, wi
 
 
 def test_boxes_lie_in_the_image_with_uniform_area_log_uniform_ratio_and_uniform_place():
-    size = 10_000  # so large that rounding does not show, and so little area that every try fits
+    size = 10_000  # so large that rounding is negligible, and areas so small that every try fits
     found = boxes(4000, size, size, (0.05, 0.4)).astype(float)
     top, left, tall, wide = found.T
     assert found.min() >= 0

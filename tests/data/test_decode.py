@@ -1,4 +1,4 @@
-"""Decoding: every kind of image that turns up in the wild is converted as a viewer shows it, or named as bad."""
+"""Decoding: every kind of image found in practice is converted as a viewer shows it, or reported as bad."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def encode(pil_image: Image.Image, form: str, **options) -> bytes:
 
 
 def png(width: int, height: int, depth: int, color: int, rows: bytes) -> bytes:
-    """A PNG by hand, for kinds that PIL does not write."""
+    """A hand-written PNG, for kinds that PIL does not write."""
 
     def chunk(name: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
@@ -31,7 +31,7 @@ def png(width: int, height: int, depth: int, color: int, rows: bytes) -> bytes:
 
 @pytest.fixture(scope="module")
 def pixels() -> np.ndarray:
-    """A smooth image, uint8 [20, 30, 3], no symmetry."""
+    """A smooth image without symmetry, uint8 [20, 30, 3]."""
     y, x = np.mgrid[:20, :30]
     return np.stack([y * 12, x * 8, 255 - (x + y) * 5], axis=-1).astype(np.uint8)
 
@@ -110,7 +110,7 @@ def test_the_first_frame_of_an_animation_is_taken(pil_image):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied(pil_image, pixels, orientation):
-    """By the EXIF standard's table: where the stored row 0 and column 0 belong in the scene."""
+    """By the EXIF table: the sides of the scene that stored row 0 and column 0 show."""
     upright = {
         1: lambda a: a,
         2: lambda a: a[:, ::-1],  # row 0 top, column 0 right

@@ -1,4 +1,4 @@
-"""Memory of batches: used again when nothing holds it, and never before."""
+"""Batch memory is reused only when nothing references it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`dino-jax pack`: what went in comes out, whatever happens in between; one clear line for what cannot be packed."""
+"""`dino-jax pack`: round trips, interruptions, and one-line errors for what cannot be packed."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_a_limit_shrinks_what_exceeds_it_and_leaves_the_rest(folder, tmp_path):
         assert here.format == there.format
         expected = there.resize((40, round(height * 0.8)) if height > width else (round(50 * 40 / height), 40), 3)
         difference = np.abs(np.asarray(here, float) - np.asarray(expected))
-        assert difference.max() == 0 if here.format == "PNG" else difference.mean() < 12  # noise, the worst for JPEG
+        assert difference.max() == 0 if here.format == "PNG" else difference.mean() < 12  # noise: worst for JPEG
 
 
 def test_arrays_of_many_channels(tmp_path):
@@ -115,7 +115,7 @@ def test_killed_at_any_moment_it_goes_on(tmp_path):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    while time.monotonic() < deadline:  # the workers end with their parent
+    while time.monotonic() < deadline:  # workers exit with their parent
         try:
             os.killpg(process.pid, 0)
         except ProcessLookupError:
@@ -127,7 +127,7 @@ def test_killed_at_any_moment_it_goes_on(tmp_path):
         open_source(f"arrayrecord:{killed}")
     times = {path: path.stat().st_mtime_ns for path in killed.glob("*.array_record")}
     first = next(iter(times))
-    first.write_bytes(first.read_bytes()[:-100])  # as a crash of the machine may leave it
+    first.write_bytes(first.read_bytes()[:-100])  # as after a machine crash
     packed(SCENES, killed, shard_size=6)
     assert [path for path in times if path.stat().st_mtime_ns != times[path]] == [first]
     assert contents(killed) == contents(whole)

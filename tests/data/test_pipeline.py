@@ -39,7 +39,7 @@ def config():
 
 
 def images_of(count: int, channels: int = 3) -> ArraySource:
-    """Images that differ, 24 x 30, labelled by their number."""
+    """Distinct images of 24 x 30, labeled by their number."""
     rng = np.random.default_rng(0)
     return ArraySource(rng.integers(0, 256, (count, 24, 30, channels), dtype=np.uint8), np.arange(count))
 
@@ -122,7 +122,7 @@ def test_images_larger_than_the_canvas_are_shrunk_and_their_boxes_with_them(conf
     for row, index in enumerate(batch["index"]):
         whole = draw_crops(example_rng(config.seed, 0, 0, int(index)), 48, 96, config.crops)
         moved.extend(np.abs(batch["params"].box[row] * 3 - whole.box).max(axis=1))
-    assert np.mean(np.array(moved) <= 6) > 0.75  # two pixels of the canvas; another try may fit, rarely
+    assert np.mean(np.array(moved) <= 6) > 0.75  # two pixels of the canvas; rarely, another try fits
 
 
 def test_an_epoch_holds_every_example_once_in_an_order_of_its_own(config):
@@ -207,7 +207,7 @@ def test_threads_change_nothing(source, config):
 
 
 class Probe:
-    """Says with its label whether a JAX backend is alive where it is read."""
+    """A source whose label says whether the reading process has a JAX backend."""
 
     class_names = None
 
@@ -265,7 +265,7 @@ def png(level: int) -> bytes:
 
 @pytest.fixture
 def damaged(tmp_path):
-    """60 images, of which three cannot be read, one of these a broken link."""
+    """60 images, three of them unreadable, one of those a broken link."""
     for index in range(60):
         (tmp_path / f"{index:02d}.png").write_bytes(b"broken" if index in (7, 30) else png(index))
     (tmp_path / "50.png").unlink()

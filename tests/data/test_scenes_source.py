@@ -1,4 +1,4 @@
-"""Scenes: deterministic, balanced, masks exact against painted black and white, no class in color, place or area."""
+"""Scenes: deterministic, balanced, with exact masks; color, place and area do not reveal the class."""
 
 from __future__ import annotations
 
@@ -86,13 +86,13 @@ def test_mask_has_the_area_of_the_object():
     for index in range(24):
         scene = scenes.scene(index)
         thing = object_of(scene)
-        thing = thing._replace(matrix=0.6 * thing.matrix, center=(0.5, 0.5))  # all of it in the image
+        thing = thing._replace(matrix=0.6 * thing.matrix, center=(0.5, 0.5))  # entirely inside the image
         _, owner = render(scene._replace(pieces=(thing,)), 128, 128)
         assert owner.sum() == pytest.approx(abs(np.linalg.det(thing.matrix)) * 128**2, rel=0.04)
 
 
 def test_mask_is_where_the_object_shows():
-    """Painted black and painted white, the object changes a pixel by 255 times the share of it that shows."""
+    """Painting the object black, then white changes a pixel by 255 times the object's visible share."""
     scenes = Scenes("train", image_size=96)
     for index in range(24):
         scene = scenes.scene(index)._replace(noise=0.0, light=(0.0, 0.0))
@@ -103,7 +103,7 @@ def test_mask_is_where_the_object_shows():
             rendered.append(render(scene._replace(pieces=pieces), 96, 96)[0][:, :, 0].astype(int))
         shows = (rendered[1] - rendered[0]) / 255
         mask, occluded = scenes.mask(index), scene.pieces[-1] is not thing
-        # Where the edges of the object and of an occluder meet in one pixel, less than half may show of its owner.
+        # Where the edges of object and occluder meet in one pixel, its owner may show in less than half of it.
         assert (mask != (shows >= 0.5)).sum() <= (4 if occluded else 0)
         assert (shows[mask] > 0.2).all() and 0.05 < mask.mean() < 0.45
 
@@ -123,7 +123,7 @@ def test_the_object_alone_changes_the_image():
 
 
 def test_class_is_not_in_color_place_or_area():
-    """Nearest centroid and a linear classifier on such factors stay at chance (1/12): within 4 standard deviations."""
+    """Nearest centroid and a linear classifier on these factors stay at chance (1/12), within 4 standard deviations."""
 
     def factors(split, count):
         scenes = Scenes(split, size=count)
@@ -168,11 +168,11 @@ def test_clips_move_and_turn_and_masks_follow():
         assert masks.shape == (8, 64, 64) and masks.dtype == np.uint8 and set(np.unique(masks)) == {0, 1}
         places = np.array([np.mean(np.nonzero(mask), 1) for mask in masks])
         steps = np.hypot(*np.diff(places, axis=0).T)
-        assert 0.5 < np.median(steps) < 4  # pixels a frame, of 64
+        assert 0.5 < np.median(steps) < 4  # pixels per frame, of 64
         shift = np.rint(places[0] - places[7]).astype(int)
         moved_back = np.roll(masks[7], shift, (0, 1))
         overlap = (moved_back & masks[0]).sum() / (moved_back | masks[0]).sum()
-        assert overlap < 0.95  # it turned too
+        assert overlap < 0.95  # it also rotates
         change = np.abs(images[0].astype(float) - images[7]).mean(-1)
         assert change[masks[0] != masks[7]].mean() > 2 * change[(masks[0] | masks[7]) == 0].mean()
 
@@ -182,7 +182,7 @@ def test_clips_have_several_objects_that_occlude():
     for index in range(8):
         _, masks = scenes.clip(index, frames=12, objects=3)
         areas = np.stack([(masks == k).sum((1, 2)) for k in range(4)], 1)  # [T, 4]
-        assert (areas[0] > 20).all()  # every object is seen in the first frame
+        assert (areas[0] > 20).all()  # every object is visible in the first frame
         hidden += int((areas[:, 1:].min(0) < 0.7 * areas[:, 1:].max(0)).sum())
     assert hidden > 2
     longer, _ = scenes.clip(0, frames=5, objects=3)

@@ -1,4 +1,4 @@
-"""Sources: each kind in its true format, and one clear line for each mistake."""
+"""Sources: each kind in its real format, and a one-line error for each mistake."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def level(example: Example) -> int:
 
 @pytest.fixture
 def tree(tmp_path):
-    """Two classes, one of them nested, an empty one, and what must be left out."""
+    """Two classes, one of them nested, an empty one, and files to skip."""
     root = tmp_path / "tree"
     write(root / "b" / "2.png", 20)
     write(root / "b" / "1.JPEG", 10, "JPEG")
@@ -270,7 +270,7 @@ def test_mistakes_in_tars_are_named(tmp_path):
 
 @pytest.fixture(scope="module")
 def tfds_dir(tmp_path_factory):
-    """A data set prepared by TFDS itself, in array_record format, without TensorFlow."""
+    """A data set prepared by TFDS in array_record format, without TensorFlow."""
     tfds = pytest.importorskip("tensorflow_datasets")
 
     folder = tmp_path_factory.mktemp("tfds")
@@ -388,7 +388,7 @@ def test_mistakes_are_named_in_one_line(tmp_path, spec, message):
     (tmp_path / "text" / "x.txt").write_text("x")
     (tmp_path / "blank.txt").write_text("# nothing\n")
     (tmp_path / "missing.txt").write_text("gone.png\npicture.png\ngone too.png\n")
-    (tmp_path / "halfway.txt").write_text("picture.png 1\nother.png\n")
+    (tmp_path / "halfway.txt").write_text("picture.png 1\npicture.png\n")
     np.savez(tmp_path / "other.npz", pixels=np.zeros(3))
     np.savez(tmp_path / "counts.npz", images=np.zeros((3, 2, 2), np.uint8), labels=np.zeros(2))
     np.savez(tmp_path / "shape.npz", images=np.zeros(3, np.uint8))

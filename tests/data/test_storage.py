@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, on a disk and in a bucket."""
+"""Atomic writes, to disk and to a bucket."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A tiny frozen backbone and miniature data sets that every protocol's test can use."""
+"""A tiny frozen backbone and miniature data sets for every protocol's tests."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from dino_jax.config import default
 from dino_jax.inference.model import Model
 from dino_jax.weights import architecture
 
-COLOURS = ((220, 40, 40), (40, 200, 60), (50, 70, 230))
+COLORS = ((220, 40, 40), (40, 200, 60), (50, 70, 230))
 
 
 @pytest.fixture(scope="session")
 def vit():
-    """A ViT of two blocks, width 16, patch 4, with random weights large enough for features to differ."""
+    """A ViT with two blocks, width 16, patch 4, and random weights large enough for features to differ."""
     return tiny_model()
 
 
 def tiny_model(**changes) -> Model:
-    """That ViT, or one that differs from it in keys of `config.model`."""
+    """That ViT, or a variant with other `config.model` keys."""
     config, rng = default(), np.random.default_rng(0)
     config.model.update({"name": "vit_tiny", "embed_dim": 16, "depth": 2, "heads": 2, "patch_size": 4, **changes})
     config.crops.global_size = (16, 16)
@@ -31,10 +31,10 @@ def tiny_model(**changes) -> Model:
 
 @pytest.fixture
 def class_folders(tmp_path):
-    """`train` (8 a class) and `val` (4 a class) in ImageNet's form: class folders of noisy images of one color."""
+    """`train` (8 per class) and `val` (4 per class) as class folders; each class is a color with noise."""
     rng = np.random.default_rng(0)
     for split, count in (("train", 8), ("val", 4)):
-        for name, color in zip(("n01", "n02", "n03"), COLOURS, strict=True):
+        for name, color in zip(("n01", "n02", "n03"), COLORS, strict=True):
             folder = tmp_path / "classes" / split / name
             folder.mkdir(parents=True)
             for i in range(count):

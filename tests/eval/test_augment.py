@@ -12,7 +12,7 @@ from dino_jax.eval import augment
 @pytest.fixture
 def image():
     rows, columns = np.mgrid[:16, :24]
-    planes = [12 * rows + 3 * columns, 250 - 9 * columns, 40 + 4 * rows + 5 * columns]  # slopes: no two pixels alike
+    planes = [12 * rows + 3 * columns, 250 - 9 * columns, 40 + 4 * rows + 5 * columns]  # gradients: all pixels differ
     return Image.fromarray(np.stack(planes, -1).astype(np.uint8))
 
 
@@ -23,7 +23,7 @@ def test_operations_keep_the_form_and_grow_with_the_strength(name, image):
         out = augment.OPERATIONS[name](image, share, 1.0, Image.Resampling.BILINEAR)
         assert out.size == image.size and out.mode == "RGB"
         changed.append(np.mean(np.abs(np.asarray(out).astype(int) - np.asarray(image))))
-    if name not in ("autocontrast", "equalize", "invert", "posterize", "sharpness"):  # slopes have no edges
+    if name not in ("autocontrast", "equalize", "invert", "posterize", "sharpness"):  # gradients have no edges
         assert changed[0] == 0 and changed[0] < changed[1] < changed[2]
 
 
@@ -46,7 +46,7 @@ def test_rand_augment_is_seeded_and_leaves_other_channels_alone():
     np.testing.assert_array_equal(draw(3), draw(3))
     outcomes = [draw(seed) for seed in range(40)]
     same = sum(np.array_equal(out, pixels) for out in outcomes)
-    assert 3 <= same <= 20  # a quarter of the draws applies neither operation
+    assert 3 <= same <= 20  # a quarter of the draws apply neither operation
     five = np.zeros((4, 4, 5), np.uint8)
     assert augment.rand_augment(five, np.random.default_rng(0), 9.0) is five
 
@@ -57,7 +57,7 @@ def test_mixup_and_cutmix_shares_are_what_is_seen():
     for seed in range(12):
         mix = augment.draw_mix(np.random.default_rng(seed), 10, 12, 0.8, 1.0)
         mixed, soft = jax.jit(augment.mix_batch)(images, targets, jnp.ones(4, bool), mix)
-        # the mean of image i shows its own number and its partner's in the shares of its target
+        # the mean of image i mixes its own number and its partner's in the shares of its target
         np.testing.assert_allclose(mixed.mean((1, 2, 3)), soft @ np.arange(4.0), atol=1e-5)
         np.testing.assert_allclose(soft.sum(1), 1, atol=1e-6)
         if mix.blend == 1:

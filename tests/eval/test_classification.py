@@ -1,4 +1,4 @@
-"""k-NN and low-shot regression as whole protocols, on class folders."""
+"""k-NN and low-shot regression end to end, on class folders."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_listed_images_keep_the_class_numbers_of_the_folders(class_folders, tmp_
 def test_splits(class_folders):
     assert train_test(str(class_folders)) == (str(class_folders / "train"), str(class_folders / "val"))
     assert train_test("scenes:train?size=9,scenes:test?size=3") == ("scenes:train?size=9", "scenes:test?size=3")
-    with pytest.raises(UserError, match="sub-folders train and val"):
+    with pytest.raises(UserError, match="subfolders train and val"):
         train_test(str(class_folders / "train"))
     assert check_labels(np.array([0, 2]), np.array([2]), "x") == 3
     with pytest.raises(UserError, match="first class 1"):

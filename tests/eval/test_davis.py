@@ -14,7 +14,7 @@ def square(size, top, left, side):
 
 
 def brute_force_contour(mask):
-    """The definition, pixel by pixel: differs from the right, lower or lower right neighbor that exists."""
+    """Reference by definition: a pixel differs from an existing right, lower or lower right neighbor."""
     h, w = mask.shape
     edges = np.zeros((h, w), bool)
     for i in range(h):
@@ -46,8 +46,8 @@ def test_boundary_by_hand():
     assert davis.boundary(mask, far) == 0
     assert davis.boundary(empty, empty) == 1
     assert davis.boundary(mask, empty) == davis.boundary(empty, mask) == 0
-    # the radius is ceil(0.008 * 282.8) = 3 pixels: a square grown by 3 on each side matches but for nothing
-    assert davis.boundary(square(200, 47, 47, 46), mask) < 1  # its corners lie 3 * sqrt(2) away
+    # the radius is ceil(0.008 * 282.8) = 3 pixels: a square grown by 3 on each side matches except at its corners
+    assert davis.boundary(square(200, 47, 47, 46), mask) < 1  # corners are 3 * sqrt(2) away
     assert davis.boundary(square(200, 47, 50, 40), mask) == 1  # moved by 3 along an axis
     assert davis.boundary(square(200, 46, 46, 48), mask) == 0  # grown by 4: nothing is within 3
 
@@ -77,7 +77,7 @@ def test_boundary_equals_opencv_dilation():
 
 @pytest.mark.extra
 def test_a_video_equals_an_independent_implementation():
-    """vos-benchmark takes every frame it is fed, so it gets those that count, and reports J and F by object."""
+    """vos-benchmark scores every frame given, so it gets only those that count; it reports J and F per object."""
     pytest.importorskip("cv2"), pytest.importorskip("skimage")
     evaluator = pytest.importorskip("vos_benchmark.evaluator").Evaluator()
     rng = np.random.default_rng(4)

@@ -17,7 +17,7 @@ from dino_jax.models import ViT
 
 
 class Tiny(nn.Module):
-    """A stand-in backbone: one linear map of the mean color."""
+    """A minimal backbone: a linear map of the mean color."""
 
     patch_size: int | None = None
 

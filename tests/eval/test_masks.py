@@ -24,7 +24,7 @@ def save_mask(path, labels):
 
 @pytest.fixture
 def voc_folder(tmp_path):
-    """VOC12 in miniature: five images, two objects each with a void border, two splits."""
+    """A miniature VOC12: five images, two objects each with a void border, two splits."""
     rng = np.random.default_rng(0)
     root = tmp_path / "VOCdevkit" / "VOC2012"
     classes = np.array([0, 15, 7, 255], np.uint8)
@@ -60,7 +60,7 @@ def test_scenes_and_folders(tmp_path):
     assert set(np.unique(masked.objects)) == {0, 1} and masked.classes.max() >= 1
     (tmp_path / "images").mkdir()
     Image.fromarray(masked.pixels).save(tmp_path / "images" / "a.png")
-    save_mask(tmp_path / "masks" / "a.png", masked.objects * np.uint8(255))  # black and white
+    save_mask(tmp_path / "masks" / "a.png", masked.objects * np.uint8(255))  # binary
     folder = open_masks(str(tmp_path), "val")
     np.testing.assert_array_equal(folder.load(0).objects, masked.objects)
     np.testing.assert_array_equal(folder.load(0).pixels, masked.pixels)
@@ -76,7 +76,7 @@ def test_bad_layouts_are_named(voc_folder, tmp_path):
     with pytest.raises(UserError, match=r"2007_000003\.png: no such file"):
         open_masks(str(voc_folder), "val").load(0)
     save_mask(root / "SegmentationObject" / "2007_000003.png", np.zeros((5, 5), np.uint8))
-    with pytest.raises(UserError, match="2007_000003: a mask of"):
+    with pytest.raises(UserError, match="2007_000003: mask of"):
         open_masks(str(voc_folder), "val").load(0)
     (tmp_path / "f" / "images").mkdir(parents=True)
     Image.new("RGB", (4, 4)).save(tmp_path / "f" / "images" / "a.png")
@@ -109,7 +109,7 @@ def test_the_supervised_reference_is_a_weight_file_of_the_same_network(vit, voc_
     assert figures["jaccard_60_supervised"] == wanted["jaccard_60"] != figures["jaccard_60"]
     shallow = {"params": {key: value for key, value in other["params"].items() if key != "blocks_1"}}
     write_pth(tmp_path / "deit.pth", to_torch(key_table(shallow, VIT), other))
-    with pytest.raises(UserError, match="not the weights of the network"):
+    with pytest.raises(UserError, match="not weights of the same network"):
         voc.evaluate(model, str(voc_folder), config)
 
 
@@ -142,5 +142,5 @@ def test_masks_without_objects_are_an_error(vit, tmp_path):
     save_mask(tmp_path / "masks" / "a.png", np.zeros((16, 16), np.uint8))
     config = voc.PROTOCOL.default_config()
     config.size = 16
-    with pytest.raises(UserError, match="no image has an object"):
+    with pytest.raises(UserError, match="no mask has an object"):
         voc.evaluate(vit, str(tmp_path), config)

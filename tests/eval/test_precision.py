@@ -1,4 +1,4 @@
-"""TPUs take bfloat16 products and recent GPUs TF32 unless asked for more: every product of a score asks for more."""
+"""Every matrix product in a score asks for full precision; TPUs default to bfloat16 and recent GPUs to TF32."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ PROGRAMS = {
 
 
 def products(jaxpr: Jaxpr):
-    """Every matrix product of a program, inside of loops and calls too."""
+    """Every matrix product in a program, including inside loops and calls."""
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
             yield equation

@@ -1,4 +1,4 @@
-"""Two processes of two devices each get the figures of one process."""
+"""Two processes with two devices each give the same figures as one process."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from dino_jax.eval import propagation
 
 
 def naive(sources, target, labels, radius, topk, temperature):
-    """The whole masked affinity, as the formula says it."""
+    """Reference by the formula, with the full masked affinity."""
     h, w, _ = target.shape
     unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)  # noqa: E731
     affinity = np.exp(np.einsum("abd,nijd->abnij", unit(target), unit(sources)) / temperature)
@@ -59,7 +59,7 @@ def test_a_label_that_is_nowhere_never_wins():
 
 
 def test_memory_is_a_quarter_of_the_naive_way():
-    n, h, w, width = 8, 30, 52, 16  # a 480p frame at patch 16; the gap widens with the frame
+    n, h, w, width = 8, 30, 52, 16  # a 480p frame at patch 16; larger frames save more
 
     def whole(sources, target, labels, far):
         affinity = jnp.exp(jnp.einsum("qd,nsd->nsq", target, sources) / 0.1) * ~far

@@ -1,4 +1,4 @@
-"""Protocols as records: what holds for each of them, and a new one that is a single file."""
+"""Protocol records: properties that all share, and a new protocol in a single file."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ PROTOCOL = Protocol(run=evaluate, keys=KEYS, data=Data("folder named colors", fi
 
 @pytest.fixture
 def dropped(tmp_path, monkeypatch):
-    """The file above in the folder of protocols, as `colors`, and a model to evaluate."""
+    """Installs the file above as protocol `colors`; returns a model to evaluate."""
     folder = tmp_path / "more"
     folder.mkdir()
     (folder / "colors.py").write_text(NEW)

@@ -22,7 +22,7 @@ def test_tables_put_the_published_figure_beside_ours():
     assert lines[1].split() == ["top1_k20", "74.44", "74.5"] and lines[2].split() == ["top1_k10", "74.00"]
     assert lines[-1] == "  published: ImageNet; the official README"
     assert "published" not in table("knn", protocol.get("knn"), {"top1_k20": 1.0}, None)
-    absent = table("voc", protocol.get("voc"), {"jaccard_60": 44.0}, "S/16").splitlines()  # not asked for: shown too
+    absent = table("voc", protocol.get("voc"), {"jaccard_60": 44.0}, "S/16").splitlines()  # not computed: shown too
     assert absent[2].split() == ["jaccard_60_random", "22.0"]
 
 

@@ -1,4 +1,4 @@
-"""The verb `eval` around its protocols."""
+"""The verb `eval`: data, options, tables and errors, whatever the protocol."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dino_jax.eval.protocols import knn, linear, lowshot, retrieval, voc
 
 @pytest.fixture
 def loaded(monkeypatch):
-    """A loaded model of no weight."""
+    """A loaded model without weights."""
     backbone = types.SimpleNamespace(embed_dim=8, depth=1, patch_size=4, registers=0)
     model = types.SimpleNamespace(backbone=backbone, variables={}, config=default())
     monkeypatch.setattr(verb, "load", lambda checkpoint, heads: model)
@@ -125,7 +125,7 @@ def test_data_sets_are_found_in_and_below_a_folder(tmp_path):
         "vos": str(tmp_path / "DAVIS"),
         **dict.fromkeys(("voc", "dense"), str(tmp_path)),
     }
-    with pytest.raises(UserError, match="no data set"):
+    with pytest.raises(UserError, match="no protocol's data found"):
         verb.find(str(tmp_path / "imagenet" / "train"))
     with pytest.raises(UserError, match="no such folder"):
         verb.find(str(tmp_path / "nothing"))
@@ -154,7 +154,7 @@ def test_what_is_absent_is_said_and_what_fails_does_not_stop_the_others(loaded, 
         verb.evaluate("all", "c", str(tmp_path), overrides=["--config.knn.k=(3,)"], out=str(out))
     assert json.loads(out.read_text()) == {"knn/k": 1}
     assert capsys.readouterr().out.splitlines()[0].startswith("knn ")
-    for notice in ("vos is left out: no DAVIS", "retrieval is left out: no rox", "finetune is left out"):
+    for notice in ("vos is skipped: no DAVIS", "retrieval is skipped: no rox", "finetune is skipped"):
         assert notice in caplog.text
 
 
@@ -164,7 +164,7 @@ def test_a_network_without_patches_leaves_their_protocols_out(loaded, tmp_path, 
         (tmp_path / folder).mkdir()
     with caplog.at_level("INFO"):
         assert verb.evaluate("all", "c", str(tmp_path)) == {}
-    assert "voc is left out: it needs patch tokens" in caplog.text
+    assert "voc is skipped: it needs patch tokens" in caplog.text
     for name in ("copydetection", "vos", "voc", "dense"):
         with pytest.raises(UserError, match=f"{name} needs patch tokens, which this backbone does not have"):
             verb.evaluate(name, "c", str(tmp_path))

@@ -23,7 +23,7 @@ MONO = {"model.in_chans": 1, "data.mean": (0.0,), "data.std": (1.0,)}  # no colo
 
 
 def random_image(rng: np.random.Generator, height: int, width: int, kind: str, channels: int = 3) -> np.ndarray:
-    """A random image, uint8 [height, width, channels]; white noise is the hardest case of every operation."""
+    """A random image, uint8 [height, width, channels]; white noise is the hardest case for every operation."""
     if kind == "noise":
         return rng.integers(0, 256, (height, width, channels), np.uint8)
     coarse = rng.integers(0, 256, (channels, height // 12 + 2, width // 12 + 2), np.uint8)
@@ -37,7 +37,7 @@ def planar(image: np.ndarray) -> jax.Array:  # [C, H, W]
 
 
 def difference(planes: jax.Array | list[jax.Array], reference: Image.Image | np.ndarray) -> float:
-    """Mean absolute difference in levels of 255, of float planes [C, H, W] from 8 bits [H, W, C]."""
+    """Mean absolute difference between float planes [C, H, W] and uint8 [H, W, C], in levels of 255."""
     return float(np.abs(np.moveaxis(np.asarray(planes), 0, -1) - np.asarray(reference, np.float32)).mean())
 
 
@@ -53,7 +53,7 @@ def random_box(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
 
 
 def small_config(**overrides):
-    """Device rendering of 2 crops of 48 x 40 and 3 of 24 x 32 from a canvas of 80; output in 0..1."""
+    """Renders 2 crops of 48 x 40 and 3 of 24 x 32 from a canvas of 80; output in 0..1."""
     config = default()
     config.data.render, config.data.canvas = "device", 80
     config.data.mean, config.data.std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
@@ -63,7 +63,7 @@ def small_config(**overrides):
 
 
 def random_batch(config, rng: np.random.Generator, count: int, channels: int = 3):
-    """Images, and the batch that the pipeline makes of them."""
+    """Images, and the pipeline's batch of them."""
     side = config.data.canvas
     sizes = rng.integers(20, side + 1, (count, 2))
     images = [random_image(rng, *size, KINDS[i % 3], channels) for i, size in enumerate(sizes)]
@@ -205,7 +205,7 @@ def test_blur_is_pils(ops, kind):
 
 
 def test_blur_of_white_noise(ops):
-    """The mean over the recipe's radii: PIL rounds six times here."""
+    """Averaged over the recipe's radii; PIL rounds six times here."""
     rng = np.random.default_rng(8)
     image = random_image(rng, 64, 48, "noise")
     radii = rng.uniform(0.1, 2.0, 24).astype(np.float32)
@@ -306,7 +306,7 @@ def test_each_device_renders_its_own_images():
 
 
 def renderer_flops(images: int) -> float:
-    """FLOPs of the default recipe (2 x 224 and 8 x 96 from a canvas of 512), as the compiler counts them."""
+    """The compiler's FLOP count for the default recipe (2 x 224 and 8 x 96 from a canvas of 512)."""
     config = default()
     config.data.render = "device"
     drawn = pil.draw_crops(np.random.default_rng(0), 375, 500, config.crops)
@@ -318,7 +318,7 @@ def renderer_flops(images: int) -> float:
 
 
 def test_rendering_costs_few_flops():
-    """Compared with the matrix products of a ViT-S/16 step: student forward and backward, teacher forward."""
+    """Relative to the matrix products of a ViT-S/16 step: student forward and backward, teacher forward."""
 
     def forward(side: int) -> float:
         tokens, width = (side // 16) ** 2 + 1, 384

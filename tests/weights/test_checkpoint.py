@@ -210,7 +210,7 @@ def test_a_damaged_step_is_reported_passed_over_and_kept(saved, caplog, damage):
         [record] = caplog.records
         assert record.levelno == logging.WARNING
         message = record.getMessage()
-        assert str(saved / "20") in message and "step 10 is used" in message and "\n" not in message
+        assert str(saved / "20") in message and "using step 10 instead" in message and "\n" not in message
         assert same(checkpointer.restore(10, like(make_items(), here())), make_items(10))
         assert checkpointer.save(20, make_items(21), CONFIG)
         assert checkpointer.latest_step() == 20
@@ -386,7 +386,7 @@ def test_killed_in_the_middle_of_a_save(tmp_path, moment, caplog):
     with Checkpointer(tmp_path, keep=3) as checkpointer:
         assert checkpointer.latest_step() == 1
         warnings = [record.getMessage() for record in caplog.records]
-        expected = f"{tmp_path}/2: half-written; step 1 is used instead"
+        expected = f"{tmp_path}/2: half-written; using step 1 instead"
         assert warnings == ([expected] if moment > 1 else [])  # at 1 there is no folder yet
         assert same(checkpointer.restore(1, like(items, here())), items)
         assert checkpointer.save(2, items, CONFIG)
@@ -448,7 +448,7 @@ def test_in_a_bucket():
     with serve() as (store, environment):
         child = run_child(IN_A_BUCKET, **environment)
     assert child.stdout == "passed\n", child.stderr[-3000:]
-    assert "step 2 is used instead" in child.stderr
+    assert "using step 2 instead" in child.stderr
     assert "bucket/run/checkpoints/4/teacher/_METADATA" in store.objects
 
 

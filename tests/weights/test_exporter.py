@@ -221,7 +221,7 @@ def test_registered_models_are_known_from_their_shapes(name):
     config.model.name = name
     table = keys.key_table(architecture.backbone_shapes(config), architecture.rules(config, "official"))
     tensors = {key: np.empty(entry.shape, np.float16) for entry in table for key in entry.keys}
-    fmt, found = architecture.recognise(tensors, name), default()
+    fmt, found = architecture.recognize(tensors, name), default()
     architecture.fill_model(found, fmt, tensors, architecture.Hints(), name)
     assert found.model == config.model
     assert found.crops.global_size == (224, 224)

@@ -109,7 +109,7 @@ def test_a_local_file_in_place_of_the_download(tmp_path, load_reference):
     write_pth(tmp_path / "mine.pth", state)
     weights = importer.read("dino_vits16", from_file=tmp_path / "mine.pth", heads=3)
     assert weights.config.model.patch_size == 8
-    with pytest.raises(UserError, match="no released model"):
+    with pytest.raises(UserError, match="not a released model"):
         importer.read(tmp_path / "mine.pth", from_file=tmp_path / "mine.pth")
 
 

@@ -1,8 +1,8 @@
 """Copy detection on INRIA Copydays (paper table 4; official `eval_copy_detection.py`).
 
-Layout: `DATA/original`, `DATA/strong` and, where present, `DATA/jpegqual/*` and `DATA/crops/*`. Every copy is a query
-and the originals, with distractors if given, are the database. An image's feature is CLS beside the GeM-pooled patch
-tokens, whitened by a PCA of other images. The score is the mean average precision of the best 20.
+Layout: `DATA/original`, `DATA/strong` and optionally `DATA/jpegqual/*` and `DATA/crops/*`. Every copy is a query; the
+database is the originals plus any distractors. Features are CLS concatenated with GeM-pooled patch tokens, PCA-whitened
+if `whitening` names other images. The score is the mean average precision over the top 20.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ PREFIX = 4  # leading characters of a file name that a copy shares with its orig
 
 KEYS = {
     "size": Key(320, "side of the square that images are resized to, bicubic", "[1, inf)"),
-    "whitening": Key(str, "folder of images that fit the whitening (the paper: 20k of YFCC100M)"),
-    "distractors": Key(str, "folder of images added to the database (the paper: 10k of YFCC100M)"),
+    "whitening": Key(str, "folder of images to fit the whitening on (paper: 20k of YFCC100M)"),
+    "distractors": Key(str, "folder of images added to the database (paper: 10k of YFCC100M)"),
     "batch_size": Key(32, "images per batch", "[1, inf)"),
     "threads": THREADS,
 }
@@ -40,7 +40,7 @@ KEYS = {
 
 @dataclasses.dataclass(frozen=True)
 class ClsAndGem:
-    """CLS and the GeM-pooled patch tokens of the last block side by side, [B, 2 * D]."""
+    """CLS and GeM-pooled patch tokens of the last block, concatenated: [B, 2 * D]."""
 
     def __call__(self, backbone: nn.Module, images: jax.Array) -> jax.Array:
         tokens = backbone.tokens(images)
@@ -48,7 +48,7 @@ class ClsAndGem:
 
 
 def evaluate(model: Model, data: str, config: ConfigDict, workdir: str | None = None) -> dict[str, float]:
-    """`map_<block>` in percent for every block of copies found: `map_strong`, `map_jpegqual/3`, ..."""
+    """`map_<block>` in percent for every block of copies: `map_strong`, `map_jpegqual/3`, ..."""
     blocks = _blocks(data)
     features = {name: squeezed_features(model, paths, config) for name, paths in blocks.items()}
     database = features["original"]
@@ -78,10 +78,10 @@ PROTOCOL = Protocol(
 
 
 def copy_score(database: np.ndarray, queries: np.ndarray, originals: Sequence[str], copies: Sequence[str]) -> float:
-    """Mean average precision over the best `DEPTH` of each query [Q, D] in the database [N, D].
+    """Mean average precision over the top `DEPTH` of each query [Q, D] in the database [N, D].
 
     Args:
-      originals: keys of the database's first rows; what follows are distractors.
+      originals: keys of the database's first rows; the others are distractors.
       copies: key of each query's original.
     """
     near = np.argsort(-similarity(database, queries), axis=0, kind="stable")[:DEPTH].T  # [Q, DEPTH]
@@ -94,10 +94,10 @@ def copy_score(database: np.ndarray, queries: np.ndarray, originals: Sequence[st
 
 
 def _blocks(data: str) -> dict[str, list[epath.Path]]:
-    """The images of every block by its name, the originals first."""
+    """Images by block name, originals first."""
     root = epath.Path(data)
     if not (root / "original").is_dir():
-        raise UserError(f"--data={data}: no folder named original in it: give the Copydays folder")
+        raise UserError(f"--data={data}: it has no folder named original: give the Copydays folder")
     folders = [root / "original", root / "strong"]
     folders += [f for part in ("jpegqual", "crops") if (root / part).is_dir() for f in sorted((root / part).iterdir())]
     blocks = {str(f.relative_to(root)): list_images(f) for f in folders if f.is_dir()}
@@ -105,7 +105,7 @@ def _blocks(data: str) -> dict[str, list[epath.Path]]:
     for paths in blocks.values():
         orphans = [path for path in paths if path.name[:PREFIX] not in keys]
         if orphans:
-            raise UserError(f"{orphans[0]}: no original whose name begins with {orphans[0].name[:PREFIX]}")
+            raise UserError(f"{orphans[0]}: no original has a name starting with {orphans[0].name[:PREFIX]}")
     return blocks
 
 

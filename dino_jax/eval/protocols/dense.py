@@ -1,7 +1,7 @@
 """Dense transfer: semantic segmentation by a linear head on frozen patch tokens, scored by mean IoU.
 
-The head gives each patch its class scores, which are enlarged bilinearly to the image. It is trained by AdamW with a
-cosine on crops mirrored and resized at random; images are tested resized to a square and scored at their own size.
+The head predicts class scores per patch, upsampled bilinearly to the image. It is trained by AdamW with a cosine
+schedule on random resized and flipped crops. Test images are resized to a square and scored at their original size.
 Data: VOC's layout (21 classes, trained on `train`, tested on `val`), `scenes:` specs, or folders with images and masks.
 
 Legend: B batch, h x w patches, S side in pixels, D width, K classes.
@@ -36,12 +36,12 @@ from dino_jax.parallel.sharding import process_rows, replicated, to_devices
 _log = logging.getLogger(__name__)
 
 KEYS = {
-    "size": Key(480, "side of the square that the network sees, cut to whole patches", "[1, inf)"),
+    "size": Key(480, "side of the square input, rounded down to whole patches", "[1, inf)"),
     "epochs": Key(20, "passes over the training images", "[1, inf)"),
     "batch_size": Key(16, "images per step, over all devices", "[1, inf)"),
-    "lr": Key(1e-3, "learning rate at the start of its cosine", "(0, inf)"),
+    "lr": Key(1e-3, "initial learning rate, with a cosine schedule", "(0, inf)"),
     "weight_decay": Key(1e-4, "of the head", "[0, inf)"),
-    "scale": Key((0.25, 1.0), "share of a training image's area that a crop takes, low and high", "(0, 1]"),
+    "scale": Key((0.25, 1.0), "area of a training crop as a share of the image, low and high", "(0, 1]"),
     "seed": SEED,
     "threads": THREADS,
 }
@@ -50,10 +50,10 @@ KEYS = {
 def evaluate(model: Model, data: str, config: ConfigDict, workdir: str | None = None) -> dict[str, float]:
     """`miou` over the classes that occur (background included) and `pixel_accuracy`, in percent.
 
-    With a `workdir`, `dense.png` there shows some images beside truth and prediction.
+    With a `workdir`, `dense.png` there shows some images, ground truth and predictions.
     """
     if len(config.scale) != 2 or config.scale[0] > config.scale[1]:
-        raise UserError(f"--config.scale={config.scale}: two shares are needed, the lower first")
+        raise UserError(f"--config.scale={config.scale}: give two shares, the lower first")
     train, test = train_test_masks(data, len(model.mean))
     classes = train.num_classes or max(_largest(part, config) for part in (train, test)) + 1
     head = fit(model, train, classes, config)
@@ -71,7 +71,7 @@ PROTOCOL = Protocol(
 
 
 def iou_scores(counts: np.ndarray) -> dict[str, float]:
-    """The figures from a confusion matrix [K truth, K predicted] of pixels."""
+    """Figures from a confusion matrix [K truth, K predicted] of pixels."""
     right = np.diag(counts)
     union = counts.sum(0) + counts.sum(1) - right
     return {
@@ -81,7 +81,7 @@ def iou_scores(counts: np.ndarray) -> dict[str, float]:
 
 
 def fit(model: Model, train: MaskedImages, classes: int, config: ConfigDict) -> dict[str, jax.Array]:
-    """The trained head: kernel [D, K], bias [K]."""
+    """Trains the head: kernel [D, K], bias [K]."""
     mesh = data_mesh()
     size = rounded(config.batch_size, mesh)
     steps = config.epochs * -(-train.size // size)
@@ -109,7 +109,7 @@ def fit(model: Model, train: MaskedImages, classes: int, config: ConfigDict) -> 
 
 
 def _loss(head: dict[str, jax.Array], tokens: jax.Array, labels: jax.Array) -> jax.Array:
-    """Mean cross-entropy over the pixels [B, S, S] that have a class."""
+    """Mean cross-entropy over the labeled pixels [B, S, S]."""
     logits = _pixels(head, tokens, labels.shape[1])
     counted = labels != IGNORE
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(counted, labels, 0).astype(jnp.int32))
@@ -117,7 +117,7 @@ def _loss(head: dict[str, jax.Array], tokens: jax.Array, labels: jax.Array) -> j
 
 
 def _pixels(head: dict[str, jax.Array], tokens: jax.Array, side: int) -> jax.Array:
-    """Class scores of every pixel, [B, h, w, D] -> [B, S, S, K], bilinear."""
+    """Class scores per pixel, upsampled bilinearly: [B, h, w, D] -> [B, S, S, K]."""
     scores = jnp.einsum("bhwd,dk->bhwk", tokens, head["kernel"], precision="highest") + head["bias"]
     rows, columns = (jnp.asarray(linear_matrix(n, side), jnp.float32) for n in scores.shape[1:3])
     return jnp.einsum("yh,xw,bhwk->byxk", rows, columns, scores, precision="highest")
@@ -131,7 +131,7 @@ def _tokens(net: Forward, variables: Any, images: jax.Array) -> jax.Array:
 def _train_batches(
     train: MaskedImages, side: int, size: int, mine: np.ndarray, epoch: int, config: ConfigDict
 ) -> Iterator[dict[str, np.ndarray]]:
-    """This process's rows of an epoch: `image` uint8 [b, S, S, C] and `labels` uint8 [b, S, S]; filling is ignored."""
+    """This process's batches of an epoch: `image` uint8 [b, S, S, C], `labels` uint8 [b, S, S]; padding is IGNORE."""
 
     def load(row: int | None) -> tuple[np.ndarray, np.ndarray]:
         pixels, _, classes = train.load(0 if row is None else row)
@@ -156,7 +156,7 @@ def confusion(
     config: ConfigDict,
     drawing: epath.Path | None = None,
 ) -> np.ndarray:
-    """Pixels by true and predicted class, int64 [K, K]; pixels without a class do not count."""
+    """Pixel counts by true and predicted class, int64 [K, K]; unlabeled pixels are skipped."""
     side = whole_patches(model, config.size)
     head = jax.device_get(head)
     predict = jax.jit(lambda tokens: jnp.argmax(_pixels(head, tokens, side), -1).astype(jnp.uint8))
@@ -177,11 +177,11 @@ def confusion(
                 maps = np.where(counted, labels, 0), predicted
                 shown.append([masked.pixels, *(tinted(masked.pixels, map_, palette()) for map_ in maps)])
             if labels[counted].max(initial=0) >= classes:
-                raise UserError(f"a mask holds class {labels[counted].max()}, but there are {classes} classes")
+                raise UserError(f"a mask has class {labels[counted].max()}, but there are only {classes} classes")
             cells = labels[counted].astype(int) * classes + predicted[counted]
             counts += np.bincount(cells, minlength=classes**2).reshape(classes, classes)
     if not counts.sum():
-        raise UserError("dense: no pixel of the test masks has a class: check --data")
+        raise UserError("dense: the test masks have no labeled pixels: check --data")
     if drawing is not None:
         save_rows(drawing, [[tile(panel, 160) for panel in row] for row in shown])
     return counts

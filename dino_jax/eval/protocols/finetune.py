@@ -1,9 +1,9 @@
 """Fine-tuning of the whole network with the recipe of DeiT (paper table 6).
 
-The hyper-parameters are from issues 31, 81, 144 and 171 of the official repository, where its authors state them.
-Variants for CIFAR, Flowers, Cars and iNaturalist: `configs/finetune`. AdamW with a cosine after a warm-up, label
-smoothing, mixup or CutMix, RandAugment, random erasing, stochastic depth, repeated augmentation, and on request
-layer-wise learning rates and an average of the weights.
+Hyper-parameters are from the authors' answers in issues 31, 81, 144 and 171 of the official repository. Variants for
+CIFAR, Flowers, Cars and iNaturalist: `configs/finetune`. The recipe is AdamW with warm-up and cosine, label smoothing,
+mixup or CutMix, RandAugment, random erasing, stochastic depth and repeated augmentation; layer-wise learning rates and
+weight averaging (EMA) are optional.
 
 Legend: B batch, D width, K classes.
 """
@@ -47,23 +47,21 @@ KEYS = {
     "warmup_epochs": Key(5, "epochs of linear warm-up", "[0, inf)"),
     "warmup_lr": Key(1e-6, "learning rate at the start of the warm-up; not scaled", "[0, inf)"),
     "min_lr": Key(1e-5, "learning rate at the end of the cosine; not scaled", "[0, inf)"),
-    "weight_decay": Key(0.05, "of matrices; not of biases, norms, CLS, registers and positions", "[0, inf)"),
-    "layer_decay": Key(
-        1.0, "factor of the learning rate from each block to the one below; 1: the same for all", "(0, inf)"
-    ),
-    "head_scale": Key(0.001, "of the new head's initial weights N(0, 0.02) (issue 31)", "[0, inf)"),
+    "weight_decay": Key(0.05, "for matrices only, not biases, norms, CLS, registers and positions", "[0, inf)"),
+    "layer_decay": Key(1.0, "learning rate factor from each block to the one below; 1: the same for all", "(0, inf)"),
+    "head_scale": Key(0.001, "scale of the new head's initial weights N(0, 0.02) (issue 31)", "[0, inf)"),
     "drop_path": Key(0.1, "stochastic depth rate of the last block (XCiT: of every block)", "[0, 1)"),
-    "smoothing": Key(0.1, "of the labels", "[0, 1]"),
+    "smoothing": Key(0.1, "label smoothing", "[0, 1]"),
     "mixup": Key(0.8, "alpha of the beta distribution; 0: off", "[0, inf)"),
-    "cutmix": Key(1.0, "alpha; 0: off. With both, each batch takes one of them", "[0, inf)"),
-    "magnitude": Key(9.0, "of RandAugment's two operations, out of 10; 0: off", "[0, inf)"),
+    "cutmix": Key(1.0, "alpha of the beta distribution; 0: off. With mixup on too, each batch draws one", "[0, inf)"),
+    "magnitude": Key(9.0, "strength of RandAugment's two operations, out of 10; 0: off", "[0, inf)"),
     "erasing": Key(0.25, "probability of random erasing", "[0, 1]"),
     "repeats": Key(
         3,
-        "augmentations of an image in one epoch, which then holds this fraction (1 / repeats) of the images",
+        "augmentations per image in an epoch, which then holds 1 / repeats of the images",
         "[1, inf)",
     ),
-    "ema": Key(0.0, "momentum of an average of the weights that is tested too, e.g. 0.99996; 0: off", "[0, 1)"),
+    "ema": Key(0.0, "momentum of a weight average, which is also tested, e.g. 0.99996; 0: off", "[0, 1)"),
     "size": Key(224, "side of training crops", "[1, inf)"),
     "resize": RESIZE,
     "crop": CROP,
@@ -74,29 +72,27 @@ KEYS = {
 
 
 class State(NamedTuple):
-    """Everything that training changes."""
+    """The training state."""
 
     params: Any  # {"backbone": ..., "head": {"kernel" [D, K], "bias" [K]}}
     batch_stats: Any
     opt_state: Any
-    ema: Any  # parameters, or {} where it is off
+    ema: Any  # parameters, or {} if off
     step: jax.Array
 
 
 def evaluate(model: Model, data: str, config: ConfigDict, workdir: str | None = None) -> dict[str, float]:
-    """`top1` and `top5` in percent after the last epoch, `top1_best` over the epochs, `top1_ema` of the average.
+    """`top1` and `top5` in percent after the last epoch, `top1_best` over epochs, `top1_ema` of the weight average.
 
-    `data` is as in `splits.train_test`. With a `workdir` the state is kept in `finetune/` there, and an
-    interrupted run resumes.
+    `data` is as in `splits.train_test`. With a `workdir`, the state is saved in `finetune/` there, and an interrupted
+    run resumes.
     """
     train_spec, test_spec = train_test(data)
     train, test = open_source(train_spec), open_source(test_spec)
     classes = class_count(train, test, data)
     steps = len(train) // config.batch_size
     if not steps:
-        raise UserError(
-            f"--config.batch_size={config.batch_size} is more than the {len(train)} training images: lower it"
-        )
+        raise UserError(f"--config.batch_size={config.batch_size} exceeds the {len(train)} training images: lower it")
     optimizer = make_optimizer(config, steps)
     state = init(model, config, classes, optimizer)
     step = make_step(model.forward, config, classes, optimizer)
@@ -124,12 +120,12 @@ PROTOCOL = Protocol(
     published={"top1": {"S/16": 81.5, "B/16": 82.8}},
     source="ImageNet; the paper, table 6, which has for C10, C100, iNaturalist 18 and 19, Flowers, Cars: "
     "S/16 99.0 90.5 72.0 78.2 98.5 93.0, B/16 99.1 91.7 72.6 78.6 98.8 93.0",
-    order=None,  # it trains the whole network, for days
+    order=None,  # it trains the whole network for days
 )
 
 
 def init(model: Model, config: ConfigDict, classes: int, optimizer: optax.GradientTransformation) -> State:
-    """The pretrained backbone under a new head, on all devices."""
+    """Initial state: the pretrained backbone with a new head, replicated on all devices."""
     shape = jax.ShapeDtypeStruct((1, config.size, config.size, len(model.mean)), jnp.float32)
     width = jax.eval_shape(model.backbone.apply, model.variables, shape).shape[-1]
     rng = np.random.default_rng(config.seed)
@@ -137,14 +133,14 @@ def init(model: Model, config: ConfigDict, classes: int, optimizer: optax.Gradie
     head = {"kernel": kernel, "bias": np.zeros(classes, np.float32)}
     params = {"backbone": model.variables["params"], "head": head}
     stats = model.variables.get("batch_stats", {})
-    params, stats = jax.tree.map(jnp.array, (params, stats))  # copies: the state is donated
+    params, stats = jax.tree.map(jnp.array, (params, stats))  # copy, as the state is donated
     ema = jax.tree.map(jnp.copy, params) if config.ema else {}
     state = State(params, stats, optimizer.init(params), ema, jnp.zeros((), jnp.int32))
     return jax.device_put(state, replicated(data_mesh()))
 
 
 def make_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformation:
-    """AdamW with warm-up, cosine and layer-wise learning rates; `steps` in an epoch."""
+    """AdamW with warm-up, cosine and layer-wise learning rates; `steps` per epoch."""
     peak, warmup = config.lr * config.batch_size / 512, config.warmup_epochs * steps
     total = max(config.epochs * steps, warmup + 1)
     schedule = optax.warmup_cosine_decay_schedule(config.warmup_lr, peak, warmup, total, config.min_lr)
@@ -163,16 +159,16 @@ def make_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformati
 
 
 def decayed(params: Any) -> Any:
-    """Which parameters weight decay is for: all matrices and kernels but CLS, registers and positions."""
+    """Which parameters are decayed: matrices and kernels, except CLS, registers and positions."""
     return jax.tree_util.tree_map_with_path(
         lambda path, x: x.ndim > 1 and not re.search(r"_token|pos_embed", _name(path)), params
     )
 
 
 def layers_of(params: Any) -> Any:
-    """The layer of each parameter: 0 for the embeddings, then one a block, then one for all that follows the blocks.
+    """Layer number of each parameter: 0 for embeddings, then one per block, then one for everything after the blocks.
 
-    The class-attention blocks of an XCiT count as blocks above the others.
+    XCiT's class-attention blocks come after the other blocks.
     """
     names = jax.tree_util.tree_map_with_path(lambda path, _: _name(path), params)
     blocks = sorted({block for name in jax.tree.leaves(names) if (block := _block(name))})
@@ -186,7 +182,7 @@ def layers_of(params: Any) -> Any:
 
 
 def _block(name: str) -> tuple[bool, int] | None:
-    """The block that a parameter belongs to: whether it is one of class attention, and its number."""
+    """A parameter's block: (is class attention, number), or None."""
     found = re.search(r"(cls_attn_)?blocks_(\d+)/", name)
     return None if found is None else (found[1] is not None, int(found[2]))
 
@@ -209,7 +205,7 @@ def _train_epoch(
         threads=config.threads,
         repeats=config.repeats,
     )
-    whole = len(train) // config.batch_size  # what is left does not fill a batch
+    whole = len(train) // config.batch_size  # drop the last partial batch
     for number, batch in enumerate(itertools.islice(batches, whole)):
         rng = np.random.default_rng((config.seed, epoch, number))
         state = step(state, batch, draw_mix(rng, config.size, config.size, config.mixup, config.cutmix))
@@ -217,7 +213,7 @@ def _train_epoch(
 
 
 def augmented(pixels: np.ndarray, rng: np.random.Generator, config: ConfigDict) -> np.ndarray:
-    """One training view uint8 [S, S, C]: crop (bicubic), flip, RandAugment."""
+    """A training view uint8 [S, S, C]: random crop (bicubic), flip, RandAugment."""
     view = crop_and_flip(pixels, rng, config.size, how=Image.Resampling.BICUBIC)
     return rand_augment(view, rng, config.magnitude) if config.magnitude else view
 
@@ -225,12 +221,12 @@ def augmented(pixels: np.ndarray, rng: np.random.Generator, config: ConfigDict) 
 def make_step(
     net: Forward, config: ConfigDict, classes: int, optimizer: optax.GradientTransformation
 ) -> Callable[[State, dict, Any], State]:
-    """The jitted step; the state is donated."""
+    """The jitted training step, which donates the state."""
     root = jax.random.key(config.seed)
 
     def step(state: State, batch: dict[str, jax.Array], mix: Any) -> State:
         noise, paths = jax.random.split(jax.random.fold_in(root, state.step))
-        images = erase(noise, net.normalise(batch["image"]), config.erasing)
+        images = erase(noise, net.normalize(batch["image"]), config.erasing)
         targets = smoothed(batch["label"], classes, config.smoothing)
         images, targets = mix_batch(images, targets, batch["valid"], mix)
         weight = batch["valid"] / jnp.maximum(jnp.sum(batch["valid"]), 1)
@@ -249,7 +245,7 @@ def make_step(
 
 
 def drop_path(key: jax.Array, net: Forward, batch: int, config: ConfigDict) -> jax.Array | None:
-    """Drop-path factors [depth, branches, B], 0 or 1 / keep, at the backbone's rates; None where all of them are 0."""
+    """Drop-path factors [depth, branches, B], 0 or 1 / keep, at the backbone's rates; None if all rates are 0."""
     rates = net.backbone.drop_rates(config.drop_path)
     if not rates.any():
         return None
@@ -260,7 +256,7 @@ def drop_path(key: jax.Array, net: Forward, batch: int, config: ConfigDict) -> j
 def forward(
     net: Forward, params: Any, batch_stats: Any, images: jax.Array, paths: jax.Array | None, train: bool = True
 ) -> tuple[jax.Array, Any]:
-    """Class scores [B, K] of normalized images, and the batch statistics after them."""
+    """Class scores [B, K] of normalized images, and the updated batch statistics."""
     variables = {"params": params["backbone"], "batch_stats": batch_stats}
     mutable = ["batch_stats"] if train else []
     features, changed = net.backbone.apply(variables, images, paths, train, mutable=mutable)
@@ -270,7 +266,7 @@ def forward(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _test_step(net: Forward, params: Any, batch_stats: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    images = net.normalise(batch["image"])
+    images = net.normalize(batch["image"])
     logits, _ = forward(net, params, batch_stats, images, None, train=False)
     return hits(logits[None], batch["label"], batch["valid"])[:, 0], jnp.sum(batch["valid"])
 
@@ -290,31 +286,31 @@ def _test(model: Model, test: Source, config: ConfigDict, state: State) -> dict[
 
 
 class _Keeper:
-    """The state on disk after every evaluation; nothing where there is no workdir."""
+    """Saves and restores the state; does nothing without a workdir."""
 
     def __init__(self, workdir: str | None, config: ConfigDict):
         self.config = json.dumps({**config.to_dict(), "threads": 0}, sort_keys=True)
         self.checkpointer = None if workdir is None else Checkpointer(epath.Path(workdir) / "finetune")
 
     def restore(self, state: State) -> tuple[int, float, State]:
-        """Epochs done, best top-1 and state; those of the start where there is no checkpoint."""
+        """Epochs done, best top-1 and state; initial ones if there is no checkpoint."""
         if self.checkpointer is None or (last := self.checkpointer.latest_step()) is None:
             return 0, 0.0, state
         directory = self.checkpointer.directory
         saved = json.dumps(json.loads(restore_config(directory, last)), sort_keys=True)
         if saved != self.config:
-            raise UserError(f"{directory}: holds a run with other settings: use another --workdir or remove it")
+            raise UserError(f"{directory}: has a run with other settings: use another --workdir or remove it")
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
         items = {"state": shapes, "best": {"top1": jax.ShapeDtypeStruct((), np.float64)}}
         found = self.checkpointer.restore(last, items)
         return last, float(found["best"]["top1"]), found["state"]
 
     def save(self, epoch: int, best: float, state: State) -> None:
-        """Keeps the latest only."""
+        """Saves the state, replacing the previous one."""
         if self.checkpointer is not None:
             self.checkpointer.save(epoch, {"state": state, "best": {"top1": np.float64(best)}}, self.config)
 
     def close(self) -> None:
-        """Waits for what is being written."""
+        """Waits for pending writes."""
         if self.checkpointer is not None:
             self.checkpointer.close()

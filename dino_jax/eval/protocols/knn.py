@@ -1,10 +1,10 @@
 """Weighted k-nearest-neighbor classification of frozen features (paper section 4.1; official `eval_knn.py`).
 
-Features are L2-normalized, the k most similar training images vote for their label with weight exp(similarity / T),
-and a test image counts for top-1 (top-5) when its class is the first (among the first five) by votes.
+Features are L2-normalized. The k most similar training images vote for their label with weight exp(similarity / T),
+and a test image is correct for top-1 (top-5) if its class has the most votes (is among the first five).
 
-The training features stay on the host and pass through the devices chunk by chunk, while every device keeps the best
-k so far of its own share of the test images. So neither side has to fit one device, and no similarity matrix is kept.
+Training features stay on the host and stream through the devices in chunks, while each device keeps the best k so far
+for its share of the test images. Neither side has to fit on one device, and no full similarity matrix is built.
 
 Legend: Q queries, M training images in a chunk, D width, K largest k.
 """
@@ -35,16 +35,16 @@ from dino_jax.eval.splits import CLASSES, check_labels, train_test
 from dino_jax.inference.model import Model
 from dino_jax.models.layers import unit
 
-ROUND = 128  # training images in a chunk are a multiple of this
-QUERY_BLOCK = 5120  # queries on a device in one call
-QUERY_ROWS = 512  # of them compared at once
-AT_ONCE = 2  # calls: a CPU ranks for one while it multiplies for another
+ROUND = 128  # chunks of training images are a multiple of this
+QUERY_BLOCK = 5120  # queries per device and call
+QUERY_ROWS = 512  # of those, compared at once
+AT_ONCE = 2  # concurrent calls: a CPU ranks in one while it multiplies in another
 
 _unit = jax.jit(unit)
 
 KEYS = {
-    "k": Key((10, 20, 100, 200), "numbers of neighbors; those beyond the training set's size are left out", "[1, inf)"),
-    "temperature": Key(0.07, "of the neighbors' votes", "(0, inf)"),
+    "k": Key((10, 20, 100, 200), "numbers of neighbors; any above the training set's size are skipped", "[1, inf)"),
+    "temperature": Key(0.07, "temperature of the neighbors' votes", "(0, inf)"),
     "resize": RESIZE,
     "crop": CROP,
     "batch_size": Key(256, "images per batch", "[1, inf)"),
@@ -55,11 +55,11 @@ KEYS = {
 def evaluate(model: Model, data: str, config: ConfigDict, workdir: str | None = None) -> dict[str, float]:
     """`top1_k<k>` and `top5_k<k>` in percent. `data` is as in `splits.train_test`.
 
-    With a `workdir` the features are kept there, and `knn.png` shows some test images and their neighbors, those of
-    the same class framed in green.
+    With a `workdir`, features are cached there, and `knn.png` shows some test images and their neighbors, framed in
+    green if of the same class.
     """
     train, test = train_test(data)
-    sources = [open_source(spec) for spec in (train, test)]  # both, before the long part
+    sources = [open_source(spec) for spec in (train, test)]  # open both first, to fail early
     features, labels = source_features(model, sources[0], train, config, workdir=workdir)
     test_features, test_labels = source_features(model, sources[1], test, config, workdir=workdir)
     num_classes = check_labels(labels, test_labels, data)
@@ -96,9 +96,9 @@ PROTOCOL = Protocol(
 
 
 def _draw(path: epath.Path, train: tuple, test: tuple) -> None:
-    """`train` and `test`: a source, the features of its images and their labels."""
+    """Draws neighbors; `train` and `test` are (source, features, labels)."""
     if any(len(source) != len(features) for source, features, _ in (train, test)):
-        return  # some could not be read, so the rows are not the images' numbers
+        return  # unreadable images were skipped, so rows are not image numbers
     chosen = np.unique(np.linspace(0, len(test[1]) - 1, SHOWN).astype(int))
     near = nearest(test[1][chosen], train[1], min(SHOWN, len(train[1])), devices=jax.local_devices())[1]
     rows = []
@@ -126,18 +126,18 @@ def knn_classify(
     """Top-1 and top-5 accuracy in percent for each k.
 
     Args:
-      train_features: [N, D] float, need not be normalized; any array with NumPy slicing, a memory map included.
+      train_features: [N, D] float, need not be normalized; any array with NumPy slicing, e.g. a memory map.
       train_labels: [N] int in 0..num_classes-1.
       test_features: [Q, D] float.
       test_labels: [Q] int.
       ks: numbers of neighbors; the largest must not exceed N.
       temperature: T of the vote's weight.
-      num_classes: by default one more than the largest label.
+      num_classes: default the largest label + 1.
       chunk: training images on the devices at a time.
       devices: default all.
 
     Raises:
-      UserError: more neighbors asked than there are training images, missing or negative labels, unequal lengths.
+      UserError: k exceeds the training images, missing or negative labels, or unequal lengths.
     """
     _check(train_features, train_labels, test_features, test_labels, ks)
     train_labels, test_labels = np.asarray(train_labels), np.asarray(test_labels)
@@ -151,13 +151,13 @@ def knn_classify(
 def vote(
     similarities: np.ndarray, neighbor_labels: np.ndarray, labels: np.ndarray, temperature: float, num_classes: int
 ) -> tuple[float, float]:
-    """Top-1 and top-5 in percent from each query's neighbors: similarities and their labels [Q, k], truth [Q].
+    """Top-1 and top-5 in percent, from similarities and labels of each query's neighbors [Q, k] and true labels [Q].
 
-    Equal votes are ranked by class number; as in the official code, top-5 looks at no more than k classes.
+    Ties are ranked by class number. As in the official code, top-5 considers at most k classes.
     """
-    weights = np.exp((similarities.astype(np.float64) - 1) / temperature)  # [Q, k]; the shift changes no ranking
+    weights = np.exp((similarities.astype(np.float64) - 1) / temperature)  # [Q, k]; the shift keeps the ranking
     classes, ranks = np.arange(num_classes), []
-    step = max(1, 2**24 // num_classes)  # queries at a time: at most 128 MB of votes
+    step = max(1, 2**24 // num_classes)  # queries per batch: at most 128 MB of votes
     for start in range(0, len(labels), step):
         rows = slice(start, start + step)
         truth = labels[rows, None]  # [q, 1]
@@ -180,8 +180,8 @@ def nearest(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k rows of `bank` [N, D] with the largest cosine similarity to each of `queries` [Q, D], best first.
 
-    Returns similarities [Q, k] float and row numbers [Q, k] int32. Products are taken at the highest precision the
-    backend has. Every process of a multi-host run passes the same arrays and gets the whole answer.
+    Returns similarities [Q, k] float and row numbers [Q, k] int32. Products use the highest precision. In a multi-host
+    run, every process passes the same arrays and gets the full result.
     """
     devices = list(jax.devices() if devices is None else devices)
     mesh = Mesh(np.array(devices), ("data",))
@@ -205,19 +205,19 @@ def nearest(
 
 
 def _equal(number: int, most: int) -> tuple[int, int]:
-    """The fewest equal parts with at most so many each: how many, and how many in each (rounded up)."""
+    """Splits `number` into the fewest equal parts of at most `most`: (parts, size of each, rounded up)."""
     parts = -(-number // most)
     return parts, -(-number // parts)
 
 
 @functools.lru_cache(maxsize=8)
 def _gather(mesh: Mesh) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """Copies a block's results to every device, for every process to read."""
+    """Replicates a block's results so that every process can read them."""
     return jax.jit(lambda *x: x, out_shardings=NamedSharding(mesh, P()))
 
 
 def _put(array: np.ndarray, rows: int, spec: P, *, mesh: Mesh, dtype: np.dtype) -> jax.Array:
-    """The array padded with zero rows to `rows` and laid out over the mesh (each process gives its own shards)."""
+    """Pads an array with zeros to `rows` rows and shards it over the mesh (each process provides its shards)."""
     padded = np.zeros((rows, *array.shape[1:]), dtype)
     padded[: len(array)] = array
     return jax.make_array_from_callback(padded.shape, NamedSharding(mesh, spec), lambda where: padded[where])
@@ -225,7 +225,7 @@ def _put(array: np.ndarray, rows: int, spec: P, *, mesh: Mesh, dtype: np.dtype) 
 
 @functools.lru_cache(maxsize=8)
 def _search(mesh: Mesh, k: int) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """The jitted step: the best k of a block of queries among rows `part` [M, D] of the bank and those found before."""
+    """The jitted step: updates a block of queries' best k with the bank's rows `part` [M, D]."""
 
     def local(part: jax.Array, start: jax.Array, valid: jax.Array, *block: jax.Array) -> tuple[jax.Array, jax.Array]:
         def rows(block: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
@@ -251,11 +251,11 @@ def _search(mesh: Mesh, k: int) -> Callable[..., tuple[jax.Array, jax.Array]]:
 
 
 def candidates(values: jax.Array, k: int, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Entries of each row of [B, M] that hold the k largest of its first `valid`, and their columns (int32).
+    """Candidates for the k largest among the first `valid` entries of each row of [B, M], and their columns (int32).
 
-    The k largest lie in the k blocks of columns with the largest maxima. Blocks are of about sqrt(M / k) columns, so
-    that there are as many maxima to rank now as entries later. Other entries are -inf; `values` is never masked as a
-    whole, which would cost as much as the ranking: only the one block where the valid columns end.
+    The k largest lie in the k column blocks with the largest maxima. Blocks have about sqrt(M / k) columns, which
+    balances ranking the maxima and ranking the candidates. Invalid entries are -inf; only the block where the valid
+    columns end is masked, as masking all of `values` would cost as much as the ranking.
     """
     width = values.shape[1]
     block = min(2 ** round(math.log2(width / k) / 2), ROUND)
@@ -284,7 +284,7 @@ def _check(
 ) -> None:
     for name, features, labels in (("train", train_features, train_labels), ("test", test_features, test_labels)):
         if len(features) != len(labels) or not len(features):
-            raise UserError(f"knn: {len(features)} {name} features for {len(labels)} labels: give one label a feature")
+            raise UserError(f"knn: {len(features)} {name} features but {len(labels)} labels: give as many of each")
         if np.min(labels) < 0:
             raise UserError(f"knn: the {name} images have no labels: use class folders or a labeled source")
     if max(ks) > len(train_features):

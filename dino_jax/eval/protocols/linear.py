@@ -1,9 +1,9 @@
 """Linear classification of frozen features (paper table 2; official `eval_linear.py`), a grid of heads at once.
 
-One forward pass feeds a linear head for every choice of features and of learning rate: `4` stands for the CLS tokens
-of the last four blocks, `1+avg` for the last CLS and the mean patch token. Training is SGD with momentum 0.9 and no
-decay, the learning rate scaled by batch / 256 and lowered by a cosine over epochs. The official protocol reports the
-best epoch on the test set; with `holdout` head and epoch are chosen on training images that are left out instead.
+One forward pass feeds a linear head for every choice of features and learning rate: `4` means the CLS tokens of the
+last four blocks, `1+avg` the last CLS and the mean patch token. Training is SGD with momentum 0.9 and no weight decay;
+the learning rate is scaled by batch / 256 and follows a cosine over epochs. The official protocol reports the best
+epoch on the test set; with `holdout`, head and epoch are selected on held-out training images.
 
 Legend: B batch, F features, L learning rates, K classes.
 """
@@ -42,9 +42,7 @@ _log = logging.getLogger(__name__)
 Heads = dict[str, dict[str, Any]]  # choice of features -> kernel [L, F, K], bias [L, K]
 
 KEYS = {
-    "features": Key(
-        (), 'such as ("4", "1+avg"): numbers of last blocks, +avg with the mean patch token; (): by backbone'
-    ),
+    "features": Key((), 'number of last blocks, +avg: with the mean patch token, e.g. ("4", "1+avg"); (): by backbone'),
     "lrs": Key(
         (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
         "learning rates for 256 images; scaled by batch_size / 256",
@@ -53,8 +51,8 @@ KEYS = {
     "epochs": Key(100, "passes over the training images", "[1, inf)"),
     "batch_size": Key(1024, "images per step, over all devices", "[1, inf)"),
     "eval_every": Key(1, "epochs between evaluations", "[1, inf)"),
-    "holdout": Key(0.0, "share of the training images that select head and epoch; 0: the test set does", "[0, 1)"),
-    "head": Key(str, "test this linear head (.pth, or a released model's name) and train nothing"),
+    "holdout": Key(0.0, "share of training images held out to select head and epoch; 0: use the test set", "[0, 1)"),
+    "head": Key(str, "test this linear head (.pth, or a released model's name) instead of training"),
     "resize": RESIZE,
     "crop": Key(224, "side of training crops and of the center crop of test images", "[1, inf)"),
     "seed": SEED,
@@ -63,9 +61,9 @@ KEYS = {
 
 
 def evaluate(model: Model, data: str, config: ConfigDict, workdir: str | None = None) -> dict[str, Any]:
-    """`top1` and `top5` in percent of the selected head, what was selected and how, and `top1_<head>` of each.
+    """`top1` and `top5` in percent of the selected head, which head and how, and `top1_<head>` of each.
 
-    A head's own figure is of its best epoch by the same rule. `data` is as in `splits.train_test`. With a `workdir` the
+    `top1_<head>` is at the head's best epoch by the same rule. `data` is as in `splits.train_test`. With a `workdir`,
     heads are saved there after every evaluation, and an interrupted run resumes.
     """
     train_spec, test_spec = train_test(data)
@@ -114,9 +112,9 @@ PROTOCOL = Protocol(
 
 
 def _report(history: np.ndarray, names: list[str]) -> dict[str, Any]:
-    """From epoch, top-1 and top-5 (test, then held-out) [evaluations, 3 or 5, heads] to the figures."""
+    """Figures from [evaluations, 3 or 5, heads]: epoch, test top-1, top-5, and maybe held-out top-1, top-5."""
     chosen_by = history[:, 1] if history.shape[1] == 3 else history[:, 3]
-    best = chosen_by.argmax(axis=0)  # [heads] evaluation at which each head is taken
+    best = chosen_by.argmax(axis=0)  # [heads] the best evaluation of each head
     head = int(chosen_by.max(axis=0).argmax())
     epoch, top1, top5 = (float(x) for x in history[best[head], :3, head])
     rule = "best epoch and head on the test set (official)" if history.shape[1] == 3 else "best on held-out images"
@@ -125,7 +123,7 @@ def _report(history: np.ndarray, names: list[str]) -> dict[str, Any]:
 
 
 def _hold_out(train: Source, config: ConfigDict) -> tuple[Source, Source | None]:
-    """The images to train on and those to select by."""
+    """The images to train on, and those held out for selection."""
     if not config.holdout:
         return train, None
     order = np.random.default_rng(config.seed).permutation(len(train))
@@ -142,14 +140,14 @@ def parse_choice(choice: str) -> tuple[int, bool]:
 
 
 def choices(model: Model, config: ConfigDict) -> tuple[str, ...]:
-    """The choices of features; by default those of the backbone."""
+    """The choices of features; default the backbone's."""
     if config.features:
         return tuple(str(choice) for choice in config.features)
     return model.backbone.linear_features
 
 
 def _init(model: Model, config: ConfigDict, classes: int) -> tuple[Heads, Heads]:
-    """Kernels N(0, 0.01), zero biases, zero momentum; every learning rate starts from the same kernel."""
+    """Initial heads and momentum: kernels N(0, 0.01), the same for every learning rate; the rest zero."""
     rng, rates = np.random.default_rng(config.seed), len(config.lrs)
     heads = {}
     for choice, width in widths(model, config).items():
@@ -160,7 +158,7 @@ def _init(model: Model, config: ConfigDict, classes: int) -> tuple[Heads, Heads]
 
 
 def widths(model: Model, config: ConfigDict) -> dict[str, int]:
-    """The number of inputs of a head for each choice of features."""
+    """Input width of a head for each choice of features."""
     images = jax.ShapeDtypeStruct((1, config.crop, config.crop, len(model.mean)), jnp.uint8)
     inputs = jax.eval_shape(functools.partial(_inputs, model.forward, choices(model, config)), model.variables, images)
     return {choice: x.shape[1] for choice, x in inputs.items()}
@@ -189,7 +187,7 @@ def _train_epoch(
 
 
 def score(model: Model, source: Source, heads: Heads, config: ConfigDict) -> np.ndarray:
-    """Top-1 and top-5 in percent of every head, [2, heads]."""
+    """Top-1 and top-5 of every head in percent, [2, heads]."""
     mesh = data_mesh()
     variables, heads = jax.device_put((model.variables, heads), replicated(mesh))
     counts = [
@@ -213,7 +211,7 @@ def _train_step(
         logits = logits_of(heads, inputs)  # [heads, B, K]
         labels = jnp.broadcast_to(jnp.maximum(batch["label"], 0), logits.shape[:2])
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)  # [heads, B]
-        return jnp.sum(losses @ weight)  # the heads share nothing, so their gradients stay apart
+        return jnp.sum(losses @ weight)  # the heads share no parameters, so the sum trains each separately
 
     momentum = jax.tree.map(lambda m, g: 0.9 * m + g, momentum, jax.grad(loss)(heads))
     move = lambda p, m: p - rates.reshape(-1, *[1] * (p.ndim - 1)) * m  # noqa: E731
@@ -227,7 +225,7 @@ def _test_step(net: Forward, variables: Any, heads: Heads, batch: dict[str, jax.
 
 
 def _inputs(net: Forward, choices: tuple[str, ...], variables: Any, images: jax.Array) -> dict[str, jax.Array]:
-    """The input [B, F] of the heads of every choice, from one forward pass over uint8 [B, h, w, C]."""
+    """Head inputs [B, F] for every choice, from one forward pass over uint8 [B, h, w, C]."""
     wanted = {choice: parse_choice(choice) for choice in choices}
     view = Pooled(max(n for n, _ in wanted.values()))
     pooled = net(variables, images, view)
@@ -235,7 +233,7 @@ def _inputs(net: Forward, choices: tuple[str, ...], variables: Any, images: jax.
 
 
 def logits_of(heads: Heads, inputs: dict[str, jax.Array]) -> jax.Array:
-    """[heads, B, K], in the order of the choices, then of the learning rates."""
+    """Logits [heads, B, K], ordered by choice, then learning rate."""
     logits = [
         jnp.einsum("bf,lfk->lbk", inputs[choice], head["kernel"], precision="highest") + head["bias"][:, None]
         for choice, head in heads.items()
@@ -244,7 +242,7 @@ def logits_of(heads: Heads, inputs: dict[str, jax.Array]) -> jax.Array:
 
 
 def hits(logits: jax.Array, labels: jax.Array, valid: jax.Array) -> jax.Array:
-    """How many valid rows have their label first, and among the first five: [2, heads] from [heads, B, K]."""
+    """Counts of valid rows with the label in the top 1 and top 5: [heads, B, K] -> [2, heads]."""
     own = jnp.take_along_axis(logits, jnp.maximum(labels, 0)[None, :, None], axis=2)
     rank = jnp.sum(logits > own, axis=2)  # [heads, B]
     return jnp.stack([jnp.sum((rank < depth) & valid, axis=1) for depth in (1, 5)])
@@ -262,7 +260,7 @@ def _save(path: epath.Path, epoch: int, heads: Heads, momentum: Heads, history: 
 
 
 def _restore(path: epath.Path | None, heads: Heads, momentum: Heads) -> tuple[int, Heads, Heads, list[np.ndarray]]:
-    """Epochs done, heads, momentum and scores so far, from an interrupted run if there was one."""
+    """Epochs done, heads, momentum and scores so far, from an interrupted run if any."""
     if path is None or not path.exists():
         return 0, heads, momentum, []
     saved = load_arrays(path)
@@ -272,13 +270,13 @@ def _restore(path: epath.Path | None, heads: Heads, momentum: Heads) -> tuple[in
 
 
 def _test_released(model: Model, test: Source, config: ConfigDict) -> dict[str, Any]:
-    """The figures of a released head, whose width tells which of the choices it was trained on."""
+    """Figures of a released head; its width determines its choice of features."""
     kernel, bias = read_head(config.head)
     fitting = [choice for choice, width in widths(model, config).items() if width == len(kernel)]
     if len(fitting) != 1:
         raise UserError(
-            f"{config.head}: its {len(kernel)} inputs fit {len(fitting)} of the choices of features (and their widths) "
-            f"{widths(model, config)}: name the one that it was trained on with --config.features"
+            f"{config.head}: its {len(kernel)} inputs fit {len(fitting)} of the choices of features (with widths) "
+            f"{widths(model, config)}: set --config.features to the one it was trained on"
         )
     top1, top5 = score(model, test, {fitting[0]: {"kernel": kernel[None], "bias": bias[None]}}, config)[:, 0]
     return {"top1": float(top1), "top5": float(top5), "head": fitting[0], "selection": "released head"}
@@ -287,11 +285,11 @@ def _test_released(model: Model, test: Source, config: ConfigDict) -> dict[str, 
 def read_head(path: str) -> tuple[np.ndarray, np.ndarray]:
     """Kernel [F, K] and bias [K] of an official linear head (`state_dict` with `linear.weight` and `linear.bias`).
 
-    `path`: a `.pth`, or a released model's name, whose head is downloaded once.
+    `path`: a `.pth`, or a released model's name (its head is downloaded once).
     """
     content = read_pth(fetch(path, head=True) if path in PRETRAINED else path)
     tensors = content.get("state_dict", content) if isinstance(content, dict) else {}
     found = {key.rpartition("linear.")[2]: value for key, value in tensors.items() if "linear." in key}
     if set(found) != {"weight", "bias"}:
-        raise UserError(f"{path}: no linear.weight and linear.bias in it: not a linear head")
+        raise UserError(f"{path}: not a linear head: it lacks linear.weight and linear.bias")
     return np.asarray(found["weight"], np.float32).T, np.asarray(found["bias"], np.float32)

@@ -1,7 +1,7 @@
 """Low-shot classification: logistic regression on frozen features with few labels (paper table 11).
 
-The regression has an l2 penalty of lambda = 0.1 / n and no intercept (issue 121 of the official repository), on the
-output of the backbone without augmentation. The labeled subset is drawn per class from a seed, or listed in files.
+The regression has an L2 penalty of lambda = 0.1 / n and no intercept (issue 121 of the official repository). Features
+are the backbone's output without augmentation. The labeled subset is drawn per class from a seed, or listed in files.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from dino_jax.eval.splits import CLASSES, check_labels, train_test
 from dino_jax.inference.model import Model
 
 KEYS = {
-    "shares": Key((0.01, 0.1), "shares of the labels", "(0, 1]"),
-    "lists": Key((), "files that name training images, such as SimCLR's; they replace `shares`"),
+    "shares": Key((0.01, 0.1), "shares of the labels to use", "(0, 1]"),
+    "lists": Key((), "files that list training images, such as SimCLR's; replaces `shares`"),
     "penalty": Key(0.1, "lambda times the number of labeled images", "(0, inf)"),
-    "tolerance": Key(1e-4, "certified distance of the objective from its optimum", "(0, inf)"),
-    "seed": Key(0, "of the subsets", "[0, 4294967295]"),
+    "tolerance": Key(1e-4, "stop within this certified distance of the optimal objective", "(0, inf)"),
+    "seed": Key(0, "random seed of the subsets", "[0, 4294967295]"),
     "resize": RESIZE,
     "crop": CROP,
     "batch_size": Key(256, "images per batch", "[1, inf)"),
@@ -36,12 +36,12 @@ KEYS = {
 
 
 def evaluate(model: Model, data: str, config: ConfigDict, workdir: str | None = None) -> dict[str, float]:
-    """`top1_<subset>` in percent for every subset, with the `gap_<subset>` that its fit left.
+    """`top1_<subset>` in percent for every subset, and `gap_<subset>`, the fit's bound above the optimum.
 
-    `data` is as in `splits.train_test`; features are kept in `workdir`.
+    `data` is as in `splits.train_test`; features are cached in `workdir`.
     """
     train, test = train_test(data)
-    open_source(train)  # named as wrong before the long part
+    open_source(train)  # fail early if it is wrong
     test_features, test_labels = dataset_features(model, test, config, workdir=workdir)
     figures = {}
     for name, (features, labels) in _subsets(model, train, config, workdir):
@@ -79,7 +79,7 @@ def _subsets(
 
 
 def per_class(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
-    """Rows of a subset with `share` of each class, at least one, drawn from `seed`; a smaller one lies in a larger."""
+    """Draws rows with `share` of each class, at least one, from `seed`; subsets are nested."""
     if not 0 < share <= 1:
         raise UserError(f"--config.shares: a share must lie in 0..1, not {share}")
     rows = []
@@ -90,12 +90,12 @@ def per_class(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
 
 
 def listed(path: str, train: str) -> Files:
-    """The images of the class folders in `train` that the file at `path` names, one a line.
+    """The images of the class folders in `train` that are listed in the file at `path`, one per line.
 
-    A name is a path in `train`, or as in SimCLR's lists just the file's, whose class folder is what precedes its `_`.
+    A name is a path in `train`, or just a file name as in SimCLR's lists, with its class folder before the `_`.
 
     Raises:
-      UserError: the file cannot be read, names nothing, or names a class that has no folder.
+      UserError: the file cannot be read, is empty, or lists a class without a folder.
     """
     try:
         names = [line.strip() for line in epath.Path(path).read_text().splitlines() if line.strip()]
@@ -106,5 +106,5 @@ def listed(path: str, train: str) -> Files:
     names = [name if "/" in name else f"{name.partition('_')[0]}/{name}" for name in names]
     unknown = [name for name in names if name.partition("/")[0] not in classes]
     if unknown or not names:
-        raise UserError(f"--config.lists: {path} names {unknown[0] if unknown else 'nothing'}, not found in {train}")
+        raise UserError(f"--config.lists: {path} lists {unknown[0] if unknown else 'nothing'}, not found in {train}")
     return Files(str(root), names, [classes.index(name.partition("/")[0]) for name in names], classes)

@@ -1,8 +1,8 @@
 """Image retrieval on revisited Oxford and Paris (Radenovic et al. 2018; paper table 3).
 
-As the official `eval_image_retrieval.py`. Layout: `DATA/roxford5k` (or `rparis6k`) with `gnd_roxford5k.pkl` and
+As in the official `eval_image_retrieval.py`. Layout: `DATA/roxford5k` (or `rparis6k`) with `gnd_roxford5k.pkl` and
 `jpg/NAME.jpg`, or that folder itself. Images are shrunk to fit a square (PIL's thumbnail), queries are not cropped to
-their box, and features are compared by cosine. At several scales the features of the resized images are averaged.
+their box, and features are compared by cosine similarity. Multiscale features are averages over scales.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ SCALES = (1.0, 2**-0.5, 0.5)
 SIDE = 128  # of a tile in retrieval-*.png, pixels
 
 KEYS = {
-    "size": Key(int, "side of the square that an image must fit; unset: 224 for Oxford, 512 for Paris", "[1, inf)"),
+    "size": Key(int, "side of the square that images are shrunk to fit; unset: Oxford 224, Paris 512", "[1, inf)"),
     "multiscale": Key(
-        bool, "average the features at scales 1, 0.71 and 0.5; unset: False for Oxford, True for Paris, as the paper"
+        bool, "average features at scales 1, 0.71 and 0.5; unset: Oxford False, Paris True, as in the paper"
     ),
     "batch_size": Key(32, "images per batch", "[1, inf)"),
     "threads": THREADS,
@@ -41,10 +41,10 @@ KEYS = {
 
 
 def evaluate(model: Model, data: str, config: ConfigDict, workdir: str | None = None) -> dict[str, float]:
-    """`<set>_map_medium`, `<set>_map_hard` and `<set>_mp@<k>_<level>` in percent, for every set found in `data`.
+    """`<set>_map_medium`, `<set>_map_hard` and `<set>_mp@<k>_<level>` in percent, for every set in `data`.
 
-    With a `workdir`, `retrieval-<set>.png` there shows some queries and the best of the database: easy and hard ones
-    framed in green, what counts for nothing in gray, wrong ones in red.
+    With a `workdir`, `retrieval-<set>.png` there shows some queries and their top results: easy and hard positives
+    framed in green, junk in gray, wrong ones in red.
     """
     figures = {}
     for folder in _sets(data):
@@ -97,14 +97,14 @@ def _sets(data: str) -> list[epath.Path]:
     if root.name in SETS and (root / f"gnd_{root.name}.pkl").exists():
         found.append(root)
     if not found:
-        raise UserError(f"--data={data}: no roxford5k/gnd_roxford5k.pkl or rparis6k/gnd_rparis6k.pkl in it")
+        raise UserError(f"--data={data}: it has neither roxford5k/gnd_roxford5k.pkl nor rparis6k/gnd_rparis6k.pkl")
     return found
 
 
 def multiscale_features(
     model: Model, paths: Sequence[epath.Path], config: ConfigDict, size: int, scales: Sequence[float]
 ) -> np.ndarray:
-    """Features [N, D] of images shrunk to fit a square of side `size`, the mean over `scales`."""
+    """Features [N, D] of images shrunk to fit a square of side `size`, averaged over `scales`."""
     patch = model.backbone.patch_size or 1
 
     def load(path: epath.Path) -> np.ndarray:
@@ -120,7 +120,7 @@ def multiscale_features(
 
 
 def shrink_to_fit(pixels: np.ndarray, size: int) -> np.ndarray:
-    """PIL's `thumbnail` into a square of side `size`, Lanczos; smaller images stay as they are."""
+    """PIL's `thumbnail` into a square of side `size`, Lanczos; smaller images are unchanged."""
     planes = to_pil(pixels)
     for plane in planes:
         plane.thumbnail((size, size), Image.Resampling.LANCZOS)
@@ -129,7 +129,7 @@ def shrink_to_fit(pixels: np.ndarray, size: int) -> np.ndarray:
 
 
 def scaled(pixels: np.ndarray, scale: float, patch: int) -> np.ndarray:
-    """[h, w, C] resized as torch's `interpolate(scale_factor=scale)` does, cut to whole patches right and below."""
+    """Resizes [h, w, C] as torch's `interpolate(scale_factor=scale)`, cropped at right and bottom to whole patches."""
     if scale != 1:
         height, width = (int(side * scale) for side in pixels.shape[:2])
         pixels = linear_resize(pixels, height, width, 1 / scale)

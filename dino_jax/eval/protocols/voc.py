@@ -1,9 +1,9 @@
-"""How well the attention of CLS outlines objects: Jaccard similarity on VOC12 (paper section 4.2, figure 4).
+"""Object segmentation by CLS attention: Jaccard similarity on VOC12 (paper section 4.2, figure 4).
 
-For every head the mask keeps the patches that carry the largest share of the attention (60% in the text, 80% in
-appendix D). Each object counts with the best head's intersection over union, and an image with the mean of its objects
-(the author's description in issue 54 of the official repository). Images are resized to a square, bilinear; attention
-masks are compared at the image's own size.
+Each head's attention mask keeps the patches with the most attention, up to a share of it (60% in the text, 80% in
+appendix D). An object's score is the best head's intersection over union, and an image's the mean of its objects (the
+author's description in issue 54 of the official repository). Images are resized to a square, bilinear; attention masks
+are compared at the image's original size.
 
 Legend: B batch, H heads, N patches.
 """
@@ -32,20 +32,19 @@ from dino_jax.inference.model import Model
 from dino_jax.weights.load import open_weights
 
 KEYS = {
-    "masses": Key((0.6, 0.8), "shares of the attention that the masks keep", "(0, 1]"),
-    "size": Key(480, "side of the square that images are resized to, cut to whole patches", "[1, inf)"),
-    "block": Key(-1, "block whose attention is taken; negative: from the end"),
-    "split": Key("val", "of VOC's ImageSets/Segmentation"),
-    "random": Key(False, "score the same network with random weights, too"),
-    "supervised": Key(str, "score this weight file of the same network trained with labels, such as DeiT's, too"),
+    "masses": Key((0.6, 0.8), "shares of the attention that the attention masks keep", "(0, 1]"),
+    "size": Key(480, "side of the square that images are resized to, rounded down to whole patches", "[1, inf)"),
+    "block": Key(-1, "block to take the attention from; negative: from the end"),
+    "split": Key("val", "list in VOC's ImageSets/Segmentation"),
+    "random": Key(False, "also score the network with random weights"),
+    "supervised": Key(str, "also score this weight file of the network trained with labels, such as DeiT's"),
     "batch_size": Key(8, "images per batch", "[1, inf)"),
     "threads": THREADS,
 }
 
 
 def evaluate(model: Model, data: str, config: ConfigDict, workdir: str | None = None) -> dict[str, float]:
-    """`jaccard_60` and `jaccard_80` in percent (by `config.masses`); the same with `_random` and `_supervised` after
-    them for the references that are asked for.
+    """`jaccard_60` and `jaccard_80` in percent (by `config.masses`), with suffix `_random` or `_supervised` for those.
 
     `data` is as in `masks.open_masks`. With a `workdir`, `voc.png` there shows some images, truth and attention masks.
     """
@@ -77,7 +76,7 @@ PROTOCOL = Protocol(
 
 
 def _references(model: Model, config: ConfigDict) -> dict[str, Model]:
-    """The networks to compare with, by name."""
+    """The reference networks by name."""
     shape = jnp.zeros((1, *[whole_patches(model, config.size)] * 2, len(model.mean)))
     found = {}
     if config.random:
@@ -87,7 +86,7 @@ def _references(model: Model, config: ConfigDict) -> dict[str, Model]:
         variables = {name: tree["backbone"] for name, tree in weights.teacher.items() if "backbone" in tree}
         expected = jax.eval_shape(model.backbone.init, jax.random.key(0), shape)
         if jax.tree.map(np.shape, variables["params"]) != jax.tree.map(np.shape, expected["params"]):
-            raise UserError(f"--config.supervised={config.supervised}: not the weights of the network of --checkpoint")
+            raise UserError(f"--config.supervised={config.supervised}: not weights of the same network as --checkpoint")
         found["supervised"] = dataclasses.replace(model, variables=variables)
     return found
 
@@ -105,7 +104,7 @@ def _score(model: Model, images: MaskedImages, config: ConfigDict, path: epath.P
             if path is not None and len(shown) < SHOWN:
                 shown.append(_row(masked, masks))
     if np.isnan(scores[config.masses[0]]).all():
-        raise UserError("voc: no image has an object in its mask: check --data")
+        raise UserError("voc: no mask has an object: check --data")
     if shown and path is not None:
         save_rows(path, shown)
     return {f"jaccard_{round(100 * mass)}": 100 * float(np.nanmean(values)) for mass, values in scores.items()}
@@ -121,7 +120,7 @@ def _batches(images: MaskedImages, side: int, config: ConfigDict) -> Iterator[di
 
 
 def _row(masked: Masked, masks: np.ndarray) -> list[np.ndarray]:
-    """Image, truth and the best head's mask (by all objects together)."""
+    """Image, ground truth and the best head's attention mask (for all objects together)."""
     truth = (masked.objects > 0) & (masked.objects != IGNORE)
     best = masks[jaccard(masks, truth).argmax()]
     colors = np.array([(0, 0, 0), GREEN, ORANGE], np.uint8)
@@ -130,10 +129,9 @@ def _row(masked: Masked, masks: np.ndarray) -> list[np.ndarray]:
 
 
 def attention_masks(attention: np.ndarray, mass: float) -> np.ndarray:
-    """Boolean [..., N]: the fewest patches of each row of `attention` [..., N] that carry at least `mass` of its sum.
+    """Boolean [..., N]: the fewest patches in each row of `attention` [..., N] with at least `mass` of its sum.
 
-    As in the official `visualize_attention.py`, the smallest values are dropped while their running sum stays within
-    1 - mass.
+    As in the official `visualize_attention.py`, the smallest values are dropped while their sum is at most 1 - mass.
     """
     attention = np.asarray(attention, np.float64)
     order = np.argsort(attention, axis=-1, kind="stable")
@@ -145,18 +143,18 @@ def attention_masks(attention: np.ndarray, mass: float) -> np.ndarray:
 
 
 def jaccard(mask: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Intersection over union of boolean masks [..., h, w], broadcast against each other; 0 where both are empty."""
+    """Intersection over union of boolean masks [..., h, w], broadcast; 0 if both are empty."""
     overlap = np.sum(mask & truth, axis=(-2, -1))
     union = np.sum(mask | truth, axis=(-2, -1))
     return overlap / np.maximum(union, 1)
 
 
 def image_jaccard(masks: np.ndarray, objects: np.ndarray, ignore: int = IGNORE) -> float:
-    """Mean over the objects of one image of the best head's Jaccard similarity; NaN for an image without objects.
+    """Best head's Jaccard similarity, averaged over the objects of one image; NaN without objects.
 
     Args:
       masks: bool [H, h, w], one per head.
-      objects: int [h, w]; 0 is background, `ignore` belongs to nothing, every other number is one object.
+      objects: int [h, w]; 0 is background, `ignore` is ignored, every other number is one object.
     """
     numbers = np.setdiff1d(objects, (0, ignore))
     if not len(numbers):
@@ -165,7 +163,7 @@ def image_jaccard(masks: np.ndarray, objects: np.ndarray, ignore: int = IGNORE) 
 
 
 def enlarge(masks: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Masks [..., h, w] at [..., height, width] by nearest neighbor (integer multiples repeat each patch)."""
+    """Resizes masks [..., h, w] to [..., height, width] by nearest neighbor (integer multiples repeat patches)."""
     rows = np.arange(height) * masks.shape[-2] // height
     columns = np.arange(width) * masks.shape[-1] // width
     return masks[..., rows[:, None], columns]

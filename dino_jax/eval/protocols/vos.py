@@ -1,8 +1,8 @@
 """Video object segmentation on DAVIS 2017 by label propagation (paper table 5).
 
-As the official `eval_video_segmentation.py`: the first frame's annotation is carried through the video by patch
-similarity (`propagation`), and the result is scored by J and F (`davis`). Layout: `DATA/JPEGImages/480p/VIDEO/*.jpg`,
-`DATA/Annotations/480p/VIDEO/*.png` and `DATA/ImageSets/2017/val.txt`. `scenes:` specs give rendered clips instead.
+As in the official `eval_video_segmentation.py`, the first frame's annotation is propagated through the video by patch
+similarity (`propagation`) and scored by J and F (`davis`). Layout: `DATA/JPEGImages/480p/VIDEO/*.jpg`,
+`DATA/Annotations/480p/VIDEO/*.png` and `DATA/ImageSets/2017/val.txt`. `scenes:` specs use rendered clips instead.
 """
 
 from __future__ import annotations
@@ -43,26 +43,26 @@ from dino_jax.eval.protocol import THREADS, Data, Protocol
 from dino_jax.eval.results import save_json
 from dino_jax.inference.model import Model
 
-STD = (0.228, 0.224, 0.225)  # the official script's; ImageNet's first value is 0.229
-LABELS = 4  # the number of labels is rounded up to a multiple of this, so that videos share compiled programs
+STD = (0.228, 0.224, 0.225)  # as in the official script; ImageNet's first value is 0.229
+LABELS = 4  # round the number of labels up to a multiple of this, so videos share compiled programs
 
 _log = logging.getLogger(__name__)
 
 KEYS = {
     "size": Key(480, "shorter side of the frames", "[1, inf)"),
-    "multiple": Key(64, "the longer side is cut down to a multiple of this", "[1, inf)"),
-    "context": Key(7, "previous frames beside the first", "[0, inf)"),
-    "radius": Key(12, "reach of a patch, in rows and in columns", "[0, inf)"),
-    "topk": Key(5, "most similar patches whose labels are averaged", "[1, inf)"),
-    "temperature": Key(0.1, "of the similarities' softmax", "(0, inf)"),
-    "split": Key("val", "of ImageSets/2017"),
+    "multiple": Key(64, "the longer side is rounded down to a multiple of this", "[1, inf)"),
+    "context": Key(7, "previous frames used besides the first", "[0, inf)"),
+    "radius": Key(12, "window radius in patches, in rows and columns; 0: the whole frame", "[0, inf)"),
+    "topk": Key(5, "number of most similar patches whose labels are averaged", "[1, inf)"),
+    "temperature": Key(0.1, "temperature of the softmax over similarities", "(0, inf)"),
+    "split": Key("val", "list in ImageSets/2017"),
     "batch_size": Key(4, "frames per batch", "[1, inf)"),
     "threads": THREADS,
 }
 
 
 class Video(NamedTuple):
-    """A name, the frames' file stems, `frame(t) -> uint8 [H, W, C]`, and the annotations uint8 [T, H, W]."""
+    """A video: name, file stems, `frame(t) -> uint8 [H, W, C]` and `truth() -> uint8 [T, H, W]`."""
 
     name: str
     stems: Sequence[str]
@@ -71,10 +71,10 @@ class Video(NamedTuple):
 
 
 def evaluate(model: Model, data: str, config: ConfigDict, workdir: str | None = None) -> dict[str, float]:
-    """J&F, and mean, recall and decay of J and F in percent, over all objects.
+    """J&F, and mean, recall and decay of J and F, in percent over all objects.
 
-    With a `workdir` the label maps are written to `vos-<settings>/VIDEO/*.png` with a palette, and videos that are
-    there are not computed again; `objects.json` beside them has each object's figures, and `vos.png` shows some videos.
+    With a `workdir`, label maps go to `vos-<settings>/VIDEO/*.png` with a palette, and finished videos are not
+    recomputed. `objects.json` there has each object's figures, and `vos.png` in `workdir` shows some videos.
     """
     if len(model.mean) == len(STD):
         config_of_model = model.config.copy_and_resolve_references()
@@ -116,23 +116,24 @@ PROTOCOL = Protocol(
 
 
 def _settings(model: Model, data: str, config: ConfigDict) -> str:
-    """A short name of everything that the label maps depend on."""
+    """A short hash of everything that the label maps depend on."""
     keys = ("size", "multiple", "context", "radius", "topk", "temperature")
     key = f"{data} {fingerprint(model)} {[config[key] for key in keys]}"
     return hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
 def segment(model: Model, video: Video, first: np.ndarray, config: ConfigDict) -> np.ndarray:
-    """Label maps uint8 [T, H, W] of all frames, from the annotation uint8 [H, W] of the first, which stays as it is."""
+    """Label maps uint8 [T, H, W] of all frames, from the first one's annotation uint8 [H, W], included unchanged."""
     patch = model.backbone.patch_size
     height, width = frame_size(first.shape[0], first.shape[1], config.size, config.multiple)
     if height % patch or width % patch:
         raise UserError(
-            f"--config.size={config.size}: frames of {height} x {width} do not divide into patches of {patch}"
+            f"--config.size={config.size}: frames of {height} x {width} are not whole patches of {patch}: change it "
+            "or --config.multiple"
         )
 
     def load(t: int) -> np.ndarray:
-        pixels = linear_resize(video.frame(t), height, width)  # as OpenCV: no antialiasing, rounded to levels
+        pixels = linear_resize(video.frame(t), height, width)  # as OpenCV: no antialiasing, rounded
         return np.rint(pixels).astype(np.uint8)
 
     count = -(-(int(first[first != davis.VOID].max(initial=0)) + 1) // LABELS) * LABELS
@@ -155,7 +156,7 @@ def segment(model: Model, video: Video, first: np.ndarray, config: ConfigDict) -
 
 
 def _propagate(context: list, features: jnp.ndarray, config: ConfigDict) -> jnp.ndarray:
-    """Soft labels of a frame; the context is filled up to one length with frames that do not count."""
+    """Soft labels of a frame; the context is padded to a fixed length with invalid frames."""
     full = config.context + 1
     valid = np.arange(full) < len(context)
     context = context + [context[0]] * (full - len(context))
@@ -172,13 +173,13 @@ def _propagate(context: list, features: jnp.ndarray, config: ConfigDict) -> jnp.
 
 
 def frame_size(height: int, width: int, size: int, multiple: int) -> tuple[int, int]:
-    """Height and width at which a frame is seen: the shorter side `size`, the longer cut down to a `multiple`."""
+    """Height and width of a resized frame: shorter side `size`, longer side rounded down to a `multiple`."""
     longer = int(size * max(height, width) / min(height, width) // multiple * multiple)
     return (longer, size) if height > width else (size, longer)
 
 
 def open_videos(data: str, split: str, channels: int = 3) -> Iterator[Video]:
-    """The videos of `data`, a DAVIS folder or a `scenes:` spec. Raises `UserError` where a part of it is missing."""
+    """The videos of `data`, a DAVIS folder or `scenes:` spec. Raises `UserError` if a part is missing."""
     if data.startswith("scenes:"):
         source = open_source(data)
         if not isinstance(source, Scenes):
@@ -209,12 +210,12 @@ def _davis(root: epath.Path, name: str, channels: int) -> Video:
 
 def _stacked(name: str, maps: list[np.ndarray]) -> np.ndarray:
     if len({labels.shape for labels in maps}) != 1:
-        raise UserError(f"{name}: its annotations differ in size")
+        raise UserError(f"{name}: annotations differ in size")
     return np.stack(maps)
 
 
 def _save(folder: epath.Path, stems: Sequence[str], labels: np.ndarray) -> None:
-    """Indexed images. The whole folder is renamed at the end, since it is read back only if complete."""
+    """Writes indexed images, then renames the folder, so that a partial one is never read back."""
     partial = folder.parent / f"{folder.name}.partial"
     partial.mkdir(parents=True, exist_ok=True)
     for stem, frame in zip(stems, labels, strict=True):

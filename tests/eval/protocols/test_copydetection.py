@@ -10,7 +10,7 @@ from dino_jax.eval.protocols import copydetection
 
 @pytest.fixture
 def copydays(tmp_path):
-    """Copydays in miniature: four originals, two strong and two JPEG copies of each; whitening images."""
+    """A miniature Copydays: four originals, two strong and two JPEG copies of each; whitening images."""
     rng = np.random.default_rng(0)
 
     def image():

@@ -19,7 +19,7 @@ def small():
 
 
 def colored_squares(count, seed):
-    """Images of a red and a green square on gray: classes that a linear head on colors can tell."""
+    """Images of a red and a green square on gray: classes that a linear head can tell by color."""
 
     def load(i):
         rng = np.random.default_rng((seed, i))
@@ -49,7 +49,7 @@ def test_one_device_equals_eight(vit, monkeypatch):
     for devices in (jax.devices()[:1], jax.devices()):
         mesh = make_mesh({"data": -1, "fsdp": 1, "model": 1}, devices)
         monkeypatch.setattr(dense, "data_mesh", lambda mesh=mesh: mesh)
-        monkeypatch.setattr(dense, "rounded", lambda size, mesh: 8)  # the same batches: filling does not count
+        monkeypatch.setattr(dense, "rounded", lambda size, mesh: 8)  # the same batches: padding does not count
         heads.append(jax.device_get(dense.fit(vit, colored_squares(11, 0), 3, config)))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), *heads)
 
@@ -87,7 +87,7 @@ def test_masks_without_a_class_or_with_too_many_are_errors(vit):
 
 
 def test_scores_by_hand():
-    counts = np.array([[6, 2, 0], [1, 3, 0], [0, 0, 0]])  # class 2 occurs nowhere
+    counts = np.array([[6, 2, 0], [1, 3, 0], [0, 0, 0]])  # class 2 never occurs
     assert dense.iou_scores(counts) == pytest.approx({"miou": 100 * (6 / 9 + 3 / 6) / 2, "pixel_accuracy": 75})
 
 

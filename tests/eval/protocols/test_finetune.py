@@ -31,7 +31,7 @@ def flat(tree):
 
 @pytest.fixture(scope="module")
 def xcit():
-    """An XCiT of two blocks and two of class attention, width 16, patch 8."""
+    """An XCiT with two blocks and two class-attention blocks, width 16, patch 8."""
     config = default()
     config.model.update({"name": "xcit_small_12", "embed_dim": 16, "depth": 2, "heads": 2, "patch_size": 8})
     config.crops.global_size = (16, 16)
@@ -56,7 +56,7 @@ def test_protocol_trains_and_resumes_to_the_same_end(vit, class_folders, tmp_pat
         finetune.evaluate(vit, str(class_folders), config, workdir=str(tmp_path / "part"))
     monkeypatch.setattr(finetune, "_train_epoch", train)
     assert finetune.evaluate(vit, str(class_folders), config, workdir=str(tmp_path / "part")) == whole
-    # a finished run is tested again and not trained on
+    # a finished run is tested again but not trained further
     assert finetune.evaluate(vit, str(class_folders), config, workdir=str(tmp_path / "part")) == whole
     config.lr = 0.1
     with pytest.raises(UserError, match="other settings"):
@@ -66,7 +66,7 @@ def test_protocol_trains_and_resumes_to_the_same_end(vit, class_folders, tmp_pat
 def test_too_few_images_for_a_batch(vit, class_folders):
     config = small()
     config.batch_size = 100
-    with pytest.raises(UserError, match="more than the 24"):
+    with pytest.raises(UserError, match="exceeds the 24"):
         finetune.evaluate(vit, str(class_folders), config)
 
 
@@ -163,13 +163,13 @@ def test_a_step_equals_the_formula(vit):
 @pytest.mark.extra
 def test_one_device_equals_eight(vit, class_folders, monkeypatch):
     config = small(1)
-    config.batch_size, config.warmup_epochs, config.lr = 12, 0, 1e-3  # 12 is filled up to 16 on eight devices
+    config.batch_size, config.warmup_epochs, config.lr = 12, 0, 1e-3  # 12 is padded to 16 on eight devices
     source, trained = open_source(str(class_folders / "train")), []
     optimizer = optax.sgd(0.01)
     for devices in (jax.devices()[:1], jax.devices()):
         mesh = make_mesh({"data": -1, "fsdp": 1, "model": 1}, devices)
         monkeypatch.setattr(finetune, "data_mesh", lambda mesh=mesh: mesh)
-        config.erasing = config.drop_path = config.mixup = config.cutmix = 0.0  # they draw for every row, filling too
+        config.erasing = config.drop_path = config.mixup = config.cutmix = 0.0  # drawn for every row, padding included
         state = finetune.init(vit, config, 3, optimizer)
         step = finetune.make_step(vit.forward, config, 3, optimizer)
         state = finetune._train_epoch(vit, source, config, 0, step, state)

@@ -9,7 +9,7 @@ from dino_jax.eval.protocols import knn
 
 
 def brute_force(train, train_labels, test, test_labels, k, temperature):
-    """The definition, one query at a time, with a stable sort of the votes."""
+    """Reference by definition, one query at a time, with stably sorted votes."""
     unit = lambda x: x / np.linalg.norm(x, axis=1, keepdims=True)  # noqa: E731
     hits = np.zeros(2)
     for query, label in zip(unit(test), test_labels, strict=True):
@@ -80,5 +80,5 @@ def test_bad_input_is_named():
         knn.knn_classify(train, train_labels, test, test_labels, ks=(1000,))
     with pytest.raises(UserError, match="no labels"):
         knn.knn_classify(train, np.full(len(train), -1), test, test_labels, ks=(5,))
-    with pytest.raises(UserError, match="one label a feature"):
+    with pytest.raises(UserError, match="as many of each"):
         knn.knn_classify(train, train_labels[:-1], test, test_labels, ks=(5,))

@@ -59,7 +59,7 @@ def test_a_broken_off_run_goes_on_to_the_same_end(vit, class_folders, tmp_path, 
 
 def test_one_device_equals_eight(vit, class_folders, monkeypatch):
     config = small(1)
-    config.batch_size, config.lrs, config.features = 10, (0.01,), ("1",)  # 10 is filled up to 16 on eight devices
+    config.batch_size, config.lrs, config.features = 10, (0.01,), ("1",)  # 10 is padded to 16 on eight devices
     trained = []
     for devices in (jax.devices()[:1], jax.devices()):
         mesh = make_mesh({"data": -1, "fsdp": 1, "model": 1}, devices)
@@ -93,7 +93,7 @@ def test_a_step_is_the_sgd_of_torch(vit):
             torch.nn.functional.cross_entropy(layer(torch.tensor(inputs)), torch.tensor(labels).long()).backward()
             optimizer.step()
         peers.append(layer)
-    # two rows of filling must not count
+    # two rows of padding must not count
     filled = {
         "image": np.concatenate([images, images[:2]]),
         "label": np.append(labels, [0, -1]),
@@ -115,7 +115,7 @@ def test_released_heads_are_read_and_fitted_by_their_width(vit, class_folders, t
     write_pth(tmp_path / "head.pth", {"epoch": 100, "state_dict": state, "best_acc": 77.0})
     config = small()
     config.head = str(tmp_path / "head.pth")
-    with pytest.raises(UserError, match="fit 2 of the choices"):  # 2 blocks of 16, or CLS and mean of 16: both 32 wide
+    with pytest.raises(UserError, match="fit 2 of the choices"):  # 2 CLS, or CLS and mean: both have width 32
         linear.evaluate(vit, str(class_folders), config)
     config.features = ("2",)
     figures = linear.evaluate(vit, str(class_folders), config)
@@ -174,7 +174,7 @@ def test_batches_are_the_same_on_any_number_of_threads_and_skip_broken_files(cla
         jax.tree.map(np.testing.assert_array_equal, a, b)
     assert sum(int(batch["valid"].sum()) for batch in one) == 23
     assert not np.array_equal(one[0]["image"], other[0]["image"])
-    assert one[0]["image"].shape == (16, 8, 8, 3)  # 10 filled up to a multiple of 8 devices
+    assert one[0]["image"].shape == (16, 8, 8, 3)  # 10 padded to a multiple of 8 devices
 
 
 def test_too_many_unreadable_test_images_are_an_error(class_folders):

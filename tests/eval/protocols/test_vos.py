@@ -9,12 +9,12 @@ from PIL import Image
 from dino_jax.errors import UserError
 from dino_jax.eval.draw import palette
 from dino_jax.eval.protocols import vos
-from tests.eval.conftest import COLOURS
+from tests.eval.conftest import COLORS
 
 
 @pytest.fixture
 def davis_folder(tmp_path):
-    """DAVIS 2017 in miniature: two videos of four frames, two squares that move over a gray ground."""
+    """A miniature DAVIS 2017: two videos of four frames, two squares moving on gray."""
     rng = np.random.default_rng(0)
     for name in ("bear", "dog"):
         frames, masks = (tmp_path / part / "480p" / name for part in ("JPEGImages", "Annotations"))
@@ -23,7 +23,7 @@ def davis_folder(tmp_path):
         for t in range(4):
             labels = np.zeros((34, 50), np.uint8)
             labels[3 + t : 17 + t, 4 + t : 18 + t], labels[16:32, 30 - t : 46 - t] = 1, 2
-            pixels = np.array([(128, 128, 128), *COLOURS[:2]])[labels] + rng.normal(0, 6, (34, 50, 3))
+            pixels = np.array([(128, 128, 128), *COLORS[:2]])[labels] + rng.normal(0, 6, (34, 50, 3))
             Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(frames / f"{t:05d}.jpg", quality=95)
             image = Image.fromarray(labels)
             image.putpalette(palette().tobytes())
@@ -71,7 +71,7 @@ def test_a_still_video_keeps_its_labels(vit):
     config.topk = 1
     got = vos.segment(vit, video, labels, config)
     agree = np.mean(got[1:] == labels)
-    assert agree > 0.75  # bilinear enlargement rounds the corners of single patches off
+    assert agree > 0.75  # bilinear upsampling rounds off the corners of single patches
 
 
 def test_frame_sizes():

@@ -15,6 +15,7 @@ from PIL import Image
 from dino_jax.data.crops import to_pil
 from dino_jax.data.decode import BadImage, decode
 from dino_jax.errors import UserError
+from dino_jax.models.resample import LINEAR, resample_matrix
 
 T = TypeVar("T")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -82,13 +83,8 @@ def linear_matrix(old: int, new: int, step: float | None = None) -> np.ndarray:
 
     Half-pixel centers, edges repeated. `step`: old pixels per new pixel; default old / new.
     """
-    place = np.maximum((np.arange(new) + 0.5) * (old / new if step is None else step) - 0.5, 0)
-    left = np.minimum(place.astype(int), old - 1)
-    share = np.where(left < old - 1, place - left, 0)
-    matrix = np.zeros((new, old))
-    np.add.at(matrix, (np.arange(new), left), 1 - share)
-    np.add.at(matrix, (np.arange(new), np.minimum(left + 1, old - 1)), share)
-    return matrix
+    places = (np.arange(new) + 0.5) * (old / new if step is None else step) - 0.5
+    return resample_matrix(np.clip(places, 0, old - 1), old, LINEAR)
 
 
 def linear_resize(pixels: np.ndarray, height: int, width: int, step: float | None = None) -> np.ndarray:

@@ -30,25 +30,12 @@ from dino_jax.models.layers import (
     torch_uniform,
 )
 from dino_jax.models.packing import AnySize, Images, Line
-
-
-def _cubic(t: np.ndarray) -> np.ndarray:
-    """Cubic convolution kernel with a = -0.75, torch's choice (Keys 1981 recommends -0.5)."""
-    t, a = np.abs(t), -0.75
-    near = (a + 2) * t**3 - (a + 3) * t**2 + 1
-    far = a * t**3 - 5 * a * t**2 + 8 * a * t - 4 * a
-    return np.where(t <= 1, near, np.where(t < 2, far, 0.0))
+from dino_jax.models.resample import CUBIC, resample_matrix
 
 
 def resize_matrix(source: int, target: int) -> np.ndarray:
     """Resize weights [target, source], float64: half-pixel centers, no antialias, scale (target + 0.1) / source."""
-    center = (np.arange(target) + 0.5) * source / (target + 0.1) - 0.5
-    first = np.floor(center).astype(int)
-    matrix = np.zeros((target, source))
-    for tap in range(-1, 3):
-        column = np.clip(first + tap, 0, source - 1)  # the border repeats
-        np.add.at(matrix, (np.arange(target), column), _cubic(center - (first + tap)))
-    return matrix
+    return resample_matrix((np.arange(target) + 0.5) * source / (target + 0.1) - 0.5, source, CUBIC)
 
 
 def resize_pos_embed(

@@ -1,0 +1,1 @@
+"""Several devices and processes: `sharding` (mesh and layouts), `distributed` (who takes part), `coordination`."""

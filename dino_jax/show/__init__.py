@@ -1,0 +1,1 @@
+"""Drawings: attention as heat maps, outlines and tables."""

@@ -1,0 +1,1 @@
+"""Around a run: `plan` (compile for other hardware), `doctor` (check a machine), `bench`, the quick start."""

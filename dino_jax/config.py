@@ -89,7 +89,7 @@ KEYS: Keys = {
         ),
     },
     "head": {
-        "out_dim": Key(65536, "K, the number of prototypes", "[1, inf)"),
+        "out_dim": Key(65536, "K, the number of prototypes", "[2, inf)"),
         "hidden_dim": Key(2048, "width of the MLP's hidden layers", "[1, inf)"),
         "bottleneck_dim": Key(256, "width of the MLP's output, which is L2-normalized", "[1, inf)"),
         "layers": Key(3, "linear layers of the MLP before the prototypes", "[1, inf)"),

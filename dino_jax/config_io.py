@@ -175,6 +175,9 @@ def check(config: ConfigDict, where: str = "the configuration") -> ConfigDict:
         low, high = flat[key]
         if not 0 < low <= high <= 1:
             raise UserError(f"{key}={flat[key]}: two shares of the area are needed, 0 < low <= high <= 1")
+    for key in ("crops.ratio", "crops.blur_radius"):
+        if flat[key][0] > flat[key][1]:
+            raise UserError(f"{key}={flat[key]}: low, then high: swap them")
     first, last = config.run.profile_steps
     if first > last:
         raise UserError(f"run.profile_steps=({first}, {last}): the first step and the last one are needed")

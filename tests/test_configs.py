@@ -102,6 +102,11 @@ def test_defaults_are_the_official_ones():
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
+        ("--config.head.out_dim=1", r"head\.out_dim=1: must be at least 2"),
+        ("--config.optim.lr=inf", r"optim\.lr=inf: must be finite"),
+        ("--config.optim.b1=1.0", r"optim\.b1=1\.0: must be at least 0 and less than 1"),
+        ("--config.crops.ratio=(1.3,0.7)", r"crops\.ratio=\(1\.3, 0\.7\): low, then high"),
+        ("--config.crops.blur_radius=(2.0,0.1)", r"crops\.blur_radius=\(2\.0, 0\.1\): low, then high"),
         ("--config.optim.rl=1", r"no key 'optim\.rl'; did you mean 'optim\.lr'"),
         ("--config.momentum=0.9", r"no key 'momentum'; did you mean '\w+\.momentum'"),
         ("--config.epochs=many", r"--config\.epochs=many: this key takes a value of type int"),

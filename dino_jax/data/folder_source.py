@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import logging
 import os
 import re
@@ -31,6 +32,11 @@ class Files:
         self.class_names = tuple(class_names) if class_names is not None else None
         self._names = np.array([os.fsencode(name) for name in names], dtype=np.bytes_)
         self._labels = np.array(labels, dtype=np.int32)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """The label of each image, int32 [N]; -1: unlabeled."""
+        return self._labels
 
     def __len__(self) -> int:
         return len(self._names)
@@ -181,4 +187,18 @@ def read_bytes(path: str) -> bytes:
         raise BadImage(f"cannot be read: {error.strerror or error}") from error
 
 
-KINDS = {"folder": Kind(FolderSource), "list": Kind(ListSource)}
+def open_files(pattern: str) -> Files:
+    """One image file, or those that a pattern with `*`, `?` or `[...]` matches, without labels.
+
+    Raises:
+      UserError: no file matches.
+    """
+    root = os.path.dirname(pattern)
+    found = glob.glob(pattern) if any(sign in pattern for sign in "*?[") else [pattern]
+    names = sorted(name for name in found if os.path.splitext(name)[1].lower() in SUFFIXES and not os.path.isdir(name))
+    if not names:
+        raise UserError(f"{pattern}: no image file matches it ({' '.join(SUFFIXES)})")
+    return Files(root, [os.path.relpath(name, root or ".") for name in names], [-1] * len(names), None)
+
+
+KINDS = {"folder": Kind(FolderSource), "list": Kind(ListSource), "file": Kind(open_files)}

@@ -3,6 +3,7 @@
     folder:PATH              class folders if sub-folders hold images, else flat and unlabeled
     list:FILE                one path a line, relative to the file's folder, then optionally a tab, comma or blank and a
                              whole-number label (or a tab and a class name); # starts a comment
+    file:PATH                one image file, or those that a pattern such as photos/*.jpg matches
     arrays:FILE.npz          `images` uint8 [N, H, W] or [N, H, W, C] and optionally `labels` [N]; or a bare .npy stack
     scenes:SPLIT?size=N&seed=S&image_size=P        rendered images, nothing on disk
     arrayrecord:DIR          shards written by `dino-jax pack`
@@ -33,6 +34,7 @@ from dino_jax import data
 from dino_jax.data.arrayrecord_source import MANIFEST
 from dino_jax.data.decode import BadImage
 from dino_jax.data.example import Example, Kind
+from dino_jax.data.folder_source import SUFFIXES
 from dino_jax.errors import UserError, did_you_mean
 
 
@@ -107,6 +109,8 @@ def detect(path: str) -> str:
     here = epath.Path(path)
     if here.is_dir():
         return "arrayrecord" if (here / MANIFEST).exists() else "folder"
+    if here.suffix.lower() in SUFFIXES and here.suffix != ".npy" and (here.exists() or set(path) & set("*?[")):
+        return "file"
     if not here.exists():
         raise UserError(f"{path}: no such file or folder (a source is a path or one of {', '.join(kinds())} and ':')")
     if here.suffix in (".npz", ".npy"):

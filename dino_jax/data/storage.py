@@ -28,6 +28,19 @@ def absolute(path: epath.PathLike) -> epath.Path:
     return path if is_remote(path) else path.absolute()
 
 
+def ensure_writable(folder: epath.PathLike, what: str) -> None:
+    """Makes a folder and writes a file in it for a moment, so that work whose result goes there fails before it begins.
+
+    Raises:
+      UserError: it cannot be written; the message begins with `what`, such as "--out=PATH".
+    """
+    folder = absolute(folder)
+    with writing(f"{what}: cannot be written"):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".tried").write_text("")
+        (folder / ".tried").unlink()
+
+
 def write_atomically(path: epath.PathLike, content: bytes | str) -> None:
     """Writes a file (text as UTF-8), folders included. Readers see the old file or the new one, even after a kill.
 

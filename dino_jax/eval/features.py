@@ -204,11 +204,11 @@ def source_features(
 ) -> tuple[np.ndarray, np.ndarray]:
     """`extract` for a source, with `resize`, `crop`, `batch_size` and `workers` of `config`.
 
-    With a `workdir`, the features are cached there by weights, view, `spec`, `resize` and `crop`.
+    With a `workdir`, the features are cached there by weights, view, `spec`, class names, `resize` and `crop`.
     """
     path = None
     if workdir is not None:
-        key = f"{spec} {len(source)} {config.resize} {config.crop} {view} {fingerprint(model)}"
+        key = f"{spec} {len(source)} {source.class_names} {config.resize} {config.crop} {view} {fingerprint(model)}"
         path = epath.Path(workdir) / f"features-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
         if path.exists():
             saved = load_arrays(path)

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from dino_jax import config_io
 from dino_jax.config import build
 from dino_jax.data.sources import split_spec
-from dino_jax.data.storage import absolute, write_atomically
+from dino_jax.data.storage import absolute, ensure_writable, write_atomically
 from dino_jax.errors import UserError
 from dino_jax.eval.protocol import ALL, Protocol, check, get, keys_of, members, names
 from dino_jax.eval.published import architecture, table
@@ -58,9 +58,9 @@ def evaluate(
     found = find(data) if name == ALL else {name: data}
     model = load(checkpoint, heads=heads)
     _check_patches(name, config, model.backbone.patch_size)
-    workdir = None if workdir is None else _writable("workdir", workdir)
+    workdir = None if workdir is None else _writable("workdir", workdir, workdir)
     if out is not None:
-        _writable("out", str(epath.Path(out).parent))
+        _writable("out", out, epath.Path(out).parent)
     parts = _all(model, data, found, config, workdir) if name == ALL else _one(model, name, data, config, workdir)
     figures: dict[str, Any] = {}
     for part, protocol, values in _explained(parts):
@@ -161,17 +161,11 @@ def _settings(name: str, default: ConfigDict, file: str | None) -> ConfigDict:
     return config
 
 
-def _writable(option: str, path: str) -> str:
+def _writable(option: str, path: str, folder: epath.PathLike) -> str:
     """The absolute path of a folder, created and checked for writing by process 0."""
-    folder = absolute(path)
-    try:
-        if jax.process_index() == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / ".tried").write_text("")
-            (folder / ".tried").unlink()
-    except OSError as error:
-        raise UserError(f"--{option}={path}: cannot be written: {error.strerror or error}") from error
-    return str(folder)
+    if jax.process_index() == 0:
+        ensure_writable(folder, f"--{option}={path}")
+    return str(absolute(folder))
 
 
 def _write(out: str, figures: dict[str, Any]) -> None:

@@ -29,7 +29,7 @@ from ml_collections import ConfigDict
 from dino_jax.data.decode import BadImage, decode
 from dino_jax.data.pipeline import center_crop, resize_shorter
 from dino_jax.data.sources import open_source
-from dino_jax.data.storage import absolute, new_file
+from dino_jax.data.storage import absolute, ensure_writable, new_file
 from dino_jax.errors import UserError
 from dino_jax.models import Backbone, build_backbone
 from dino_jax.models.packing import AnySize, Array, Packed
@@ -164,7 +164,7 @@ class Model:
             land(2)
 
         for place, image in enumerate(track(images, "features", active=progress)):
-            packed = self._any_size.pack(self._checked(image))
+            packed = self._any_size.pack(self.check(image))
             group = waiting.setdefault(packed.key, [])
             group.append((place, packed))
             if len(group) >= self._batch_size(packed.tokens):
@@ -178,8 +178,8 @@ class Model:
         cls = np.stack([feature for feature, _ in outputs])
         return (cls, [tokens for _, tokens in outputs if tokens is not None]) if patches else cls
 
-    def _checked(self, image: ImageLike) -> np.ndarray:
-        """The normalized image; `UserError` if its shape does not fit."""
+    def check(self, image: ImageLike) -> np.ndarray:
+        """The normalized image, float32 [h, w, c], preprocessed if it is not; `UserError` if its shape does not fit."""
         if not (isinstance(image, np.ndarray | jax.Array) and np.issubdtype(image.dtype, np.floating)):
             image = self.preprocess(image)
         image = np.asarray(image, np.float32)
@@ -239,19 +239,21 @@ def write_features(
 
     Returns the number of `images` written and of `unreadable` ones.
     """
+    ensure_writable(absolute(out).parent, f"--out={out}")
     model, source = load(ckpt, heads=heads), open_source(images)
     names, labels, bad = [], [], []
 
     def readable() -> Iterable[np.ndarray]:
         for index in track(range(len(source)), "features", active=progress):
+            name = f"{images}[{index}]"
             try:
-                example = source[index]
-                pixels = model.preprocess(example.image, resize=resize or 0, crop=crop or 0)
+                _, label, name = example = source[index]
+                pixels = model.check(model.preprocess(example.image, resize=resize or 0, crop=crop or 0))
             except (BadImage, UserError) as error:
-                bad.append(f"{images}[{index}]: {error}")
+                bad.append(f"{name}: {error}")
                 continue
-            names.append(example.name)
-            labels.append(example.label)
+            names.append(name)
+            labels.append(label)
             yield pixels
 
     found = model.features(readable(), patches=patches)
@@ -262,8 +264,8 @@ def write_features(
         arrays["grids"] = np.array([grid.shape[:2] for grid in grids])
     else:
         arrays["features"] = found
-    if bad:
-        log.warning("%d images could not be read and were skipped: %s", len(bad), "; ".join(bad[:5]))
+    for line in bad:
+        log.warning("skipped: %s", line)
     with new_file(absolute(out)) as local, local.open("wb") as file:
         np.savez(file, **arrays)
     return {"images": len(names), "unreadable": len(bad)}

@@ -15,6 +15,7 @@ from dino_jax.eval.features import source_features
 from dino_jax.eval.masks import open_masks
 from dino_jax.eval.protocols import voc
 from dino_jax.eval.protocols.knn import knn_classify
+from dino_jax.eval.splits import in_classes_of
 from dino_jax.inference.model import Model
 from dino_jax.training.step import Recipe, TrainState
 
@@ -35,7 +36,8 @@ class Evaluations:
         options = config.eval
         if options.knn_every:
             _require(options, "knn_every", "knn_train", "knn_test")
-            self.sources = {spec: open_source(spec) for spec in (options.knn_train, options.knn_test)}
+            train, test = open_source(options.knn_train), open_source(options.knn_test)
+            self.sources = train, in_classes_of(train, test, f"eval.knn_test={options.knn_test}")
             self.jobs.append((options.knn_every * epoch_steps, self.knn))
         if options.voc_every:
             _require(options, "voc_every", "voc_data")
@@ -62,9 +64,8 @@ class Evaluations:
         options = self.config.eval
         view = ConfigDict({key: options[key] for key in ("resize", "crop", "batch_size")})
         view.workers = self.config.run.workers
-        train, test = (
-            source_features(model, self.sources[spec], spec, view) for spec in (options.knn_train, options.knn_test)
-        )
+        specs = options.knn_train, options.knn_test
+        train, test = (source_features(model, *pair, view) for pair in zip(self.sources, specs, strict=True))
         k = min(options.knn_k, len(train[0]))
         top1, top5 = knn_classify(*train, *test, ks=(k,), temperature=options.knn_temperature)[k]
         return {"knn_top1": top1, "knn_top5": top5}

@@ -11,7 +11,7 @@ import numpy as np
 import safetensors.numpy
 from etils import epath
 
-from dino_jax.data.storage import absolute, write_atomically
+from dino_jax.data.storage import absolute, ensure_writable, write_atomically
 from dino_jax.errors import UserError
 from dino_jax.models import build_backbone
 from dino_jax.objectives.objective import make_objectives
@@ -55,7 +55,9 @@ def export_weights(
     if out.suffix in (".pth", ".safetensors", ".stablehlo", ".onnx") and out.suffix not in suffixes:
         raise UserError(f"--out={out}: --format={format} writes {' or '.join(suffixes)}: give such a file or a folder")
     path = out if out.suffix in suffixes else out / name
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if (path.parent / "checkpoints").exists() and (path != out or format == "hf"):  # hf writes config.json, too
+        raise UserError(f"--out={out}: this is the folder of a run, whose files must stay: choose another")
+    ensure_writable(path.parent, f"--out={out}")
     weights = open_weights(ckpt, heads=heads, everything=format == "official")
     write(weights, path, attention=attention, image_size=image_size or weights.config.crops.global_size)
     return path

@@ -23,8 +23,8 @@ def open_weights(ckpt: epath.PathLike, *, heads: int | None = None, everything: 
       UserError: one line with the problem.
     """
     path = epath.Path(ckpt)
-    is_folder = path.is_dir() and not (path / "model.safetensors").exists()
-    if str(ckpt) in names.PRETRAINED or not is_folder:
+    is_run = path.is_dir() and ((path / "checkpoints").exists() or not (path / "model.safetensors").exists())
+    if str(ckpt) in names.PRETRAINED or not is_run:
         return importer.read(ckpt, heads=heads)
     directory, step = checkpoint.resolve(path)
     config = config_io.from_json(checkpoint.restore_config(directory, step))

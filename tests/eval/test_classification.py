@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 from PIL import Image
 
+from dino_jax.data.sources import Source, open_source
 from dino_jax.errors import UserError
 from dino_jax.eval import draw, features
-from dino_jax.eval.protocols import knn, lowshot
-from dino_jax.eval.splits import check_labels, train_test
+from dino_jax.eval.protocols import knn, linear, lowshot
+from dino_jax.eval.splits import check_labels, in_classes_of, train_test
 
 
 def small(config):
@@ -70,6 +73,34 @@ def test_listed_images_keep_the_class_numbers_of_the_folders(class_folders, tmp_
         lowshot.listed(str(tmp_path / "list.txt"), str(class_folders / "train"))
     with pytest.raises(UserError, match="absent"):
         lowshot.listed(str(tmp_path / "absent.txt"), str(class_folders / "train"))
+
+
+@pytest.mark.parametrize("protocol", [knn, lowshot, linear])
+def test_classes_are_matched_by_name(vit, class_folders, protocol, tmp_path):
+    """Without the folder of the first class in `val`, its other images are as right as before."""
+    config = small(protocol.PROTOCOL.default_config())
+    config.update({"k": (3,)} if protocol is knn else {"shares": (1.0,)} if protocol is lowshot else {"epochs": 3})
+    shutil.rmtree(class_folders / "val" / "n01")
+    for split in ("train", "val"):
+        (class_folders / split / f"__{split}").mkdir()  # holds no images
+    figures = protocol.evaluate(vit, str(class_folders), config, workdir=str(tmp_path / "work"))
+    assert figures[{knn: "top1_k3", lowshot: "top1_100%", linear: "top1"}[protocol]] > 80
+    shutil.copytree(class_folders / "val" / "n02", class_folders / "val" / "n00")
+    with pytest.raises(UserError, match="1 test classes have no training images, first class n00"):
+        protocol.evaluate(vit, str(class_folders), config, workdir=str(tmp_path / "work"))
+
+
+def test_listed_classes_are_matched_by_name_too(tmp_path):
+    def listed(name: str, lines: str) -> Source:
+        (tmp_path / name).write_text(lines)
+        return open_source(f"list:{tmp_path / name}")
+
+    for file in ("a.png", "b.png", "c.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / file)
+    train = listed("train.txt", "a.png\tcat\nb.png\tdog\nc.png\temu\n")
+    test = in_classes_of(train, listed("test.txt", "b.png\tdog\nc.png\temu\n"), "x")
+    assert [test[i].label for i in range(2)] == [1, 2] and test.class_names == train.class_names
+    assert in_classes_of(train, train, "x") is train
 
 
 def test_splits(class_folders):

@@ -165,7 +165,7 @@ def test_a_weight_file_in_five_lines(load_reference, tmp_path):
         np.testing.assert_allclose(np.stack(patches).reshape(2, -1, 24), data[f"layer2/{size}"][:, 1:], atol=1e-5)
 
 
-def test_the_verb_writes_a_file(load_reference, tmp_path):
+def test_the_verb_writes_a_file(load_reference, tmp_path, caplog):
     data = load_reference("vit.npz")
     write_pth(tmp_path / "w.pth", {k[6:]: v.astype(np.float32) for k, v in data.items() if k.startswith("param/")})
     rng, folder = np.random.default_rng(0), tmp_path / "pictures"
@@ -174,9 +174,14 @@ def test_the_verb_writes_a_file(load_reference, tmp_path):
         for i, size in enumerate([(32, 32), (24, 40)]):
             (folder / label / f"{i}.png").write_bytes(png(rng.integers(0, 256, (*size, 3), np.uint8)))
     (folder / "dog" / "broken.png").write_bytes(b"no image")
+    (folder / "dog" / "tiny.png").write_bytes(png(np.zeros((5, 5, 3), np.uint8)))  # less than a patch
     options = {"heads": 3, "patches": True, "progress": False}
     count = write_features(tmp_path / "w.pth", str(folder), tmp_path / "out" / "f.npz", **options)
-    assert count == {"images": 4, "unreadable": 1}
+    assert count == {"images": 4, "unreadable": 2}
+    assert [name in caplog.text for name in ("dog/broken.png: ", "dog/tiny.png: ")] == [True, True]
+    for images, number in ((folder / "cat" / "0.png", 1), (folder / "cat" / "*.png", 2)):
+        count = write_features(tmp_path / "w.pth", str(images), tmp_path / "few.npz", heads=3, progress=False)
+        assert count == {"images": number, "unreadable": 0}
     model = load(tmp_path / "w.pth", heads=3)
     with np.load(tmp_path / "out" / "f.npz") as file:
         assert file["labels"].tolist() == [0, 0, 1, 1]
@@ -188,3 +193,10 @@ def test_the_verb_writes_a_file(load_reference, tmp_path):
     write_features(tmp_path / "w.pth", str(folder), tmp_path / "g.npz", resize=40, crop=24, **options)
     with np.load(tmp_path / "g.npz") as file:
         assert file["grids"].tolist() == [[3, 3]] * 4
+
+
+def test_an_output_that_cannot_be_written_is_named_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file" / "f.npz", "/proc/nowhere/f.npz"):
+        with pytest.raises(UserError, match=rf"^--out={out}: cannot be written"):
+            write_features("absent", "absent", out)

@@ -27,13 +27,13 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from dino_jax.config import Key
-from dino_jax.data.sources import Source, open_source
+from dino_jax.data.sources import Source
 from dino_jax.errors import UserError
 from dino_jax.eval.augment import draw_mix, erase, mix_batch, rand_augment, smoothed
 from dino_jax.eval.batches import crop_and_flip, data_mesh, test_batches, train_batches
 from dino_jax.eval.protocol import CROP, RESIZE, SEED, THREADS, Protocol
 from dino_jax.eval.protocols.linear import hits
-from dino_jax.eval.splits import CLASSES, class_count, train_test
+from dino_jax.eval.splits import CLASSES, class_count, open_splits
 from dino_jax.inference.model import Forward, Model
 from dino_jax.parallel.sharding import replicated
 from dino_jax.weights.checkpoint import Checkpointer, restore_config
@@ -87,8 +87,7 @@ def evaluate(model: Model, data: str, config: ConfigDict, workdir: str | None = 
     `data` is as in `splits.train_test`. With a `workdir`, the state is saved in `finetune/` there, and an interrupted
     run resumes.
     """
-    train_spec, test_spec = train_test(data)
-    train, test = open_source(train_spec), open_source(test_spec)
+    _, train, _, test = open_splits(data)
     classes = class_count(train, test, data)
     steps = len(train) // config.batch_size
     if not steps:

@@ -26,12 +26,11 @@ from ml_collections import ConfigDict
 
 from dino_jax.config import Key
 from dino_jax.data.decode import decode
-from dino_jax.data.sources import open_source
 from dino_jax.errors import UserError
 from dino_jax.eval.draw import GREEN, RED, SHOWN, save_rows, tile
 from dino_jax.eval.features import source_features
 from dino_jax.eval.protocol import CROP, RESIZE, WORKERS, Protocol
-from dino_jax.eval.splits import CLASSES, check_labels, train_test
+from dino_jax.eval.splits import CLASSES, check_labels, open_splits
 from dino_jax.inference.model import Model
 from dino_jax.models.layers import unit
 
@@ -58,17 +57,16 @@ def evaluate(model: Model, data: str, config: ConfigDict, workdir: str | None = 
     With a `workdir`, features are cached there, and `knn.png` shows some test images and their neighbors, framed in
     green if of the same class.
     """
-    train, test = train_test(data)
-    sources = [open_source(spec) for spec in (train, test)]  # open both first, to fail early
-    features, labels = source_features(model, sources[0], train, config, workdir=workdir)
-    test_features, test_labels = source_features(model, sources[1], test, config, workdir=workdir)
+    train_spec, train, test_spec, test = open_splits(data)
+    features, labels = source_features(model, train, train_spec, config, workdir=workdir)
+    test_features, test_labels = source_features(model, test, test_spec, config, workdir=workdir)
     num_classes = check_labels(labels, test_labels, data)
     ks = [k for k in config.k if k <= len(features)] or list(config.k)
     scores = knn_classify(
         features, labels, test_features, test_labels, ks=ks, temperature=config.temperature, num_classes=num_classes
     )
     if workdir is not None and jax.process_index() == 0:
-        _draw(epath.Path(workdir) / "knn.png", (sources[0], features, labels), (sources[1], test_features, test_labels))
+        _draw(epath.Path(workdir) / "knn.png", (train, features, labels), (test, test_features, test_labels))
     return {f"top{n}_k{k}": value for k, pair in scores.items() for n, value in zip((1, 5), pair, strict=True)}
 
 

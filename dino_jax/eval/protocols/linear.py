@@ -31,7 +31,7 @@ from dino_jax.eval.batches import Subset, crop_and_flip, data_mesh, test_batches
 from dino_jax.eval.features import Pooled, fingerprint, linear_input
 from dino_jax.eval.protocol import RESIZE, SEED, THREADS, Protocol
 from dino_jax.eval.results import load_arrays, save_arrays
-from dino_jax.eval.splits import CLASSES, class_count, train_test
+from dino_jax.eval.splits import CLASSES, class_count, open_splits, train_test
 from dino_jax.inference.model import Forward, Model
 from dino_jax.parallel.sharding import replicated
 from dino_jax.weights.names import PRETRAINED, fetch
@@ -66,11 +66,9 @@ def evaluate(model: Model, data: str, config: ConfigDict, workdir: str | None = 
     `top1_<head>` is at the head's best epoch by the same rule. `data` is as in `splits.train_test`. With a `workdir`,
     heads are saved there after every evaluation, and an interrupted run resumes.
     """
-    train_spec, test_spec = train_test(data)
-    test = open_source(test_spec)
     if config.head is not None:
-        return _test_released(model, test, config)
-    train = open_source(train_spec)
+        return _test_released(model, open_source(train_test(data)[1]), config)
+    _, train, _, test = open_splits(data)
     classes = class_count(train, test, data)
     train, held = _hold_out(train, config)
     path = None if workdir is None else epath.Path(workdir) / _file_name(model, config, classes, len(train))

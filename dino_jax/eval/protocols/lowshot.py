@@ -14,12 +14,12 @@ from ml_collections import ConfigDict
 
 from dino_jax.config import Key
 from dino_jax.data.folder_source import Files
-from dino_jax.data.sources import open_source
+from dino_jax.data.sources import Source, open_source
 from dino_jax.errors import UserError
-from dino_jax.eval.features import dataset_features, source_features
+from dino_jax.eval.features import source_features
 from dino_jax.eval.logistic import fit_logistic
 from dino_jax.eval.protocol import CROP, RESIZE, WORKERS, Protocol
-from dino_jax.eval.splits import CLASSES, check_labels, train_test
+from dino_jax.eval.splits import CLASSES, check_labels, open_splits
 from dino_jax.inference.model import Model
 
 KEYS = {
@@ -40,11 +40,10 @@ def evaluate(model: Model, data: str, config: ConfigDict, workdir: str | None = 
 
     `data` is as in `splits.train_test`; features are cached in `workdir`.
     """
-    train, test = train_test(data)
-    open_source(train)  # fail early if it is wrong
-    test_features, test_labels = dataset_features(model, test, config, workdir=workdir)
+    train_spec, train, test_spec, test = open_splits(data)
+    test_features, test_labels = source_features(model, test, test_spec, config, workdir=workdir)
     figures = {}
-    for name, (features, labels) in _subsets(model, train, config, workdir):
+    for name, (features, labels) in _subsets(model, train, train_spec, config, workdir):
         num_classes = check_labels(labels, test_labels, data)
         fit = fit_logistic(features, labels, num_classes, config.penalty / len(labels), tolerance=config.tolerance)
         predicted = np.argmax(test_features @ fit.weights, axis=1)
@@ -65,14 +64,14 @@ PROTOCOL = Protocol(
 
 
 def _subsets(
-    model: Model, train: str, config: ConfigDict, workdir: str | None
+    model: Model, train: Source, spec: str, config: ConfigDict, workdir: str | None
 ) -> Iterator[tuple[str, tuple[np.ndarray, np.ndarray]]]:
     """Name, features and labels of each labeled subset."""
     for path in config.lists:
-        yield epath.Path(path).stem, source_features(model, listed(path, train), path, config, workdir=workdir)
+        yield epath.Path(path).stem, source_features(model, listed(path, spec), path, config, workdir=workdir)
     if config.lists:
         return
-    features, labels = dataset_features(model, train, config, workdir=workdir)
+    features, labels = source_features(model, train, spec, config, workdir=workdir)
     for share in config.shares:
         rows = per_class(labels, share, config.seed)
         yield f"{100 * share:g}%", (features[rows], labels[rows])
@@ -100,7 +99,7 @@ def listed(path: str, train: str) -> Files:
     try:
         names = [line.strip() for line in epath.Path(path).read_text().splitlines() if line.strip()]
         root = epath.Path(train.removeprefix("folder:"))
-        classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+        classes = list(open_source(train).class_names or ())
     except OSError as error:
         raise UserError(f"--config.lists: {path} for {train}: {error}") from None
     names = [name if "/" in name else f"{name.partition('_')[0]}/{name}" for name in names]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from etils import epath
 
-from dino_jax.data.example import Example, Kind
+from dino_jax.data.example import Example, Kind, whole_labels
 from dino_jax.data.storage import is_remote
 from dino_jax.errors import UserError
 
@@ -24,7 +24,7 @@ class ArraySource:
     ):
         _check("images", images, labels)
         self.images = images
-        self.labels = None if labels is None else np.asarray(labels).astype(np.int32)
+        self.labels = None if labels is None else whole_labels(labels, "labels")
         self.class_names = tuple(class_names) if class_names is not None else None
 
     def __len__(self) -> int:
@@ -102,6 +102,8 @@ def _check(what: str, images: np.ndarray, labels: Sequence[int] | np.ndarray | N
         raise UserError(f"{what} must be [N, H, W] or [N, H, W, C], not of shape {images.shape}")
     if labels is not None and len(labels) != len(images):
         raise UserError(f"{what}: {len(images)} of them but {len(labels)} labels")
+    if labels is not None:
+        whole_labels(labels, what)
 
 
 KINDS = {"arrays": Kind(open_arrays)}

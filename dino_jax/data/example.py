@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dino_jax.errors import UserError
+
 
 class Example(NamedTuple):
     """An image as a source stores it.
@@ -17,6 +19,21 @@ class Example(NamedTuple):
     image: bytes | np.ndarray
     label: int
     name: str
+
+
+def whole_labels(values: Any, where: str) -> np.ndarray:
+    """Class labels as int32 [N]: whole numbers, of any numeric type, from -1 (unlabeled) on.
+
+    Raises:
+      UserError: another value, such as 0.7 or NaN, which no class has; the message begins with `where`.
+    """
+    labels = np.asarray(values)
+    if labels.dtype.kind in "iuf":
+        inside = (labels == np.floor(labels)) & (labels >= -1) & (labels < 2**31)
+        if inside.all():
+            return labels.astype(np.int32)
+        labels = labels[~inside]
+    raise UserError(f"{where}: the label {labels.flat[0]!s} is not a class number (0, 1, 2, ...; -1: unlabeled)")
 
 
 class Kind(NamedTuple):

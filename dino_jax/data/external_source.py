@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from dino_jax.data.decode import BadImage
-from dino_jax.data.example import Example, Kind
+from dino_jax.data.example import Example, Kind, whole_labels
 from dino_jax.errors import UserError, did_you_mean
 
 
@@ -65,7 +65,8 @@ class TfdsSource:
         except Exception as error:  # whatever the reader raises for a damaged record
             raise BadImage(f"record cannot be read: {_line(error)}") from error
         name = row.get("file_name", f"{self.split}-{index:07d}")
-        return Example(row[self.image], int(row.get(self.label, -1)), name if isinstance(name, str) else name.decode())
+        label = int(whole_labels(row.get(self.label, -1), f"{self.where}, row {index}"))
+        return Example(row[self.image], label, name if isinstance(name, str) else name.decode())
 
 
 class HfSource:
@@ -85,7 +86,12 @@ class HfSource:
         self.label = label or self._find(rows, datasets.ClassLabel, "label")
         if label and label not in rows.features:
             raise UserError(f"{self.where}: no {label!r} in {', '.join(rows.features)}")
-        names = getattr(rows.features.get(self.label), "names", None)
+        feature = rows.features.get(self.label)
+        names = getattr(feature, "names", None)
+        self._words: dict[str, int] = {}  # classes that the data set gives by name
+        if getattr(feature, "dtype", None) == "string" and not names:
+            names = sorted(name for name in rows.unique(self.label) if name is not None)
+            self._words = {name: number for number, name in enumerate(names)}
         self.class_names = tuple(names) if names else None
         self._rows = rows.cast_column(self.image, datasets.Image(decode=False))
 
@@ -110,12 +116,14 @@ class HfSource:
 
     def __getitem__(self, index: int) -> Example:
         row = self._rows[index]
-        image, label = row[self.image], row.get(self.label, -1)
+        image, label = row[self.image], row.get(self.label)
+        label = self._words.get(label, label)
+        number = -1 if label is None else int(whole_labels(label, f"{self.where}, row {index}"))
         name = os.path.basename(image["path"] or "") or f"{self.split}-{index:07d}"
         if image["bytes"] is None:
             with open(image["path"], "rb") as file:
-                return Example(file.read(), -1 if label is None else int(label), name)
-        return Example(image["bytes"], -1 if label is None else int(label), name)
+                return Example(file.read(), number, name)
+        return Example(image["bytes"], number, name)
 
 
 def split_name(kind: str, spec: str) -> tuple[str, str]:

@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 
 from dino_jax.data.decode import BadImage
-from dino_jax.data.example import Example, Kind
+from dino_jax.data.example import Example, Kind, whole_labels
 from dino_jax.data.storage import is_remote
 from dino_jax.errors import UserError
 
@@ -131,7 +131,7 @@ def numbered(path: str, labels: Sequence[str]) -> tuple[list[int], list[str] | N
     if not all(labels):
         raise UserError(f"{path}: {labels.count('')} of {len(labels)} images have no label; label all of them or none")
     if all(re.fullmatch(r"-?\d+", label) for label in labels):
-        return [int(label) for label in labels], None
+        return whole_labels([int(label) for label in labels], path).tolist(), None
     names = sorted(set(labels))
     number = {name: k for k, name in enumerate(names)}
     return [number[label] for label in labels], names

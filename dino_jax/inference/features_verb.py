@@ -10,7 +10,12 @@ from dino_jax.cli import Verb, checkpoint_arguments
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     checkpoint_arguments(parser)
-    parser.add_argument("--images", required=True, metavar="SOURCE", help="a folder, an image, a pattern such as photos/*.jpg, or any other source")
+    parser.add_argument(
+        "--images",
+        required=True,
+        metavar="SOURCE",
+        help="a folder, an image, a pattern such as photos/*.jpg, or any other source",
+    )
     parser.add_argument("--out", required=True, metavar="FILE.npz", help="the file to write")
     parser.add_argument("--resize", type=int, metavar="PIXELS", help="shorter side; by default images keep their size")
     parser.add_argument("--crop", type=int, metavar="PIXELS", help="side of a center crop")

@@ -324,6 +324,23 @@ def test_tfds_mistakes(tfds_dir, spec, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("label", [0.7, np.nan, np.inf, 2**40, -2, "cat"])
+def test_labels_that_no_class_has_are_named(tmp_path, label):
+    np.savez(tmp_path / "a.npz", images=np.zeros((2, 4, 4), np.uint8), labels=np.array([0, label]))
+    with pytest.raises(UserError, match=r"a\.npz: images: the label .* is not a class number"):
+        open_source(str(tmp_path / "a.npz"))
+
+
+def test_whole_numbers_of_any_type_are_labels(tmp_path):
+    for dtype in (np.float32, np.uint8, np.int64):
+        np.savez(tmp_path / "a.npz", images=np.zeros((2, 4, 4), np.uint8), labels=np.array([0, 3], dtype))
+        assert labels(open_source(str(tmp_path / "a.npz"))) == [0, 3]
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    (tmp_path / "list.txt").write_text(f"a.png {2**40}\n")
+    with pytest.raises(UserError, match=rf"list\.txt: the label {2**40} is not a class number"):
+        open_source(str(tmp_path / "list.txt"))
+
+
 @pytest.mark.extra
 @pytest.mark.filterwarnings("ignore")
 def test_hugging_face_datasets(tmp_path, monkeypatch):
@@ -336,6 +353,12 @@ def test_hugging_face_datasets(tmp_path, monkeypatch):
     assert source.class_names == ("a", "b")
     assert labels(source) == [0, 1] * 3
     assert [level(source[i]) for i in range(6)] == list(range(6))
+    rows = {"img": rows["img"], "kind": ["dog", "cat", None] * 2, "score": [0.7] * 6}
+    datasets.Dataset.from_dict(rows).cast_column("img", datasets.Image()).save_to_disk(tmp_path / "w")
+    source = open_source(f"hf:{tmp_path}/w:train?label=kind")
+    assert source.class_names == ("cat", "dog") and labels(source) == [1, 0, -1] * 2
+    with pytest.raises(UserError, match=r"w:train, row 0: the label 0\.7 is not a class number"):
+        open_source(f"hf:{tmp_path}/w:train?label=score")[0]
     for spec, message in [
         (f"hf:{tmp_path}/d:test", "no split 'test'"),
         (f"hf:{tmp_path}/d:train?image=kind", "no image 'kind'"),
@@ -360,7 +383,8 @@ def test_specs_are_split_by_kind_not_by_url_scheme(tmp_path):
         ("{}/none", "no such file or folder"),
         ("folder:{}/none", "no such folder"),
         ("folder:{}/picture.png", "not a folder"),
-        ("{}/picture.png", "not a folder, a list"),
+        ("{}/strange.bin", "not a folder, a list"),
+        ("{}/text/*.png", "no image file matches it"),
         ("{}/empty", "the folder is empty; put images there or name another"),
         ("{}/text", "no images in it .*; put images there or name another"),
         ("list:{}/none.txt", "no such list"),
@@ -386,6 +410,7 @@ def test_mistakes_are_named_in_one_line(tmp_path, spec, message):
     (tmp_path / "empty").mkdir()
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "x.txt").write_text("x")
+    (tmp_path / "strange.bin").write_text("x")
     (tmp_path / "blank.txt").write_text("# nothing\n")
     (tmp_path / "missing.txt").write_text("gone.png\npicture.png\ngone too.png\n")
     (tmp_path / "halfway.txt").write_text("picture.png 1\npicture.png\n")

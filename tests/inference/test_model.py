@@ -192,7 +192,7 @@ def test_the_verb_writes_a_file(load_reference, tmp_path, caplog):
         assert all(name.endswith(path.name) for name, path in zip(file["names"], paths, strict=True))
     write_features(tmp_path / "w.pth", str(folder), tmp_path / "g.npz", resize=40, crop=24, **options)
     with np.load(tmp_path / "g.npz") as file:
-        assert file["grids"].tolist() == [[3, 3]] * 4
+        assert file["grids"].tolist() == [[3, 3]] * 5  # resized, the tiny image is large enough
 
 
 def test_an_output_that_cannot_be_written_is_named_before_the_work(tmp_path):

@@ -105,7 +105,7 @@ def test_sizes_that_the_patches_do_not_divide_are_named_by_their_key(loaded, mon
 def test_what_cannot_be_written_is_named_before_the_long_part(loaded, monkeypatch, tmp_path):
     protocol_that(monkeypatch, lambda *_: pytest.fail("evaluated"))
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"--out=.*file: cannot be written"):
+    with pytest.raises(UserError, match=r"--out=.*file/o\.json: cannot be written"):
         verb.evaluate("knn", "c", "d", out=str(tmp_path / "file" / "o.json"))
     with pytest.raises(UserError, match=r"--workdir=.*file/x: cannot be written: "):
         verb.evaluate("knn", "c", "d", workdir=str(tmp_path / "file" / "x"))

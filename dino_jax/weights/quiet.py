@@ -47,7 +47,8 @@ def quiet() -> Iterator[None]:
 
 
 def _is_other(record: logging.LogRecord) -> bool:
-    return record.levelno < logging.ERROR or "orbax" not in record.pathname + record.getMessage()
+    text = record.pathname + record.getMessage()
+    return record.levelno < logging.ERROR or not any(name in text for name in ("orbax", "tensorstore"))
 
 
 def _unraisable(lost: sys.UnraisableHookArgs) -> None:

@@ -74,8 +74,8 @@ if not hasattr(dino_jax.training.prefetch, "unnoted"):
 def config_file(tmp_path_factory):
     folder = tmp_path_factory.mktemp("multihost")
     rng = np.random.default_rng(0)
-    np.savez(folder / "pictures.npz", images=rng.integers(0, 256, (64, 40, 36, 3), np.uint8))
-    (folder / "config.py").write_text(CONFIG.format(pictures=str(folder / "pictures.npz")))
+    np.savez(folder / "images.npz", images=rng.integers(0, 256, (64, 40, 36, 3), np.uint8))
+    (folder / "config.py").write_text(CONFIG.format(images=str(folder / "images.npz")))
     yield folder / "config.py"
     if hasattr(dino_jax.training.prefetch, "unnoted"):
         dino_jax.training.prefetch.make_dataset = dino_jax.training.prefetch.unnoted

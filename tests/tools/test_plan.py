@@ -151,7 +151,7 @@ def test_chips_by_their_device_kind():
         (["--topology=cpu:many"], "is not a number of devices"),
         (["--topology=gpu"], "JAX finds no gpu here"),
         (["--topology=,"], "give one such as"),
-        (["--topology=cpu:4", "--images=8"], "more than the 8 pictures"),
+        (["--topology=cpu:4", "--images=8"], "more than the 8 images"),
         (["--topology=cpu:4", "--config.run.mesh.fsdp=3"], "does not fit 4 device(s)"),
         (["--topology=cpu:4", "--config.run.remat=all"], "run.remat"),
     ],

@@ -340,4 +340,5 @@ def test_workdirs_that_cannot_serve_get_one_clear_line(bad_input, uninterrupted,
 def test_command_line_prints_one_line_and_status_2(tmp_path):
     status, lines = run_command("train", f"--config={tmp_path / 'absent.py'}", f"--workdir={tmp_path}")
     assert status == 2
-    assert lines == [f"dino-jax: error: --config={tmp_path / 'absent.py'}: there is no such file"]
+    (line,) = lines
+    assert line.startswith(f"dino-jax: error: --config={tmp_path / 'absent.py'}: there is no such file or name")

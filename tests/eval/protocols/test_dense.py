@@ -79,7 +79,7 @@ def test_protocol_on_folders(vit, tmp_path):
 
 def test_masks_without_a_class_or_with_too_many_are_errors(vit):
     head = {"kernel": jnp.zeros((16, 3)), "bias": jnp.zeros(3)}
-    for number, message in ((255, "no pixel"), (7, "class 7")):
+    for number, message in ((255, "no labeled pixels"), (7, "class 7")):
         labels = np.full((8, 8), number, np.uint8)
         images = MaskedImages(1, lambda i, x=labels: Masked(np.zeros((8, 8, 3), np.uint8), x, x), 3)
         with pytest.raises(UserError, match=message):

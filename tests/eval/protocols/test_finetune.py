@@ -110,7 +110,7 @@ def test_an_xcit_is_fine_tuned_with_the_default_drop_path(xcit, class_folders):
     assert config.drop_path == 0.1
     figures = finetune.evaluate(xcit, str(class_folders), config)
     assert all(0 <= value <= 100 for value in figures.values())
-    factors = np.asarray(finetune.drop_path(jax.random.key(0), finetune.xcit.forward, 4000, config))
+    factors = np.asarray(finetune.drop_path(jax.random.key(0), xcit.forward, 4000, config))
     assert factors.shape == (2, 3, 4000)  # attention, MLP and local branches
     np.testing.assert_allclose(factors.mean(-1), 1, atol=0.05)
     np.testing.assert_allclose((factors == 0).mean(-1), 0.1, atol=0.02)

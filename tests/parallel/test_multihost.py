@@ -30,7 +30,7 @@ CONFIG = """
 import json, os
 import numpy as np
 import jax
-import dino_jax.training.prefetch, dino_jax.sharding, dino_jax.train
+import dino_jax.parallel.sharding, dino_jax.training.loop, dino_jax.training.prefetch
 from dino_jax.data.arrays_source import ArraySource
 from tests.tiny import tiny_config
 

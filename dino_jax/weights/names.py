@@ -9,8 +9,7 @@ from typing import NamedTuple
 
 from etils import epath
 
-from dino_jax.data.storage import absolute
-from dino_jax.errors import UserError, did_you_mean
+from dino_jax.data.storage import absolute, ensure_writable
 from dino_jax.progress import Progress
 
 BASE = "https://dl.fbaipublicfiles.com/dino/"
@@ -75,7 +74,7 @@ def fetch(name: str, head: bool = False) -> epath.Path:
         raise UserError(f"{name}: no linear head was released for it")
     target = cache_folder() / file.rpartition("/")[2]
     if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
+        ensure_writable(target.parent, f"{target.parent} ($DINO_JAX_CACHE, the folder of downloads)")
         download(BASE + file, target)
     return target
 

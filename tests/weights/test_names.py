@@ -122,3 +122,10 @@ def test_every_address_is_the_release():
         assert model.head is None or model.head == f"{folder}/{folder.removesuffix('_pretrain')}_linearweights.pth"
     with pytest.raises(UserError, match="no linear head"):
         names.fetch("dino_vits16_gldv2", head=True)
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("DINO_JAX_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(UserError, match=r"file/cache \(\$DINO_JAX_CACHE, the folder of downloads\): cannot be written"):
+        names.fetch("dino_vits16")

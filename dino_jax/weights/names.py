@@ -10,6 +10,7 @@ from typing import NamedTuple
 from etils import epath
 
 from dino_jax.data.storage import absolute, ensure_writable
+from dino_jax.errors import UserError, did_you_mean
 from dino_jax.progress import Progress
 
 BASE = "https://dl.fbaipublicfiles.com/dino/"

@@ -1,4 +1,4 @@
-"""The exception for mistakes that a user can fix, and "did you mean"."""
+"""The exception for mistakes that a user can fix, "did you mean", and names that are safe to print."""
 
 from __future__ import annotations
 
@@ -24,3 +24,9 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(word, same, 1, 0.0) or difflib.get_close_matches(word, known, 1)
     near = near or difflib.get_close_matches(last(word), map(last, known), 1)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def printable(text: str) -> str:
+    """`text` on one line and safe for a terminal: control characters as escapes, undecodable bytes as "\ufffd"."""
+    text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)

@@ -13,8 +13,8 @@ from etils import epath
 
 from dino_jax.data.decode import BadImage
 from dino_jax.data.example import Example, Kind, whole_labels
-from dino_jax.data.storage import is_remote
-from dino_jax.errors import UserError
+from dino_jax.data.storage import is_remote, read_file
+from dino_jax.errors import UserError, printable
 
 SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".jp2", ".gif"),
@@ -171,18 +171,10 @@ def join(root: str, name: str) -> str:
     return name if is_remote(name) else os.path.join(root, name)
 
 
-def printable(name: str) -> str:
-    """A file name with undecodable bytes replaced, so that it can be written anywhere."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-
-
 def read_bytes(path: str) -> bytes:
     """The whole file, local or remote. Raises `BadImage` if it cannot be read."""
     try:
-        if is_remote(path):
-            return epath.Path(path).read_bytes()
-        with open(path, "rb") as file:
-            return file.read()
+        return read_file(path)
     except OSError as error:
         raise BadImage(f"cannot be read: {error.strerror or error}") from error
 

@@ -1,13 +1,16 @@
-"""Files on local disks and in buckets, and the error for one that cannot be written."""
+"""Files on local disks and in buckets: reading only regular files, writing whole files, and errors in one line."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import pathlib
+import stat
 import tempfile
 from collections.abc import Iterator
+from typing import Any, BinaryIO
 
 from etils import epath
 
@@ -26,6 +29,71 @@ def absolute(path: epath.PathLike) -> epath.Path:
     """`path` with `~` expanded, made absolute if local."""
     path = epath.Path(path).expanduser()
     return path if is_remote(path) else path.absolute()
+
+
+def open_file(path: epath.PathLike) -> BinaryIO:
+    """Opens a regular file for reading, or an object of a bucket.
+
+    Raises:
+      OSError: it cannot be opened, or it is a folder, a named pipe, a device or a socket, which could block or never
+        end; the reason is in `strerror`.
+    """
+    if is_remote(path):
+        return epath.Path(path).open("rb")
+    number = os.open(os.fspath(path), os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+    mode = os.fstat(number).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(number)
+        raise OSError(errno.EINVAL, f"not a regular file but {_kind(mode)}", str(path))
+    return os.fdopen(number, "rb")
+
+
+def _kind(mode: int) -> str:
+    kinds = {
+        stat.S_ISDIR: "a folder",
+        stat.S_ISFIFO: "a named pipe",
+        stat.S_ISSOCK: "a socket",
+        stat.S_ISCHR: "a device",
+        stat.S_ISBLK: "a device",
+    }
+    return next((kind for test, kind in kinds.items() if test(mode)), "something else")
+
+
+def read_file(path: epath.PathLike) -> bytes:
+    """The whole content of a regular file or of an object in a bucket. Raises OSError as `open_file` does."""
+    with open_file(path) as file:
+        return file.read()
+
+
+def read_text(path: epath.PathLike) -> str:
+    """The text of a UTF-8 file.
+
+    Raises:
+      UserError: it cannot be read or is not UTF-8.
+    """
+    try:
+        return read_file(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {cause(error)}") from error
+
+
+def read_json(path: epath.PathLike, kind: type = dict) -> Any:
+    """The value of a JSON file, a `kind` (dict or list).
+
+    Raises:
+      UserError: it cannot be read, is not JSON, or holds another type.
+    """
+    text = read_text(path)
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON: {cause(error)}") from error
+    if not isinstance(value, kind):
+        expected = {dict: "an object", list: "a list"}[kind]
+        raise UserError(f"{path}: holds {type(value).__name__} where {expected} is expected")
+    return value
 
 
 def ensure_writable(folder: epath.PathLike, what: str) -> None:

@@ -15,9 +15,9 @@ from etils import epath
 
 from dino_jax.data.decode import BadImage
 from dino_jax.data.example import Example, Kind
-from dino_jax.data.folder_source import SUFFIXES, numbered, printable
+from dino_jax.data.folder_source import SUFFIXES, numbered
 from dino_jax.data.storage import is_remote
-from dino_jax.errors import UserError
+from dino_jax.errors import UserError, printable
 
 LABEL_KEYS = ("label", "cls", "class")  # of .json members, the first that is there
 

@@ -1,4 +1,4 @@
-"""Atomic writes, to disk and to a bucket."""
+"""Reading regular files only, and atomic writes, to disk and to a bucket."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import sys
 
 import pytest
 
-from dino_jax.data.storage import absolute, is_remote, new_file, write_atomically
+from dino_jax.data.storage import absolute, is_remote, new_file, read_file, read_json, read_text, write_atomically
+from dino_jax.errors import UserError
 from tests.gcs_stand_in import serve
 
 
@@ -72,3 +73,30 @@ def test_in_a_bucket():
         code = "if True:" + IN_A_BUCKET
         subprocess.run([sys.executable, "-c", code], env=os.environ | environment | {"PYTHONPATH": paths}, check=True)
     assert sorted(name for name in store.objects if not name.endswith("/")) == ["bucket/a/file.npz", "bucket/a/text"]
+
+
+def test_only_regular_files_are_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path, kind in ((tmp_path / "pipe", "a named pipe"), (tmp_path, "a folder"), ("/dev/zero", "a device")):
+        with pytest.raises(OSError, match=f"not a regular file but {kind}"):
+            read_file(path)
+    (tmp_path / "file").write_bytes(b"content")
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    assert read_file(tmp_path / "link") == b"content"
+
+
+def test_files_that_are_not_what_they_should_be(tmp_path):
+    path = tmp_path / "file"
+    for content, message in (
+        (b"\xff\xfe", "file: not UTF-8 text: byte 0 is 0xff"),
+        (b'{"a": 1', "file: not JSON"),
+        (b"[" * 100_000, "file: not JSON"),
+        (b"[1]", "file: holds list where an object is expected"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            read_json(path)
+    with pytest.raises(UserError, match=r"absent: cannot be read: No such file"):
+        read_text(tmp_path / "absent")
+    path.write_bytes(b'\xef\xbb\xbf{"a": [1]}')
+    assert read_json(path) == {"a": [1]}

@@ -71,6 +71,28 @@ KEYS: Keys = {
             float, "initial deviation of the blocks' linear layers; unset: 0.02, too small for a narrow ViT", "(0, inf)"
         ),
         "registers": Key(0, "learned tokens next to CLS and the patches, without positions (ViT)", "[0, inf)"),
+        "ffn": Key(
+            str,
+            "MLP of the blocks; unset: the named model's (ViT; swiglu: DINOv2's giant, DINOv3's S+, H+, 7B)",
+            choices=("mlp", "swiglu"),
+        ),
+        "ffn_dim": Key(int, "its hidden width; unset: the named model's, else 4 D, or with swiglu 8 D / 3", "[1, inf)"),
+        "layer_scale": Key(
+            float, "initial gain of every residual branch; unset: none (ViT; DINOv2 and DINOv3: 1e-5)", "(0, inf)"
+        ),
+        "positions": Key(
+            str,
+            "offset or antialias: a table, resized as in DINO and DINOv2, or as in DINOv2 with registers; rope: rotary "
+            "embeddings, DINOv3's; unset: offset (ViT)",
+            choices=("offset", "antialias", "rope"),
+        ),
+        "qkv_bias": Key(
+            str,
+            "which of queries, keys and values have a bias; unset: qkv (ViT; DINOv3: qv)",
+            choices=("qkv", "qv", "none"),
+        ),
+        "norm_eps": Key(float, "added to the variance in LayerNorm; unset: 1e-6 (ViT; DINOv3: 1e-5)", "(0, inf)"),
+        "masking": Key(False, "learn a token that replaces masked patches (ViT; iBOT, DINOv2, DINOv3)"),
         "small_stem": Key(
             False, "start with a 3 x 3 convolution and no pooling, for images of about 32 pixels (ResNet)"
         ),

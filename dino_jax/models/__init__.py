@@ -14,12 +14,14 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from dino_jax.errors import UserError, did_you_mean
+from dino_jax.models.attention import can_fuse_attention
 from dino_jax.models.backbone import Backbone, Tokens
 from dino_jax.models.head import Head
-from dino_jax.models.layers import can_fuse_attention, patch_grid
+from dino_jax.models.layers import patch_grid
 from dino_jax.models.network import Network
+from dino_jax.models.positions import resize_pos_embed
 from dino_jax.models.resnet import ResNet
-from dino_jax.models.vit import ViT, resize_pos_embed
+from dino_jax.models.vit import ViT
 from dino_jax.models.xcit import XCiT
 
 __all__ = [
@@ -42,6 +44,10 @@ BACKBONES = {
     "vit_small": partial(ViT, embed_dim=384, depth=12, heads=6),
     "vit_base": partial(ViT, embed_dim=768, depth=12, heads=12),
     "vit_large": partial(ViT, embed_dim=1024, depth=24, heads=16),
+    "vit_giant2": partial(ViT, embed_dim=1536, depth=40, heads=24, ffn="swiglu"),
+    "vit_small_plus": partial(ViT, embed_dim=384, depth=12, heads=6, ffn="swiglu", ffn_dim=1536),
+    "vit_huge_plus": partial(ViT, embed_dim=1280, depth=32, heads=20, ffn="swiglu", ffn_dim=5120),
+    "vit_7b": partial(ViT, embed_dim=4096, depth=40, heads=32, ffn="swiglu", ffn_dim=8192),
     "resnet18": partial(ResNet, stages=(2, 2, 2, 2), bottleneck=False),
     "resnet50": partial(ResNet, stages=(3, 4, 6, 3), bottleneck=True),
     "resnet101": partial(ResNet, stages=(3, 4, 23, 3), bottleneck=True),
@@ -50,7 +56,10 @@ BACKBONES = {
 }
 
 # Config keys that not every family has.
-_VARIATIONS = ("embed_dim", "depth", "heads", "init_std", "small_stem", "registers")
+_VARIATIONS = (
+    *("embed_dim", "depth", "heads", "init_std", "small_stem", "registers"),
+    *("ffn", "ffn_dim", "layer_scale", "positions", "qkv_bias", "norm_eps", "masking"),
+)
 
 
 def build_backbone(

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float
 
 from dino_jax.errors import UserError
-from dino_jax.models.packing import Array, Extent, Images
+from dino_jax.models.packing import Array, Images
 
 # The official `trunc_normal_(std=.02)` cuts at +-2, 100 deviations away: in effect a plain normal.
 INIT_STD = 0.02
@@ -140,8 +140,10 @@ def conv(features: int, size: int, module: nn.Module, stride: int = 1, **options
 
 
 def layer_norm(module: nn.Module, name: str | None = None) -> nn.LayerNorm:
-    """LayerNorm with the official eps 1e-6, statistics in at least float32, output in the dtype of `module`."""
-    return nn.LayerNorm(epsilon=1e-6, use_fast_variance=False, dtype=module.dtype, name=name)
+    """LayerNorm with eps `module.norm_eps`, else 1e-6; statistics in at least float32, output in the module's dtype."""
+    return nn.LayerNorm(
+        epsilon=getattr(module, "norm_eps", 1e-6), use_fast_variance=False, dtype=module.dtype, name=name
+    )
 
 
 def add_branch(x: Array, branch: Array, keep: Array | None) -> Array:
@@ -165,91 +167,29 @@ class Mlp(nn.Module):
         return dense(x.shape[-1], self, "fc2")(hidden)
 
 
-def can_fuse_attention(dtype: Any, head_width: int) -> bool:
-    """Whether cuDNN's fused attention runs here: an Ampere GPU or newer, bfloat16, heads of a supported width."""
-    device = jax.devices()[0]
-    if device.platform != "gpu" or dtype != jnp.bfloat16 or head_width % 8 or head_width > 128:
-        return False
-    return float(getattr(device, "compute_capability", 0)) >= 8.0
+class SwiGlu(nn.Module):
+    """Gated linear unit, silu(gate) * value, then a linear layer: [B, N, D] -> [B, N, D] (Shazeer 2020).
 
-
-def fused_attention(
-    query: Float[Array, "B N H d"], key: Float[Array, "B N H d"], value: Float[Array, "B N H d"]
-) -> Float[Array, "B N H d"]:
-    """cuDNN attention on [B, N, H, D/H], without an [N, N] array; bfloat16, softmax in float32.
-
-    On a mesh each device works on its own rows: XLA cannot partition a cuDNN kernel.
-    """
-    batch, tokens = query.shape[:2]
-    odd = tokens % 2  # JAX needs an even number in training: pad with one that is never attended to
-
-    def attend(query: Array, key: Array, value: Array) -> Array:
-        padded = [jnp.pad(x, ((0, 0), (0, odd), (0, 0), (0, 0))) for x in (query, key, value)]
-        there = jnp.full((batch,), tokens, jnp.int32) if odd else None
-        out = jax.nn.dot_product_attention(
-            *padded, query_seq_lengths=there, key_value_seq_lengths=there, implementation="cudnn"
-        )
-        return out[:, :tokens]
-
-    mesh, all_of_it = jax.sharding.get_abstract_mesh(), jax.sharding.PartitionSpec()
-    if mesh.size > 1 and (rest := set(mesh.axis_names) - set(mesh.manual_axes)):
-        attend = jax.shard_map(attend, in_specs=all_of_it, out_specs=all_of_it, axis_names=rest, check_vma=False)
-    return attend(query, key, value)
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention [B, N, D] -> [B, N, D]; softmax in at least float32.
-
-    `valid` bool [B, N]: tokens that may be attended to; None: all.
-    With `class_only` only the first token is a query (class attention of CaiT and XCiT): [B, N, D] -> [B, 1, D].
-    `fused`: uses `fused_attention` if all tokens attend to all.
+    `w12` gives the gate, then the value, each `hidden` wide. Official: `SwiGLUFFN` of DINOv2.
     """
 
-    heads: int
-    width: int
+    hidden: int
     dtype: Any = jnp.float32
     precision: Any = None
-    class_only: bool = False
     init_std: float = INIT_STD
-    fused: bool = False
 
-    def setup(self) -> None:
-        self.qkv = dense(3 * self.width, self)
-        self.proj = dense(self.width, self)
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        gate, value = jnp.split(dense(2 * self.hidden, self, "w12")(x), 2, axis=-1)
+        return dense(x.shape[-1], self, "w3")(nn.silu(gate) * value)
 
-    def __call__(self, x: Array, valid: Array | None = None) -> Array:
-        if self.fused and valid is None and not self.class_only:
-            out = fused_attention(*self._project(x))
-        else:
-            weights, value = self._attend(x, valid)
-            out = jnp.einsum("bhnm,bmhd->bnhd", weights.astype(self.dtype), value, precision=self.precision)
-        return self.proj(out.reshape(x.shape[0], -1, self.width))  # [B, N, H, D/H] -> [B, N, D]
 
-    @nn.nowrap
-    def on_canvas(self, extent: Extent, call: Callable[..., Array], x: Array) -> Array:
-        """See `packing.Canvas`: tokens attend to CLS and the image's own patches."""
-        return call(x, jnp.pad(extent.patches(), ((0, 0), (1, 0)), constant_values=True))
+class LayerScale(nn.Module):
+    """A learned gain [D] on a residual branch (Touvron et al. 2021, arXiv 2103.17239)."""
 
-    def weights(self, x: Array) -> Array:
-        """Attention weights [B, H, N, N], or [B, H, 1, N] with `class_only`; rows sum to 1."""
-        return self._attend(x)[0]
+    initial: float
 
-    def _project(self, x: Array) -> tuple[Array, Array, Array]:
-        """Queries, keys and values, each [B, N, H, D/H]."""
-        qkv = self.qkv(x).reshape(*x.shape[:2], 3, self.heads, -1)  # [B, N, 3, H, D/H]
-        return qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-
-    def _attend(self, x: Array, valid: Array | None = None) -> tuple[Array, Array]:
-        query, key, value = self._project(x)
-        if self.class_only:
-            query = query[:, :1]
-        logits = jnp.einsum(
-            "bnhd,bmhd->bhnm",
-            query,
-            key,
-            precision=self.precision,
-            preferred_element_type=statistics_dtype(self.dtype),
-        )
-        if valid is not None:
-            logits = jnp.where(valid[:, None, None, :], logits, -jnp.inf)
-        return jax.nn.softmax(logits * (self.width // self.heads) ** -0.5, axis=-1), value
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        gamma = self.param("gamma", nn.initializers.constant(self.initial), (x.shape[-1],))
+        return x * gamma.astype(x.dtype)

@@ -16,10 +16,10 @@ import numpy as np
 from jaxtyping import Float
 
 from dino_jax.errors import UserError
+from dino_jax.models.attention import Attention
 from dino_jax.models.backbone import Backbone, Tokens, split_tokens
 from dino_jax.models.layers import (
     Array,
-    Attention,
     Mlp,
     add_branch,
     check_channels,

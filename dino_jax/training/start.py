@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from dino_jax import config_io
 from dino_jax.data.storage import absolute, write_atomically
 from dino_jax.errors import UserError
-from dino_jax.models.vit import resize_pos_embed
+from dino_jax.models.positions import resize_pos_embed
 from dino_jax.training.step import TrainState, make_recipe, state_from_student, to_items
 from dino_jax.weights import architecture, checkpoint, importer
 from dino_jax.weights.importer import Moments, Restored

@@ -12,7 +12,8 @@ from scipy.special import ndtr
 
 from dino_jax import models
 from dino_jax.errors import UserError
-from dino_jax.models.layers import fused_attention, gelu, linear_map
+from dino_jax.models.attention import fused_attention
+from dino_jax.models.layers import gelu, linear_map
 from dino_jax.parallel import sharding
 from dino_jax.training.step import jit_init_state, jit_train_step, make_recipe
 from tests.tiny import random_crops, tiny_config

@@ -9,7 +9,7 @@ import pytest
 from dino_jax.config import default
 from dino_jax.inference.model import Model
 from dino_jax.models.packing import round_up
-from dino_jax.models.vit import resize_matrix
+from dino_jax.models.positions import resize_matrix
 from dino_jax.weights import architecture
 from tests.peers import peer
 

@@ -1,0 +1,172 @@
+"""The numbers of DINOv2's official code and of DINOv3 in transformers, file by file; see `test_reference`."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dino_jax.models import ViT, resize_pos_embed
+from dino_jax.models.positions import rope_table
+from dino_jax.models.vit import Block
+from tests.models.torch_names import section, sequence, to_variables
+
+BOTH = pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-8)])
+
+
+def sizes(data: dict, prefix: str = "in/") -> list[str]:
+    return [key.removeprefix(prefix) for key in data if key.startswith(prefix)]
+
+
+def nhwc(data: dict, size: str, dtype: str) -> np.ndarray:
+    return data[f"in/{size}"].transpose(0, 2, 3, 1).astype(dtype)
+
+
+def blocks_and_tokens(model: ViT, variables: dict, images: np.ndarray, n: int, masked=None):
+    """The tokens of the last `n` blocks, and every block's output without the final norm."""
+    tokens, kept = model.apply(
+        variables,
+        images,
+        n,
+        masked=masked,
+        method="tokens",
+        capture_intermediates=lambda module, name: isinstance(module, Block) and name == "__call__",
+    )
+    outputs = kept["intermediates"]
+    return tokens, [outputs[f"blocks_{i}"]["__call__"][0] for i in range(model.depth)]
+
+
+def dinov2_model(said: dict, positions: str, dtype: str) -> ViT:
+    return ViT(
+        said["embed_dim"],
+        said["depth"],
+        said["heads"],
+        said["patch"],
+        (said["image"],) * 2,
+        dtype=jnp.dtype(dtype),
+        registers=said["registers"],
+        ffn=said["ffn"].removesuffix("fused"),
+        layer_scale=said["layerscale_init"],
+        norm_eps=said["layernorm_eps"],
+        positions=positions,
+        masking=True,
+    )
+
+
+@BOTH
+@pytest.mark.parametrize("file", ["dinov2_vit.npz", "dinov2_vit_reg_swiglu.npz"])
+def test_dinov2_backbone(load_reference, file, dtype, tolerance):
+    data = load_reference(f"family/{file}")
+    said = json.loads(str(data["config"]))
+    with jax.enable_x64(dtype == "float64"):
+        variables = {"params": to_variables(section(data, "param/", np.dtype(dtype)))["params"]}
+        for positions in said["variants"]:
+            model = dinov2_model(said, positions, dtype)
+            assert model.hidden == said["hidden"]
+            for size in sizes(data):
+                check_dinov2(data, model, variables, positions, size, dtype, tolerance)
+
+
+def check_dinov2(data, model, variables, positions, size, dtype, tolerance):
+    expected = section(data, f"{positions}/{size}/")
+    if not expected:
+        return
+
+    def close(found, key):
+        np.testing.assert_allclose(found, expected[key], rtol=0, atol=tolerance, err_msg=f"{positions} {size} {key}")
+
+    images = nhwc(data, size, dtype)
+    grid = tuple(length // model.patch_size for length in images.shape[1:3])
+    close(resize_pos_embed(variables["params"]["pos_embed"], grid, how=positions), "pos_embed")
+    tokens, blocks = blocks_and_tokens(model, variables, images, 2)
+    close(tokens.cls[-1], "x_norm_clstoken")
+    close(tokens.flat_patches[-1], "x_norm_patchtokens")
+    if model.registers:
+        close(tokens.registers[-1], "x_norm_regtokens")
+    close(blocks[-1], "x_prenorm")
+    for i in range(2):
+        close(tokens.cls[i], f"intermediate/{i}/cls")
+        close(tokens.flat_patches[i], f"intermediate/{i}/patch")
+    if "first_block_unnormed/cls" in expected:
+        close(blocks[0][:, 0], "first_block_unnormed/cls")
+        close(blocks[0][:, 1 + model.registers :], "first_block_unnormed/patch")
+    close(model.apply(variables, images, method="attention"), "attn")
+    close(model.apply(variables, images), "x_norm_clstoken")
+    masked = model.apply(variables, images, masked=data[f"mask/{size}"], method="tokens")
+    close(masked.cls[0], "masked/x_norm_clstoken")
+    close(masked.flat_patches[0], "masked/x_norm_patchtokens")
+
+
+def dinov3_params(state: dict[str, np.ndarray]) -> dict:
+    """The tensors of a transformers file under the names that this package's parameters have in torch."""
+    found: dict[str, np.ndarray] = {}
+    names = {"embeddings.mask_token": "mask_token", "embeddings.cls_token": "cls_token"}
+    names |= {"embeddings.register_tokens": "register_tokens", "norm.weight": "norm.weight", "norm.bias": "norm.bias"}
+    names |= {f"embeddings.patch_embeddings.{leaf}": f"patch_embed.proj.{leaf}" for leaf in ("weight", "bias")}
+    for name, ours in names.items():
+        found[ours] = state[name][0] if ours == "mask_token" else state[name]
+    depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("layer."))
+    for i in range(depth):
+        layer, block = section(state, f"layer.{i}."), f"blocks.{i}."
+        attention = section(layer, "attention.")
+        found[f"{block}attn.qkv.weight"] = np.concatenate([attention[f"{x}_proj.weight"] for x in "qkv"])
+        found |= {f"{block}attn.{x}_bias": attention[f"{x}_proj.bias"] for x in "qv" if f"{x}_proj.bias" in attention}
+        found |= {f"{block}attn.proj.{leaf}": attention[f"o_proj.{leaf}"] for leaf in ("weight", "bias")}
+        found |= {f"{block}ls{k}.gamma": layer[f"layer_scale{k}.lambda1"] for k in (1, 2)}
+        gated = "mlp.gate_proj.weight" in layer
+        for leaf in ("weight", "bias"):
+            up = [layer[f"mlp.gate_proj.{leaf}"]] if gated else []
+            found[f"{block}mlp.{'w12' if gated else 'fc1'}.{leaf}"] = np.concatenate(
+                [*up, layer[f"mlp.up_proj.{leaf}"]]
+            )
+            found[f"{block}mlp.{'w3' if gated else 'fc2'}.{leaf}"] = layer[f"mlp.down_proj.{leaf}"]
+            found |= {f"{block}norm{k}.{leaf}": layer[f"norm{k}.{leaf}"] for k in (1, 2)}
+    return to_variables(found)["params"]
+
+
+@BOTH
+@pytest.mark.parametrize("variant", ["mlp", "gated", "no_qkv_bias"])
+def test_dinov3_backbone(load_reference, variant, dtype, tolerance):
+    data = load_reference("family/dinov3_vit.npz")
+    said = json.loads(str(data[f"{variant}/config"]))
+    with jax.enable_x64(dtype == "float64"):
+        state = section(data, f"{variant}/param/", np.dtype(dtype))
+        model = ViT(
+            said["hidden_size"],
+            said["depth"],
+            said["heads"],
+            said["patch"],
+            dtype=jnp.dtype(dtype),
+            registers=said["registers"],
+            ffn="swiglu" if said["gated"] else "mlp",
+            ffn_dim=said["intermediate_size"],
+            layer_scale=1.0,
+            positions="rope",
+            qkv_bias="qv" if said["query_bias"] else "none",
+            norm_eps=said["layer_norm_eps"],
+            masking=True,
+        )
+        for size in sizes(data):
+            check_dinov3(data, variant, model, {"params": dinov3_params(state)}, size, dtype, tolerance)
+
+
+def check_dinov3(data, variant, model, variables, size, dtype, tolerance):
+    def close(found, key):
+        np.testing.assert_allclose(found, data[key], rtol=0, atol=tolerance, err_msg=key)
+
+    images = nhwc(data, size, dtype)
+    rows, columns = (length // model.patch_size for length in images.shape[1:3])
+    table = rope_table(rows, columns, model.embed_dim // model.heads)
+    close(table[:, 0], f"rope/{size}/cos")
+    close(table[:, 1], f"rope/{size}/sin")
+    tokens, blocks = blocks_and_tokens(model, variables, images, 1)
+    close(sequence(tokens)[0], f"{variant}/{size}/last_hidden_state")
+    close(tokens.cls[0], f"{variant}/{size}/pooler_output")
+    for key in section(data, f"{variant}/{size}/hidden/"):
+        close(blocks[int(key)], f"{variant}/{size}/hidden/{key}")
+    close(model.apply(variables, images, method="attention"), f"{variant}/{size}/attn")
+    masked = model.apply(variables, images, masked=data[f"mask/{size}"], method="tokens")
+    close(sequence(masked)[0], f"{variant}/{size}/masked/last_hidden_state")

@@ -176,6 +176,11 @@ KEYS: Keys = {
         "dino": {
             "weight": Key(1.0, "weight of the DINO loss in the total loss; 0: off", "[0, inf)"),
             "student_temp": Key(0.1, "softmax temperature of the student", "(0, inf)"),
+            "centering": Key(
+                "ema",
+                "what keeps the teacher from collapse: a moving center (DINO) or Sinkhorn-Knopp (DINOv2)",
+                choices=("ema", "sinkhorn"),
+            ),
             "center_momentum": Key(0.9, "EMA momentum of the center", "[0, 1]"),
         },
         "koleo": {

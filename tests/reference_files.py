@@ -11,6 +11,7 @@ OWN = pathlib.Path(__file__).parent / "reference"  # the repository's copy
 FILES = (
     "attention_threshold.npz",
     "copy_detection.npz",
+    "family/dinov2_loss.npz",
     "family/dinov2_vit.npz",
     "family/dinov2_vit_reg_swiglu.npz",
     "family/dinov3_vit.npz",

@@ -18,7 +18,8 @@ from dino_jax.config import default
 from dino_jax.eval import propagation, ranking
 from dino_jax.eval.protocols import knn, voc
 from dino_jax.models import resize_pos_embed
-from dino_jax.objectives.dino import dino_loss, teacher_log_probs, update_center
+from dino_jax.objectives.centering import centered, moved
+from dino_jax.objectives.dino import dino_loss
 from dino_jax.objectives.koleo import koleo
 from dino_jax.training.schedules import cosine
 from dino_jax.training.step import make_recipe, state_from_student, train_step
@@ -72,9 +73,9 @@ def check_loss(data: dict[str, np.ndarray], dtype: str, tolerance: float) -> Non
     @jax.jit
     def run(student, teacher, center, temp):
         def loss(s):
-            return dino_loss(s, teacher_log_probs(teacher, center, temp))[0]
+            return dino_loss(s, centered(teacher, center, temp))[0]
 
-        return *jax.value_and_grad(loss)(student), update_center(center, teacher)
+        return *jax.value_and_grad(loss)(student), moved(center, teacher.mean((0, 1)), 0.9)
 
     for step, temp in enumerate(temps):
         student, teacher = (batch_major(data[f"step{step}/{who}"]) for who in ("student", "teacher"))

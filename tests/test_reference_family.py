@@ -12,6 +12,8 @@ import pytest
 from dino_jax.models import ViT, resize_pos_embed
 from dino_jax.models.positions import rope_table
 from dino_jax.models.vit import Block
+from dino_jax.objectives.centering import centered, moved, sinkhorn_knopp
+from dino_jax.objectives.dino import dino_loss
 from tests.models.torch_names import section, sequence, to_variables
 
 BOTH = pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-8)])
@@ -57,9 +59,9 @@ def dinov2_model(said: dict, positions: str, dtype: str) -> ViT:
 
 
 @BOTH
-@pytest.mark.parametrize("file", ["dinov2_vit.npz", "dinov2_vit_reg_swiglu.npz"])
+@pytest.mark.parametrize("file", ["family/dinov2_vit.npz", "family/dinov2_vit_reg_swiglu.npz"])
 def test_dinov2_backbone(load_reference, file, dtype, tolerance):
-    data = load_reference(f"family/{file}")
+    data = load_reference(file)
     said = json.loads(str(data["config"]))
     with jax.enable_x64(dtype == "float64"):
         variables = {"params": to_variables(section(data, "param/", np.dtype(dtype)))["params"]}
@@ -170,3 +172,42 @@ def check_dinov3(data, variant, model, variables, size, dtype, tolerance):
     close(model.apply(variables, images, method="attention"), f"{variant}/{size}/attn")
     masked = model.apply(variables, images, masked=data[f"mask/{size}"], method="tokens")
     close(sequence(masked)[0], f"{variant}/{size}/masked/last_hidden_state")
+
+
+@BOTH
+def test_dinov2_loss(load_reference, dtype, tolerance):
+    """Loss and gradients of the CLS term with both ways of centering; the file keeps logits crop-major."""
+    data = load_reference("family/dinov2_loss.npz")
+    with jax.enable_x64(dtype == "float64"):
+        for centering in ("centering", "sinkhorn_knopp"):
+            for step, temp in enumerate(data["teacher_temp"]):
+                check_dinov2_loss(data, section(data, f"{centering}/step{step}/", dtype), temp, dtype, tolerance)
+
+
+def check_dinov2_loss(data: dict, held: dict, temp: float, dtype: str, tolerance: float) -> None:
+    def batch_major(logits):
+        return logits.reshape(-1, int(data["batch"]), logits.shape[-1]).swapaxes(0, 1)  # [C * B, K] -> [B, C, K]
+
+    def crop_major(logits):
+        return logits.swapaxes(0, 1).reshape(-1, logits.shape[-1])
+
+    teacher = batch_major(held["teacher"])
+    if "center_used" in held:
+        center = held["center_used"][0]
+        targets = centered(teacher, center, temp)
+        after = moved(center, teacher.mean((0, 1)), float(data["center_momentum"]))
+        np.testing.assert_allclose(after, held["center_after"][0], rtol=0, atol=tolerance)
+    else:
+        targets = sinkhorn_knopp(held["teacher"], temp).reshape(-1, *teacher.shape[:1], teacher.shape[-1])
+        targets = targets.swapaxes(0, 1)
+    np.testing.assert_allclose(crop_major(jnp.exp(targets)), held["teacher_probs"], rtol=0, atol=tolerance)
+
+    def loss(student):
+        return dino_loss(student, targets, float(data["student_temp"]))[0]
+
+    student = np.concatenate([batch_major(held["student_global"]), batch_major(held["student_local"])], axis=1)
+    value, grad = jax.value_and_grad(loss)(jnp.asarray(student))
+    expected = held["loss_global"] + held["loss_local"]
+    np.testing.assert_allclose(value, expected, rtol=0, atol=tolerance * max(1, expected))
+    np.testing.assert_allclose(crop_major(grad[:, :2]), held["grad_global"], rtol=0, atol=tolerance)
+    np.testing.assert_allclose(crop_major(grad[:, 2:]), held["grad_local"], rtol=0, atol=tolerance)

@@ -13,7 +13,8 @@ from jaxtyping import TypeCheckError
 
 from dino_jax.eval import propagation, ranking
 from dino_jax.models import Head, ViT, resize_pos_embed
-from dino_jax.objectives.dino import dino_loss, teacher_log_probs, update_center
+from dino_jax.objectives.centering import centered, moved
+from dino_jax.objectives.dino import dino_loss
 from dino_jax.objectives.koleo import koleo
 from dino_jax.render import ops
 from tests import type_checks
@@ -26,9 +27,9 @@ def refused(function, *args) -> None:
 
 def test_logits_center_and_views_have_to_fit():
     student, teacher, center = jnp.zeros((3, 4, 8)), jnp.zeros((3, 2, 8)), jnp.zeros(8)
-    dino_loss(student, teacher_log_probs(teacher, center, 0.04))
-    refused(teacher_log_probs, teacher, jnp.zeros(7), 0.04)  # another K
-    refused(update_center, center, teacher[..., :7])
+    dino_loss(student, centered(teacher, center, 0.04))
+    refused(centered, teacher, jnp.zeros(7), 0.04)  # another K
+    refused(moved, center, jnp.zeros(7), 0.9)
     refused(dino_loss, student[..., :7], teacher)
     refused(dino_loss, student, teacher[:2])  # another B
     refused(dino_loss, student, student)  # four teacher views

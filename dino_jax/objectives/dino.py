@@ -23,6 +23,7 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from dino_jax.models.network import Outputs
+from dino_jax.objectives.centering import centered, moved, sinkhorn_knopp
 from dino_jax.objectives.objective import Finding, Objective, Place
 from dino_jax.objectives.remedies import Remedy, advice, common
 
@@ -39,15 +40,6 @@ class LossTerms(NamedTuple):
     entropy: Array  # mean entropy of the teacher's distributions, in nats
     kl: Array  # mean Kullback-Leibler divergence from teacher to student, in nats
     marginal: Array  # [K], the teacher's mean distribution over the batch
-
-
-def teacher_log_probs(
-    logits: Float[Array, "B 2 K"], center: Float[Array, " K"], temp: Float[Array, ""] | float
-) -> Float[Array, "B 2 K"]:
-    """The teacher's log softmax((logits - center) / temp) in at least float32, no gradient (paper, eq. 1 and 4)."""
-    dtype = jnp.promote_types(logits.dtype, jnp.float32)
-    logits, center = jax.lax.stop_gradient((logits.astype(dtype), center.astype(dtype)))
-    return jax.nn.log_softmax((logits - center) / temp, axis=-1)
 
 
 def dino_loss(
@@ -74,31 +66,26 @@ def dino_loss(
     return loss, LossTerms(entropy, jax.lax.stop_gradient(loss) - entropy, targets.mean((0, 1)))
 
 
-def update_center(
-    center: Float[Array, " K"], teacher_logits: Float[Array, "... K"], momentum: float = 0.9
-) -> Float[Array, " K"]:
-    """Moves the center towards the mean of the raw teacher logits over all leading axes (paper, eq. 4).
-
-    Official: `DINOLoss.update_center`.
-    """
-    batch_center = teacher_logits.astype(center.dtype).mean(tuple(range(teacher_logits.ndim - 1)))
-    return center * momentum + batch_center * (1 - momentum)
-
-
 def make(config: ConfigDict, schedules: Any) -> Objective:
-    """Builds the DINO term from `config.objective.dino`; its state is the center [K]."""
+    """Builds the DINO term from `config.objective.dino`.
+
+    With `centering=ema` its state is the center [K]; with `sinkhorn` it has none.
+    """
     K, settings = config.head.out_dim, config.objective.dino
+    moving = settings.centering == "ema"
 
     def init() -> dict[str, Array]:
-        return {"center": jnp.zeros(K, jnp.promote_types(config.model.dtype, jnp.float32))}
+        return {"center": jnp.zeros(K, jnp.promote_types(config.model.dtype, jnp.float32))} if moving else {}
 
-    def targets(state: Mapping[str, Array], teacher: Outputs, step: Array) -> tuple[Array, Array]:
-        center, logits = state["center"], teacher.logits
-        log_probs = teacher_log_probs(logits, center, schedules.teacher_temp(step))
-        return log_probs, logits.astype(center.dtype).mean((0, 1))  # [K]
+    def targets(state: Mapping[str, Array], teacher: Outputs, step: Array) -> tuple[Array, Any]:
+        logits, temp = teacher.logits, schedules.teacher_temp(step)
+        if not moving:
+            return sinkhorn_knopp(logits.reshape(-1, K), temp).reshape(logits.shape), {}
+        center = state["center"]
+        return centered(logits, center, temp), logits.astype(center.dtype).mean((0, 1))  # [K]
 
-    def update(state: Mapping[str, Array], batch_center: Array) -> dict[str, Array]:
-        return {"center": update_center(state["center"], batch_center, settings.center_momentum)}
+    def update(state: Mapping[str, Array], mean: Any) -> dict[str, Array]:
+        return {"center": moved(state["center"], mean, settings.center_momentum)} if moving else {}
 
     def metrics(state: Mapping[str, Array], loss: Array, terms: LossTerms) -> dict[str, Array]:
         return {
@@ -106,7 +93,7 @@ def make(config: ConfigDict, schedules: Any) -> Objective:
             "kl": terms.kl,
             "marginal_entropy": jnp.sum(jax.scipy.special.entr(terms.marginal)),
             "ln_k_gap": math.log(K) - loss,
-            "center_norm": jnp.linalg.norm(state["center"]),
+            **({"center_norm": jnp.linalg.norm(state["center"])} if moving else {}),
         }
 
     def flops(student: Outputs) -> float:
@@ -120,8 +107,8 @@ def make(config: ConfigDict, schedules: Any) -> Objective:
         metrics=metrics,
         diagnose=lambda metrics: diagnose(metrics, config),
         flops=flops,
-        logical_axes={"center": ("prototypes",)},
-        official={"center": Place("dino_loss.center", (1, K))},
+        logical_axes={"center": ("prototypes",)} if moving else {},
+        official={"center": Place("dino_loss.center", (1, K))} if moving else {},
     )
 
 
@@ -153,14 +140,15 @@ def _collapse(entropy: float, marginal: float, kl: float, ln_k: float) -> str | 
 
 def _remedies(found: str, config: ConfigDict) -> list[Remedy]:
     """What to try, best first."""
-    teacher, head, momentum = config.teacher, config.head, config.objective.dino.center_momentum
+    teacher, head, settings = config.teacher, config.head, config.objective.dino
+    moving, momentum = settings.centering == "ema", settings.center_momentum
     its = common(config)
     cooler = (teacher.temp > 0.04, f"a sharper teacher: teacher.temp=0.04 (now {teacher.temp:g})")
     cooler_start = (
         teacher.warmup_temp > 0.03,
         f"a sharper start: teacher.warmup_temp=0.03 (now {teacher.warmup_temp:g}), more teacher.warmup_temp_epochs",
     )
-    quicker_center = (momentum > 0.9, f"objective.dino.center_momentum=0.9 (now {momentum:g})")
+    quicker_center = (moving and momentum > 0.9, f"objective.dino.center_momentum=0.9 (now {momentum:g})")
     warmer = (teacher.temp < 0.04, f"a softer teacher: teacher.temp=0.04 (now {teacher.temp:g})")
     fewer = (
         head.out_dim > 4096 and config.batch_size < 256,

@@ -151,6 +151,12 @@ def mean_over_rows(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.lax.pmean(x, AXES.batch), tree)
 
 
+def row_axes() -> tuple[str, ...]:
+    """The axes that rows are spread over in the enclosing `shard_map`; outside of one, none: arrays are whole there."""
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    return tuple(axis for axis in AXES.batch if axis in manual)
+
+
 def scatter_mean(tree: Any, specs: Any) -> Any:
     """As `mean_over_rows`, but each device keeps only its shard; the inverse of `gather`."""
 

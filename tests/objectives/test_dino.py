@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from dino_jax.models.network import Outputs
-from dino_jax.objectives.dino import dino_loss, teacher_log_probs, update_center
+from dino_jax.objectives.centering import centered, moved
+from dino_jax.objectives.dino import dino_loss
 from dino_jax.objectives.objective import make_objectives
 from dino_jax.training.schedules import make_schedules
 from tests.tiny import tiny_config
@@ -31,7 +32,7 @@ def softmax(x):
 def test_closed_form(logits):
     """Equation 3, pair by pair."""
     student, teacher, center = logits
-    loss, terms = dino_loss(student, teacher_log_probs(teacher, center, 0.04), 0.1)
+    loss, terms = dino_loss(student, centered(teacher, center, 0.04), 0.1)
     q, p = softmax((teacher - center) / 0.04), softmax(student / 0.1)
     pairs = [(t, s) for t in range(2) for s in range(C) if s != t]
     expected = np.mean([-(q[:, t] * np.log(p[:, s])).sum(-1).mean() for t, s in pairs])
@@ -43,21 +44,21 @@ def test_closed_form(logits):
 
 def test_no_gradient_into_the_teacher(logits):
     student, *frozen = logits
-    grads = jax.grad(lambda t, c: dino_loss(student, teacher_log_probs(t, c, 0.04))[0], (0, 1))(*frozen)
+    grads = jax.grad(lambda t, c: dino_loss(student, centered(t, c, 0.04))[0], (0, 1))(*frozen)
     assert not any(np.any(grad) for grad in grads)
-    log_targets = teacher_log_probs(*frozen, 0.04)
+    log_targets = centered(*frozen, 0.04)
     assert not np.any(jax.grad(lambda targets: dino_loss(student, targets)[0])(log_targets))
 
 
 def test_center_moves_towards_the_mean_of_the_raw_logits(logits):
     _, teacher, center = logits
     expected = 0.9 * center + 0.1 * teacher.mean((0, 1))
-    np.testing.assert_allclose(update_center(center, teacher, 0.9), expected, rtol=1e-5)
+    np.testing.assert_allclose(moved(center, teacher.mean((0, 1)), 0.9), expected, rtol=1e-5)
 
 
 def test_half_precision_is_computed_in_float32(logits):
     student, teacher, center = (jnp.asarray(x, jnp.bfloat16) for x in logits)
-    loss, terms = dino_loss(student, teacher_log_probs(teacher, center, 0.04))
+    loss, terms = dino_loss(student, centered(teacher, center, 0.04))
     assert {x.dtype for x in (loss, *terms)} == {jnp.dtype("float32")}
 
 
@@ -72,10 +73,10 @@ def test_the_record_uses_the_center_before_the_step_and_its_schedule(logits):
     for step, temp in ((0, 0.02), (4, 0.08)):
         targets, statistics = term.targets({"center": center}, outputs, jnp.int32(step))
         loss, terms = term.loss(Outputs(np.zeros((B, C, 5), np.float32), student), targets, jnp.int32(step))
-        expected, _ = dino_loss(student, teacher_log_probs(teacher, center, temp), config.objective.dino.student_temp)
+        expected, _ = dino_loss(student, centered(teacher, center, temp), config.objective.dino.student_temp)
         np.testing.assert_allclose(loss, expected, rtol=1e-5)
-    moved = term.update({"center": center}, statistics)
-    np.testing.assert_allclose(moved["center"], update_center(center, teacher, 0.9), rtol=1e-6)
-    metrics = term.metrics(moved, loss, terms)
-    np.testing.assert_allclose(metrics["center_norm"], np.linalg.norm(moved["center"]), rtol=1e-6)
+    after = term.update({"center": center}, statistics)
+    np.testing.assert_allclose(after["center"], moved(center, teacher.mean((0, 1)), 0.9), rtol=1e-6)
+    metrics = term.metrics(after, loss, terms)
+    np.testing.assert_allclose(metrics["center_norm"], np.linalg.norm(after["center"]), rtol=1e-6)
     np.testing.assert_allclose(metrics["ln_k_gap"], np.log(K) - loss, rtol=1e-5)

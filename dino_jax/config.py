@@ -151,13 +151,30 @@ KEYS: Keys = {
     },
     "optim": {
         "name": Key("adamw", "optimizer", choices=("adamw", "sgd", "lars")),
-        "lr": Key(5e-4, "learning rate for 256 images; scaled by batch_size / 256", "[0, inf)"),
+        "lr": Key(5e-4, "learning rate before the scaling with the batch", "[0, inf)"),
+        "lr_scaling": Key(
+            "linear",
+            "lr grows with batch_size / 256 (DINO, iBOT), or with the square root of batch_size / 1024 (DINOv2)",
+            choices=("linear", "sqrt"),
+        ),
+        "layer_decay": Key(1.0, "learning rate factor from each block to the one below; 1: the same for all", "(0, 1]"),
+        "patch_embed_lr": Key(1.0, "learning rate factor of the patch embedding (DINOv2: 0.2)", "(0, inf)"),
         "min_lr": Key(1e-6, "learning rate at the end of the cosine; not scaled", "[0, inf)"),
         "warmup_epochs": Key(10, "epochs of linear warm-up from 0", "[0, inf)"),
         "weight_decay": Key(0.04, "weight decay at the start of its cosine", "[0, inf)"),
         "weight_decay_end": Key(0.4, "weight decay at the end of its cosine", "[0, inf)"),
-        "clip_grad": Key(3.0, "maximum norm of each tensor's gradient; 0: off", "[0, inf)"),
+        "clip_grad": Key(3.0, "maximum norm of the gradient; 0: off", "[0, inf)"),
+        "clip_by": Key(
+            "tensor",
+            "clip each tensor (DINO, iBOT), or backbone and head each as a whole (DINOv2)",
+            choices=("tensor", "module"),
+        ),
         "freeze_last_layer": Key(1, "first epochs, in which the prototypes are not updated", "[0, inf)"),
+        "freeze_by": Key(
+            "gradient",
+            "frozen prototypes have no gradient (DINO, iBOT), or a learning rate of 0 while moments move (DINOv2)",
+            choices=("gradient", "lr"),
+        ),
         "momentum": Key(0.9, "momentum of SGD and LARS", "[0, 1)"),
         "b1": Key(0.9, "AdamW: decay of the first moment", "[0, 1)"),
         "b2": Key(0.999, "AdamW: decay of the second moment", "[0, 1)"),
@@ -171,6 +188,11 @@ KEYS: Keys = {
         "temp": Key(0.04, "softmax temperature after its warm-up", "(0, inf)"),
         "warmup_temp": Key(0.04, "softmax temperature at the start of its linear warm-up", "(0, inf)"),
         "warmup_temp_epochs": Key(0, "epochs of the temperature's warm-up", "[0, inf)"),
+        "warmup_temp_by": Key(
+            "epoch",
+            "the temperature rises with every epoch (DINO, iBOT), or with every step (DINOv2)",
+            choices=("epoch", "step"),
+        ),
     },
     "objective": {  # each group with a weight is a module of dino_jax.objectives
         "dino": {

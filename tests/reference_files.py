@@ -16,6 +16,7 @@ FILES = (
     "family/dinov2_vit_reg_swiglu.npz",
     "family/dinov3_vit.npz",
     "family/koleo.npz",
+    "family/schedules_v2.npz",
     "head.npz",
     "knn.npz",
     "label_propagation.npz",

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import traverse_util
 
-from dino_jax.models import ViT, resize_pos_embed
+from dino_jax.config import default
+from dino_jax.models import Head, ViT, resize_pos_embed
 from dino_jax.models.positions import rope_table
 from dino_jax.models.vit import Block
 from dino_jax.objectives.centering import centered, moved, sinkhorn_knopp
 from dino_jax.objectives.dino import dino_loss
+from dino_jax.training.optim import decayed, lr_factors
+from dino_jax.training.schedules import cosine, make_schedules
+from dino_jax.weights.keys import torch_name
 from tests.models.torch_names import section, sequence, to_variables
 
 BOTH = pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-8)])
@@ -211,3 +217,59 @@ def check_dinov2_loss(data: dict, held: dict, temp: float, dtype: str, tolerance
     np.testing.assert_allclose(value, expected, rtol=0, atol=tolerance * max(1, expected))
     np.testing.assert_allclose(crop_major(grad[:, :2]), held["grad_global"], rtol=0, atol=tolerance)
     np.testing.assert_allclose(crop_major(grad[:, 2:]), held["grad_local"], rtol=0, atol=tolerance)
+
+
+def test_dinov2_schedules(load_reference, x64):
+    data = load_reference("family/schedules_v2.npz")
+    for run in ("short", "long"):
+        said = json.loads(str(data[f"{run}/config"]))
+        config = default()
+        config.epochs, config.batch_size = said["epochs"], said["global_batch"]
+        config.optim.update({"lr": said["base_lr"], "lr_scaling": "sqrt", "min_lr": said["min_lr"]})
+        config.optim.update({"warmup_epochs": said["warmup_epochs"]})
+        config.optim.update({"weight_decay": said["wd"], "weight_decay_end": said["wd_end"]})
+        config.teacher.update({"momentum": said["momentum"], "momentum_end": float(said["final_momentum"])})
+        config.teacher.update({"warmup_temp": said["warmup_teacher_temp"], "temp": said["teacher_temp"]})
+        config.teacher.update({"warmup_temp_epochs": said["warmup_teacher_temp_epochs"], "warmup_temp_by": "step"})
+        schedules = make_schedules(config, said["epoch_length"])
+        steps = np.arange(len(data[f"{run}/lr"]))
+        names = {"lr": "lr", "wd": "weight_decay", "momentum": "momentum", "teacher_temp": "teacher_temp"}
+        for theirs, ours in names.items():
+            values = jax.vmap(getattr(schedules, ours))(steps)
+            np.testing.assert_allclose(values, data[f"{run}/{theirs}"], rtol=0, atol=1e-12, err_msg=f"{run} {theirs}")
+        frozen = steps < said["freeze_last_layer_epochs"] * said["epoch_length"]
+        last = np.where(frozen, 0, jax.vmap(schedules.lr)(steps))
+        np.testing.assert_allclose(last, data[f"{run}/last_layer_lr"], rtol=0, atol=1e-12)
+
+
+def test_dinov2_cosine(load_reference, x64):
+    data = load_reference("family/schedules_v2.npz")
+    for case in {key.split("/")[1] for key in data if key.startswith("cosine/")}:
+        said = json.loads(str(data[f"cosine/{case}/config"]))
+        frozen, warmup = said.get("freeze_iters", 0), said.get("warmup_iters", 0)
+        start, steps = said.get("start_warmup_value", 0.0), np.arange(len(data[f"cosine/{case}/values"]))
+        schedule = cosine(said["base_value"], said["final_value"], said["total_iters"] - frozen, warmup, start)
+        values = np.where(steps < frozen, 0, jax.vmap(schedule)(steps - frozen))
+        np.testing.assert_allclose(values, data[f"cosine/{case}/values"], rtol=0, atol=1e-12, err_msg=case)
+
+
+@pytest.mark.parametrize("model", ["backbone", "backbone_chunked", "backbone_swiglu", "head"])
+def test_dinov2_parameter_groups(load_reference, model):
+    data = load_reference("family/schedules_v2.npz")
+    names = [re.sub(r"^blocks\.\d+\.(\d+)", r"blocks.\1", name) for name in data[f"groups/{model}/name"]]
+    vit = {"depth": 1, "layerwise_decay": 0.5, "patch_embed_lr_mult": 0.5}  # beside a head alone
+    said = vit if model == "head" else json.loads(str(data[f"groups/{model}/config"]))
+    options = {"registers": int("register_tokens" in names), "ffn": "swiglu" if "swiglu" in model else "mlp"}
+    backbone = ViT(6, said["depth"], 2, 14, (28, 28), layer_scale=1e-5, masking=True, **options)
+    head = Head(8, 6, 4, 3, norm_last_layer=False)
+    params = {
+        "backbone": jax.eval_shape(backbone.init, jax.random.key(0), jnp.zeros((1, 28, 28, 3)))["params"],
+        "head": jax.eval_shape(head.init, jax.random.key(0), jnp.zeros((1, 6)))["params"],
+    }
+    part = model.partition("_")[0]
+    factors = lr_factors(params, said["layerwise_decay"], said["patch_embed_lr_mult"])
+    for found, expected in ((factors, "lr_multiplier"), (decayed(params), "wd_multiplier")):
+        flat = traverse_util.flatten_dict({"params": found[part]})
+        mine = {torch_name(path): float(value) for path, value in flat.items()}
+        mine = {re.sub(r"^patch_embed\.", "patch_embed.proj.", name): value for name, value in mine.items()}
+        assert mine == pytest.approx(dict(zip(names, data[f"groups/{model}/{expected}"], strict=True)))

@@ -5,9 +5,12 @@ Code outside `models` uses backbones only through this interface.
 
 from __future__ import annotations
 
+import functools
+import re
 from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
+import jax
 import numpy as np
 
 from dino_jax.errors import UserError
@@ -88,3 +91,27 @@ class Backbone(nn.Module):
     def any_size(self, variables: Any) -> AnySize:
         """How images of any size share batches (`models.packing`); `variables` as NumPy arrays."""
         return Canvas(self)
+
+
+def layers_of(params: Any) -> Any:
+    """Layer number of each parameter of a backbone, for layer-wise learning rates.
+
+    0 for embeddings, then one per block, then one for everything after the blocks. XCiT's class-attention blocks come
+    after the other blocks.
+    """
+    name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
+    names = jax.tree_util.tree_map_with_path(lambda path, _: name(path), params)
+    blocks = sorted({block for name in jax.tree.leaves(names) if (block := _block(name))})
+
+    def layer(name: str) -> int:
+        if block := _block(name):
+            return 1 + blocks.index(block)
+        return 0 if re.search(r"_token|pos_embed|patch_embed", name) else len(blocks) + 1
+
+    return jax.tree.map(layer, names)
+
+
+def _block(name: str) -> tuple[bool, int] | None:
+    """A parameter's block: (is class attention, number), or None."""
+    found = re.search(r"(cls_attn_)?blocks_(\d+)/", name)
+    return None if found is None else (found[1] is not None, int(found[2]))

@@ -21,11 +21,12 @@ class Schedules(NamedTuple):
     teacher_temp: Schedule
 
 
-def cosine(base: float, final: float, steps: int, warmup_steps: int = 0) -> Schedule:
-    """Linear from 0 to `base` over `warmup_steps` (both ends included), then half a cosine towards `final`.
+def cosine(base: float, final: float, steps: int, warmup_steps: int = 0, start: float = 0.0) -> Schedule:
+    """Linear from `start` to `base` over `warmup_steps` (both ends included), then half a cosine towards `final`.
 
     With n = steps - warmup_steps, the value at step warmup_steps + i is final + (base - final) / 2 (1 + cos(pi i / n)),
-    so `final` itself is never reached. Official: `utils.cosine_scheduler`.
+    so `final` itself is reached only after the last step. Official: `utils.cosine_scheduler`, and `CosineScheduler` of
+    DINOv2.
     """
     n = max(steps - warmup_steps, 1)
 
@@ -33,32 +34,36 @@ def cosine(base: float, final: float, steps: int, warmup_steps: int = 0) -> Sche
         step = jnp.asarray(step) * 1.0
         progress = jnp.clip((step - warmup_steps) / n, 0.0, 1.0)
         value = final + 0.5 * (base - final) * (1 + jnp.cos(math.pi * progress))
-        warmup = base * step / max(warmup_steps - 1, 1)
+        warmup = start + (base - start) * step / max(warmup_steps - 1, 1)
         return jnp.where(step < warmup_steps, warmup, value)
 
     return schedule
 
 
-def linear_per_epoch(start: float, end: float, warmup_epochs: int, steps_per_epoch: int) -> Schedule:
-    """`np.linspace(start, end, warmup_epochs)` one value per epoch, then `end`. Official: `DINOLoss.__init__`."""
+def stairs(start: float, end: float, count: int, each: int) -> Schedule:
+    """`np.linspace(start, end, count)`, each value for `each` steps, then `end`.
+
+    Official: `DINOLoss.__init__` (one value per epoch); DINOv2's temperature has one per step.
+    """
 
     def schedule(step):
-        epoch = jnp.asarray(step) // steps_per_epoch
-        value = start + (end - start) * epoch / max(warmup_epochs - 1, 1)
-        return jnp.where(epoch < warmup_epochs, value, end)
+        stair = jnp.asarray(step) // each
+        value = start + (end - start) * stair / max(count - 1, 1)
+        return jnp.where(stair < count, value, end)
 
     return schedule
 
 
 def make_schedules(config: ConfigDict, steps_per_epoch: int) -> Schedules:
-    """The four schedules of a run. The learning rate is scaled by batch_size / 256, its minimum is not."""
+    """The four schedules of a run. The learning rate is scaled by the batch size, its minimum is not."""
     steps = config.epochs * steps_per_epoch
     optim, teacher = config.optim, config.teacher
+    scale = {"linear": config.batch_size / 256, "sqrt": math.sqrt(config.batch_size / 1024)}[optim.lr_scaling]
+    warmup = teacher.warmup_temp_epochs
+    count, each = {"epoch": (warmup, steps_per_epoch), "step": (warmup * steps_per_epoch, 1)}[teacher.warmup_temp_by]
     return Schedules(
-        lr=cosine(
-            optim.lr * config.batch_size / 256, optim.min_lr, steps, min(optim.warmup_epochs * steps_per_epoch, steps)
-        ),
+        lr=cosine(optim.lr * scale, optim.min_lr, steps, min(optim.warmup_epochs * steps_per_epoch, steps)),
         weight_decay=cosine(optim.weight_decay, optim.weight_decay_end, steps),
         momentum=cosine(teacher.momentum, teacher.momentum_end, steps),
-        teacher_temp=linear_per_epoch(teacher.warmup_temp, teacher.temp, teacher.warmup_temp_epochs, steps_per_epoch),
+        teacher_temp=stairs(teacher.warmup_temp, teacher.temp, count, each),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -91,10 +92,68 @@ def test_closed_form(x64, name, freeze):
 
 def test_clipping_is_per_tensor(x64):
     grads = {"small": jnp.array([0.3, 0.4]), "large": jnp.array([[30.0, 40.0]])}
-    clip = optim.clip_per_tensor(3.0)
+    clip = optim.clip_gradient(3.0, "tensor")
     clipped, _ = clip.update(grads, clip.init(grads))
     np.testing.assert_array_equal(clipped["small"], grads["small"])
     np.testing.assert_allclose(clipped["large"], np.array([[30.0, 40.0]]) * 3 / (50 + 1e-6), rtol=1e-12)
+
+
+def test_clipping_by_module(x64):
+    """Torch's `clip_grad_norm_` over each module."""
+    grads = {
+        "backbone": {"a": jnp.array([3.0, 4.0]), "b": jnp.array([[12.0]])},
+        "head": {"last_layer": {"v": jnp.array([[0.3, 0.4]])}},
+    }
+    clip = optim.clip_gradient(3.0, "module")
+    clipped, _ = clip.update(grads, clip.init(grads))
+    np.testing.assert_allclose(clipped["backbone"]["a"], np.array([3.0, 4.0]) * 3 / (13 + 1e-6), rtol=1e-12)
+    np.testing.assert_allclose(clipped["backbone"]["b"], [[12.0 * 3 / (13 + 1e-6)]], rtol=1e-12)
+    np.testing.assert_array_equal(clipped["head"]["last_layer"]["v"], grads["head"]["last_layer"]["v"])
+
+
+def test_prototypes_frozen_by_their_learning_rate_collect_moments(x64):
+    config = tiny_config()
+    config.optim.update({"clip_grad": 0.0, "freeze_by": "lr"})
+    history, grads = run(config, 6, freeze=2)
+    for frozen in history[1:3]:
+        np.testing.assert_array_equal(leaves(frozen)["v"], leaves(history[0])["v"])
+    m, v = moments_of_prototypes(grads)[2]  # of all three steps
+    before = leaves(history[2])["v"]
+    expected = -LR[2] * (m / (np.sqrt(v) + config.optim.eps) + DECAY[2] * before)
+    np.testing.assert_allclose(leaves(history[3])["v"] - before, expected, rtol=1e-9)
+
+
+def moments_of_prototypes(grads, b1=0.9, b2=0.999):
+    """Adam's corrected moments after each step."""
+    m, v, found = 0.0, 0.0, []
+    for t, grad in enumerate((leaves(g)["v"] for g in grads), 1):
+        m, v = b1 * m + (1 - b1) * grad, b2 * v + (1 - b2) * grad**2
+        found.append((m / (1 - b1**t), v / (1 - b2**t)))
+    return found
+
+
+def test_factors_scale_the_learning_rate(x64):
+    config = tiny_config()
+    config.optim.clip_grad = 0.0
+    rng = np.random.default_rng(0)
+
+    def draw():
+        blocks = {f"blocks_{i}": {"kernel": rng.normal(size=(2, 2))} for i in range(2)}
+        embed = {"patch_embed": {"kernel": rng.normal(size=(2, 2))}, "cls_token": rng.normal(size=(1, 1, 2))}
+        return {"backbone": embed | blocks | {"norm": {"scale": rng.normal(size=2)}}, "head": {"a": rng.normal(size=2)}}
+
+    params, grads = draw(), draw()
+
+    def moved(layer_decay, patch_embed_lr):
+        config.optim.update({"layer_decay": layer_decay, "patch_embed_lr": patch_embed_lr})
+        optimizer = optim.make_optimizer(config, SCHEDULES, 1)
+        return optimizer.update(grads, optimizer.init(params), params, step=0)[0]
+
+    ratios = jax.tree.map(lambda a, b: float(np.mean(a / b)), moved(0.5, 0.2), moved(1.0, 1.0))
+    factors = {"patch_embed": {"kernel": 0.2 * 0.125}, "cls_token": 0.125, "norm": {"scale": 1.0}}
+    factors |= {"blocks_0": {"kernel": 0.25}, "blocks_1": {"kernel": 0.5}}
+    expected = {"backbone": factors, "head": {"a": 1.0}}
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), ratios, expected)
 
 
 def test_unknown_optimizer_is_named():

@@ -35,6 +35,7 @@ from dino_jax.eval.protocol import CROP, RESIZE, SEED, THREADS, Protocol
 from dino_jax.eval.protocols.linear import hits
 from dino_jax.eval.splits import CLASSES, class_count, open_splits
 from dino_jax.inference.model import Forward, Model
+from dino_jax.models.backbone import layers_of
 from dino_jax.parallel.sharding import replicated
 from dino_jax.weights.checkpoint import Checkpointer, restore_config
 
@@ -162,28 +163,6 @@ def decayed(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(
         lambda path, x: x.ndim > 1 and not re.search(r"_token|pos_embed", _name(path)), params
     )
-
-
-def layers_of(params: Any) -> Any:
-    """Layer number of each parameter: 0 for embeddings, then one per block, then one for everything after the blocks.
-
-    XCiT's class-attention blocks come after the other blocks.
-    """
-    names = jax.tree_util.tree_map_with_path(lambda path, _: _name(path), params)
-    blocks = sorted({block for name in jax.tree.leaves(names) if (block := _block(name))})
-
-    def layer(name: str) -> int:
-        if block := _block(name):
-            return 1 + blocks.index(block)
-        return 0 if re.search(r"_token|pos_embed|patch_embed", name) else len(blocks) + 1
-
-    return jax.tree.map(layer, names)
-
-
-def _block(name: str) -> tuple[bool, int] | None:
-    """A parameter's block: (is class attention, number), or None."""
-    found = re.search(r"(cls_attn_)?blocks_(\d+)/", name)
-    return None if found is None else (found[1] is not None, int(found[2]))
 
 
 def _name(path: tuple) -> str:

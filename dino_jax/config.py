@@ -210,6 +210,34 @@ KEYS: Keys = {
                 0.0, "weight of the KoLeo loss, which spreads CLS features (DINOv2: 0.1); 0: off", "[0, inf)"
             ),
         },
+        "ibot": {
+            "weight": Key(0.0, "weight of the masked patches' loss; 0: off (needs model.masking=True)", "[0, inf)"),
+            "student_temp": Key(0.1, "softmax temperature of the student", "(0, inf)"),
+            "temp": Key(float, "softmax temperature of the teacher; unset: teacher.temp", "(0, inf)"),
+            "warmup_temp": Key(float, "the same at the start of its warm-up; unset: teacher.warmup_temp", "(0, inf)"),
+            "centering": Key("ema", "a moving center (iBOT) or Sinkhorn-Knopp (DINOv2)", choices=("ema", "sinkhorn")),
+            "center_momentum": Key(0.9, "EMA momentum of the center", "[0, 1]"),
+            "center_over": Key(
+                "masked", "the center follows the masked patches (DINOv2) or all (iBOT)", choices=("masked", "all")
+            ),
+            "shared_head": Key(True, "patches are read by the head of CLS; False: by a head of their own"),
+            "out_dim": Key(int, "prototypes of the patches' own head; unset: head.out_dim", "[2, inf)"),
+            "hidden_dim": Key(int, "its hidden width; unset: head.hidden_dim", "[1, inf)"),
+            "bottleneck_dim": Key(int, "its bottleneck; unset: head.bottleneck_dim", "[1, inf)"),
+            "layers": Key(int, "its linear layers; unset: head.layers", "[1, inf)"),
+            "mask_prob": Key(0.5, "share of the global crops that have a mask", "(0, 1]"),
+            "mask_ratio": Key((0.1, 0.5), "share of a crop's patches that are masked, low and high", "(0, 1)"),
+            "mask_shape": Key(
+                "block",
+                "rectangles of 4 patches and more (DINOv2), of a ninth of the grid and more (iBOT), or single patches",
+                choices=("block", "large_block", "random"),
+            ),
+            "mask_spread": Key(
+                True, "spread masks and ratios evenly over each group of images (DINOv2); False: every crop by itself"
+            ),
+            "group": Key(16, "images in such a group; must divide those of a device and microbatch", "[1, inf)"),
+            "start_epoch": Key(0, "epochs before this have no masks", "[0, inf)"),
+        },
     },
     "eval": {
         "knn_every": Key(0, "epochs between k-NN evaluations of the teacher; 0: never", "[0, inf)"),

@@ -106,12 +106,34 @@ def build_head(config: ConfigDict) -> Head:
     return Head(**{key: config.head[key] for key in config.head}, **_numerics(config.model))
 
 
+def build_patch_head(config: ConfigDict) -> Head | None:
+    """Builds the head that reads patches, if the iBOT term has one of its own.
+
+    Raises:
+      UserError: the backbone has no mask token, or settings of an own head for a shared one.
+    """
+    settings = config.objective.ibot
+    sizes = {key: settings[key] for key in ("out_dim", "hidden_dim", "bottleneck_dim", "layers")}
+    if not settings.weight:
+        return None
+    if not config.model.masking:
+        raise UserError("objective.ibot.weight: the backbone has no mask token: set model.masking=True")
+    if settings.shared_head:
+        if foreign := [key for key, value in sizes.items() if value is not None]:
+            raise UserError(
+                f"objective.ibot.{foreign[0]} is for a head of its own: set objective.ibot.shared_head=False"
+            )
+        return None
+    own = {key: value for key, value in sizes.items() if value is not None}
+    return Head(**{key: config.head[key] for key in config.head} | own, **_numerics(config.model))
+
+
 def build_network(config: ConfigDict) -> Network:
     """Builds backbone and head from a whole run's configuration; the position table fits `config.crops.global_size`."""
     run = config.run
     whole = run.attention != "auto" or run.mesh.model == 1  # `model` axis: it would have to sum gradients
     backbone = build_backbone(config.model, config.crops.global_size, run.remat, run.attention if whole else "plain")
-    return Network(backbone, build_head(config))
+    return Network(backbone, build_head(config), build_patch_head(config))
 
 
 def _numerics(model: ConfigDict) -> dict:

@@ -72,6 +72,8 @@ class Objective:
     logical_axes: Mapping[str, tuple[str | None, ...]] = dataclasses.field(default_factory=dict)
     # array of the state -> its place in the official code's full checkpoint, if any
     official: Mapping[str, Place] = dataclasses.field(default_factory=dict)
+    # patches of the global crops whose logits the term reads: "masked", "all" or "": none
+    patches: str = ""
     # minimum images per device and microbatch
     min_rows: int = 1
     # set by `make_objectives` from the configuration

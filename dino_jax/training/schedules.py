@@ -19,6 +19,7 @@ class Schedules(NamedTuple):
     weight_decay: Schedule
     momentum: Schedule  # of the teacher's moving average
     teacher_temp: Schedule
+    patch_temp: Schedule  # the teacher's for patches
 
 
 def cosine(base: float, final: float, steps: int, warmup_steps: int = 0, start: float = 0.0) -> Schedule:
@@ -55,15 +56,19 @@ def stairs(start: float, end: float, count: int, each: int) -> Schedule:
 
 
 def make_schedules(config: ConfigDict, steps_per_epoch: int) -> Schedules:
-    """The four schedules of a run. The learning rate is scaled by the batch size, its minimum is not."""
+    """The schedules of a run. The learning rate is scaled by the batch size, its minimum is not."""
     steps = config.epochs * steps_per_epoch
     optim, teacher = config.optim, config.teacher
     scale = {"linear": config.batch_size / 256, "sqrt": math.sqrt(config.batch_size / 1024)}[optim.lr_scaling]
     warmup = teacher.warmup_temp_epochs
     count, each = {"epoch": (warmup, steps_per_epoch), "step": (warmup * steps_per_epoch, 1)}[teacher.warmup_temp_by]
+    ibot = config.objective.ibot
+    patch_temp = stairs(ibot.warmup_temp or teacher.warmup_temp, ibot.temp or teacher.temp, count, each)
+    delay = ibot.start_epoch * steps_per_epoch
     return Schedules(
         lr=cosine(optim.lr * scale, optim.min_lr, steps, min(optim.warmup_epochs * steps_per_epoch, steps)),
         weight_decay=cosine(optim.weight_decay, optim.weight_decay_end, steps),
         momentum=cosine(teacher.momentum, teacher.momentum_end, steps),
         teacher_temp=stairs(teacher.warmup_temp, teacher.temp, count, each),
+        patch_temp=lambda step: patch_temp(jnp.maximum(step - delay, 0)),
     )

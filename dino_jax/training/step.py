@@ -1,4 +1,4 @@
-"""The training step, a pure function of (state, crops), and the training state.
+"""The training step, a pure function of (state, inputs), and the training state.
 
 Legend: B batch, C crops (2 global ones first), K prototypes, A microbatches.
 """
@@ -16,8 +16,10 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 from ml_collections import ConfigDict
 
+from dino_jax.data.masking import Masking, make_masking
 from dino_jax.errors import UserError
 from dino_jax.models import build_network
+from dino_jax.models.network import Chosen, Views, choose
 from dino_jax.objectives.objective import Objective, make_objectives, total_loss
 from dino_jax.parallel import sharding
 from dino_jax.training import optim
@@ -25,7 +27,7 @@ from dino_jax.training.schedules import Schedules, make_schedules
 from dino_jax.training.teacher import EmaState, ParameterTransform, ema_teacher
 
 Variables = dict[str, Any]  # {"params": ..., "batch_stats": ...}
-Crops = list[jax.Array]  # [globals [B, 2, H, W, c], locals [B, n, h, w, c]]
+Inputs = Views | list[jax.Array]  # the list: crops alone, [globals [B, 2, H, W, c], locals [B, n, h, w, c]]
 Metrics = dict[str, jax.Array]
 
 REST = ("step", "objectives", "opt_state", "salt", "bad_steps")  # fields besides student and teacher
@@ -80,6 +82,13 @@ class Recipe(NamedTuple):
     schedules: Schedules
     objectives: tuple[Objective, ...]
     config: ConfigDict
+    masking: Masking | None
+
+    @property
+    def patches(self) -> str:
+        """Which patches' logits the terms read: "masked", "all" or "": none."""
+        asked = {term.patches for term in self.objectives}
+        return max(asked, key=["", "masked", "all"].index)
 
 
 def make_recipe(config: ConfigDict, steps_per_epoch: int) -> Recipe:
@@ -96,6 +105,7 @@ def make_recipe(config: ConfigDict, steps_per_epoch: int) -> Recipe:
         schedules=schedules,
         objectives=make_objectives(config, schedules),
         config=config,
+        masking=make_masking(config),
     )
 
 
@@ -111,6 +121,8 @@ def check_batch(recipe: Recipe, mesh: Mesh) -> None:
                 f"microbatch, but {parts} device(s) x run.accum_steps leave {size // parts}: use at least "
                 f"{term.min_rows * parts}, or set objective.{term.name}.weight=0"
             )
+    if recipe.masking is not None:
+        recipe.masking.capacity(size // parts)
 
 
 def init_state(recipe: Recipe, key: jax.Array) -> TrainState:
@@ -118,7 +130,12 @@ def init_state(recipe: Recipe, key: jax.Array) -> TrainState:
     config = recipe.config
     chans = config.model.in_chans
     crops = [jnp.zeros((1, 2, *config.crops.global_size, chans)), jnp.zeros((1, 1, *config.crops.local_size, chans))]
-    variables = recipe.network.init(key, crops[: 2 if config.crops.local_count else 1])
+    chosen = masked = None
+    if recipe.masking is not None:
+        masked = jnp.zeros((1, 2, recipe.masking.patches), bool)
+        chosen = choose(masked, 1)
+    crops = crops[: 2 if config.crops.local_count else 1]
+    variables = recipe.network.init(key, crops, masked=masked, chosen=chosen)
     return state_from_student(recipe, variables)
 
 
@@ -137,7 +154,7 @@ def state_from_student(recipe: Recipe, variables: Variables) -> TrainState:
     )
 
 
-def draw_masks(recipe: Recipe, key: jax.Array, batch: int) -> jax.Array | None:
+def draw_drop_path(recipe: Recipe, key: jax.Array, batch: int) -> jax.Array | None:
     """Draws drop-path factors [depth, branches, B, C], 0 or 1 / keep, per crop and residual branch; None at rate 0."""
     rates = recipe.network.backbone.drop_rates(recipe.config.model.drop_path)  # [depth, branches]
     if not rates.any():
@@ -155,14 +172,24 @@ class Measured(NamedTuple):
     statistics: dict[str, Any]  # of the targets
 
 
-def _forward(network, variables, crops, masks=None):
+def _forward(network, variables, views: Views, chosen: Chosen | None, keep=None):
     """Training-mode outputs and the new batch statistics."""
-    outputs, new = network.apply(variables, crops, drop_path=masks, train=True, mutable=["batch_stats"])
+    outputs, new = network.apply(
+        variables,
+        views.crops,
+        drop_path=keep,
+        train=True,
+        masked=views.masked,
+        chosen=chosen,
+        mutable=["batch_stats"],
+    )
     outputs = outputs._replace(logits=sharding.constrain(outputs.logits, "batch", None, "prototypes"))
+    if outputs.patch_logits is not None:
+        outputs = outputs._replace(patch_logits=sharding.constrain(outputs.patch_logits, None, "prototypes"))
     return outputs, new.get("batch_stats", {})
 
 
-def _gradients(recipe: Recipe, state: TrainState, crops: Crops, masks: jax.Array | None) -> tuple[Any, Any]:
+def _gradients(recipe: Recipe, state: TrainState, views: Views, keep: jax.Array | None) -> tuple[Any, Any]:
     """`_accumulate`, sharded over the mesh of the enclosing context if that spreads the rows over several devices.
 
     Each device uses the whole parameters on its own rows and sums its gradients in the parameters' type; then there is
@@ -171,13 +198,13 @@ def _gradients(recipe: Recipe, state: TrainState, crops: Crops, masks: jax.Array
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or math.prod(mesh.shape[axis] for axis in sharding.AXES.batch) == 1:
-        return _accumulate(recipe, state, crops, masks)
+        return _accumulate(recipe, state, views, keep)
     state = state.replace(opt_state=())
     places = sharding.row_specs(sharding.state_shardings(state, mesh, logical_axes(recipe)))
     grad_places = places.student["params"]
 
-    def local(state, crops, masks):
-        stats, (grads, measured) = _accumulate(recipe, sharding.gather(state, places), crops, masks)
+    def local(state, views, keep):
+        stats, (grads, measured) = _accumulate(recipe, sharding.gather(state, places), views, keep)
         stats, measured = sharding.mean_over_rows((stats, measured))
         return stats, (sharding.scatter_mean(grads, grad_places), measured)
 
@@ -187,20 +214,26 @@ def _gradients(recipe: Recipe, state: TrainState, crops: Crops, masks: jax.Array
         out_specs=(PartitionSpec(), (grad_places, PartitionSpec())),
         axis_names=set(sharding.AXES.batch),
         check_vma=False,
-    )(state, crops, masks)
+    )(state, views, keep)
 
 
 def _microbatch(
-    recipe: Recipe, state: TrainState, stats: tuple[Any, Any], crops: Crops, masks: jax.Array | None
+    recipe: Recipe, state: TrainState, stats: tuple[Any, Any], views: Views, keep: jax.Array | None
 ) -> tuple[Any, Any]:
     """Gradients and `Measured` of one microbatch; `stats` are (student's, teacher's) batch statistics before it."""
     student_stats, teacher_stats = stats
     network, objectives = recipe.network, recipe.objectives
-    teacher, teacher_stats = _forward(network, {"params": state.ema.teacher, "batch_stats": teacher_stats}, crops[:1])
+    chosen = None
+    if recipe.patches:
+        rows = views.masked.shape[0]
+        chosen = choose(views.masked, None if recipe.patches == "all" else recipe.masking.capacity(rows))
+    teacher, teacher_stats = _forward(
+        network, {"params": state.ema.teacher, "batch_stats": teacher_stats}, Views(views.crops[:1]), chosen
+    )
     aims = {term.name: term.targets(state.objectives[term.name], teacher, state.step) for term in objectives}
 
     def loss_fn(params):
-        student, new_stats = _forward(network, {"params": params, "batch_stats": student_stats}, crops, masks)
+        student, new_stats = _forward(network, {"params": params, "batch_stats": student_stats}, views, chosen, keep)
         found = {term.name: term.loss(student, aims[term.name][0], state.step) for term in objectives}
         losses = {name: loss for name, (loss, _) in found.items()}
         measured = Measured(
@@ -214,7 +247,7 @@ def _microbatch(
     return (student_stats, teacher_stats), (grads, measured)
 
 
-def _accumulate(recipe: Recipe, state: TrainState, crops: Crops, masks: jax.Array | None) -> tuple[Any, Any]:
+def _accumulate(recipe: Recipe, state: TrainState, views: Views, keep: jax.Array | None) -> tuple[Any, Any]:
     """`_microbatch` averaged over `run.accum_steps` microbatches.
 
     Rows are reshaped [B] -> [B / A, A] and axis 1 is scanned, so every device keeps its own rows and a microbatch holds
@@ -223,13 +256,13 @@ def _accumulate(recipe: Recipe, state: TrainState, crops: Crops, masks: jax.Arra
     stats = (state.student["batch_stats"], state.teacher_stats)
     a = recipe.config.run.accum_steps
     if a == 1:
-        return _microbatch(recipe, state, stats, crops, masks)
+        return _microbatch(recipe, state, stats, views, keep)
 
     def deal(x, axis):
         x = x.reshape(*x.shape[:axis], -1, a, *x.shape[axis + 1 :])
         return jnp.moveaxis(x, axis + 1, 0)  # [A, ..., B / A, ...]
 
-    micro = (jax.tree.map(lambda x: deal(x, 0), crops), jax.tree.map(lambda m: deal(m, 2), masks))
+    micro = (jax.tree.map(lambda x: deal(x, 0), views), jax.tree.map(lambda m: deal(m, 2), keep))
 
     def body(carry, inputs):
         stats, total = carry
@@ -243,7 +276,7 @@ def _accumulate(recipe: Recipe, state: TrainState, crops: Crops, masks: jax.Arra
     return stats, total
 
 
-def train_step(recipe: Recipe, state: TrainState, crops: Crops) -> tuple[TrainState, Metrics]:
+def train_step(recipe: Recipe, state: TrainState, inputs: Inputs) -> tuple[TrainState, Metrics]:
     """Updates student, teacher and the objectives' states, in the order of the official `train_one_epoch`.
 
     With a non-finite loss or gradient, only `step` and `bad_steps` change.
@@ -251,7 +284,7 @@ def train_step(recipe: Recipe, state: TrainState, crops: Crops) -> tuple[TrainSt
     Args:
       recipe: from `make_recipe`.
       state: the state before the step.
-      crops: normalized, in the compute type.
+      inputs: crops, normalized, in the compute type; with an objective on patches `Views`, with their masks.
 
     Returns:
       The next state and scalar float32 metrics.
@@ -259,9 +292,10 @@ def train_step(recipe: Recipe, state: TrainState, crops: Crops) -> tuple[TrainSt
     config, objectives = recipe.config, recipe.objectives
     step, params = state.step, state.student["params"]
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), state.salt), step)
-    masks = draw_masks(recipe, key, crops[0].shape[0])
+    views = inputs if isinstance(inputs, Views) else Views(inputs)
+    keep = draw_drop_path(recipe, key, views.crops[0].shape[0])
 
-    (student_stats, teacher_stats), (grads, measured) = _gradients(recipe, state, crops, masks)
+    (student_stats, teacher_stats), (grads, measured) = _gradients(recipe, state, views, keep)
     updates, opt_state = recipe.optimizer.update(grads, state.opt_state, params, step=step)
     student = optax.apply_updates(params, updates)
     _, ema = recipe.ema.update(student, state.ema, step=step)  # after the student's update
@@ -284,7 +318,8 @@ def train_step(recipe: Recipe, state: TrainState, crops: Crops) -> tuple[TrainSt
         "loss": loss,
         **_objective_metrics(objectives, states, measured),
         "grad_norm": grad_norm,
-        **{name: schedule(step) for name, schedule in recipe.schedules._asdict().items()},
+        **{name: schedule(step) for name, schedule in recipe.schedules._asdict().items() if name != "patch_temp"},
+        **({} if recipe.masking is None else {"patch_temp": recipe.schedules.patch_temp(step)}),
         "bad_steps": state.bad_steps,
     }
     return state, jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), metrics)
@@ -311,6 +346,16 @@ def logical_axes(recipe: Recipe) -> tuple[tuple[str, tuple[str | None, ...]], ..
     return ((r"last_layer/(v|g)$", ("prototypes",)), *rules)
 
 
+def abstract_inputs(recipe: Recipe) -> Views:
+    """Shape and dtype of a global batch's inputs."""
+    config = recipe.config
+    rows, dtype = config.batch_size, jnp.dtype(config.model.dtype)
+    groups = ((2, config.crops.global_size), (config.crops.local_count, config.crops.local_size))
+    shapes = [(rows, count, *size, config.model.in_chans) for count, size in groups if count]
+    masked = None if recipe.masking is None else jax.ShapeDtypeStruct((rows, 2, recipe.masking.patches), bool)
+    return Views([jax.ShapeDtypeStruct(shape, dtype) for shape in shapes], masked)
+
+
 def abstract_state(recipe: Recipe, mesh: Mesh) -> TrainState:
     """Shape, dtype and sharding of every array of the state."""
     shapes = jax.eval_shape(lambda: init_state(recipe, jax.random.key(0)))
@@ -323,8 +368,8 @@ def shardings(recipe: Recipe, mesh: Mesh) -> TrainState:
     return jax.tree.map(lambda x: x.sharding, abstract_state(recipe, mesh))
 
 
-def jit_train_step(recipe: Recipe, mesh: Mesh) -> Callable[[TrainState, Crops], tuple[TrainState, Metrics]]:
-    """`train_step` jitted over a mesh: crops sharded by rows, state donated.
+def jit_train_step(recipe: Recipe, mesh: Mesh) -> Callable[[TrainState, Inputs], tuple[TrainState, Metrics]]:
+    """`train_step` jitted over a mesh: inputs sharded by rows, state donated.
 
     The only collectives are for gradients, objectives, metrics and batch statistics, with `fsdp` for parameters, and
     with `model` for the softmax.
@@ -335,9 +380,9 @@ def jit_train_step(recipe: Recipe, mesh: Mesh) -> Callable[[TrainState, Crops], 
         sharding.replicated(mesh),
     )
 
-    def step(state, crops):
+    def step(state, inputs):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return train_step(recipe, state, crops)
+            return train_step(recipe, state, inputs)
 
     return jax.jit(
         step, in_shardings=(state_shardings, rows), out_shardings=(state_shardings, everywhere), donate_argnums=0

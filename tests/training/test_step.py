@@ -166,14 +166,14 @@ def test_drop_path_masks_belong_to_their_example_and_keep_the_mean(tiny):
     """One draw per sample, crop and branch: the first block never drops, the last at the full rate."""
     config = tiny_config(drop_path=0.4)
     recipe = train_step.make_recipe(config, 4)
-    masks = np.asarray(train_step.draw_masks(recipe, jax.random.key(1), 500))
+    masks = np.asarray(train_step.draw_drop_path(recipe, jax.random.key(1), 500))
     assert masks.shape == (2, 2, 500, 4)
     np.testing.assert_array_equal(masks[0], 1)
     np.testing.assert_allclose(np.unique(masks[1]), [0, 1 / 0.6], rtol=1e-6)
     deviation = np.sqrt(0.4 * 0.6 / masks[1].size) / 0.6
     assert abs(masks[1].mean() - 1) < 5 * deviation
     rows = jax.NamedSharding(mesh_of(4), jax.P(None, None, "data"))
-    placed = jax.jit(lambda key: train_step.draw_masks(recipe, key, 500), out_shardings=rows)(jax.random.key(1))
+    placed = jax.jit(lambda key: train_step.draw_drop_path(recipe, key, 500), out_shardings=rows)(jax.random.key(1))
     np.testing.assert_array_equal(placed, masks)
 
 

@@ -11,13 +11,19 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dino_jax.errors import UserError
 from dino_jax.parallel import sharding
-from dino_jax.training.step import TrainState, abstract_state, check_batch, jit_train_step, make_recipe
+from dino_jax.training.step import (
+    TrainState,
+    abstract_inputs,
+    abstract_state,
+    check_batch,
+    jit_train_step,
+    make_recipe,
+)
 
 # Needed by libtpu on a machine without TPUs: no metadata lookup, no lock, no log.
 TPU_ENVIRONMENT = {
@@ -111,13 +117,7 @@ def abstract_step(config: ConfigDict, devices: Sequence[Any], steps_per_epoch: i
     check_batch(recipe, mesh)
     state = abstract_state(recipe, mesh)
     step: Any = jit_train_step(recipe, mesh)
-    groups = ((2, config.crops.global_size), (config.crops.local_count, config.crops.local_size))
-    crops = [
-        jax.ShapeDtypeStruct((config.batch_size, count, *size, config.model.in_chans), jnp.dtype(config.model.dtype))
-        for count, size in groups
-        if count
-    ]
-    return mesh, state, step.lower(state, crops)
+    return mesh, state, step.lower(state, abstract_inputs(recipe))
 
 
 def compile_step(lowered: Any, state_bytes: int = 0) -> Program:

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from etils import epath
 
-from dino_jax.data.decode import BadImage
+from dino_jax.data.decode import BadImage, read_bytes
 from dino_jax.data.example import Example, Kind, whole_labels
-from dino_jax.data.storage import is_remote, read_file
+from dino_jax.data.storage import is_remote
 from dino_jax.errors import UserError, printable
 
 SUFFIXES = (
@@ -169,14 +169,6 @@ def _entries(path: str) -> tuple[list[str], list[str]]:
 def join(root: str, name: str) -> str:
     """`name` under `root`, unless it is absolute or a URL itself."""
     return name if is_remote(name) else os.path.join(root, name)
-
-
-def read_bytes(path: str) -> bytes:
-    """The whole file, local or remote. Raises `BadImage` if it cannot be read."""
-    try:
-        return read_file(path)
-    except OSError as error:
-        raise BadImage(f"cannot be read: {error.strerror or error}") from error
 
 
 def open_files(pattern: str) -> Files:

@@ -47,11 +47,12 @@ from absl import flags
 
 from dino_jax.data.crops import CropParams, crop_resize, draw_many, render_crops, to_pil
 from dino_jax.data.decode import BadImage
-from dino_jax.data.memory import BatchMemory
+from dino_jax.data.memory import BatchMemory, Pixels
 from dino_jax.data.reader import Reader, mixed_word, shuffled
 from dino_jax.data.sources import Source
 from dino_jax.errors import UserError
 
+WAITING_BYTES = 64 << 20  # of images whose crops are drawn together
 CHUNK = 16  # examples that one thread prepares at a time; a batch is made of such chunks
 
 Batch = dict[str, Any]
@@ -199,29 +200,43 @@ class TrainChunks(Chunks):
         places = step * self.config.batch_size + self.rows[self.memory.part_rows(part)]
         wanted = epoch_order(len(self.reader.source), self.config.seed, epoch, places)
         pixels = self.memory.chunk(batch, part)
-        rows, images = [], []
+        rows, waiting = [], []  # waiting: images whose crops are not rendered yet
         for row, index in enumerate(wanted):
             image, *read = self.reader.read_or_replace(index)
             rows.append((image.shape[:2], *read))
             if "canvas" in pixels:
                 _place(pixels["canvas"][row], image)
-            else:
-                images.append(image)
+                continue
+            waiting.append(image)
+            if row + 1 == len(wanted) or sum(image.nbytes for image in waiting) > WAITING_BYTES:
+                self._render(pixels, waiting, epoch, wanted, row + 1)
+                waiting.clear()
         sizes, labels, indices, met = zip(*rows, strict=True)
-        rngs = [example_rng(self.config.seed, self.salt, epoch, index) for index in wanted]
-        size, color = np.array(sizes, np.int32), self.config.model.in_chans == 3
-        params = draw_many(rngs, size, self.config.crops, color)
-        for row, image in enumerate(images):
-            one = CropParams(*(values[row] for values in params))
-            pixels["globals"][row], pixels["locals"][row] = render_crops(image, one, self.config.crops)
+        size = np.array(sizes, np.int32)
+        drawn = {"size": size, "params": self._draw(epoch, wanted, size)} if "canvas" in pixels else {}
         return {
             "batch": batch,
             "pixels": pixels,
-            **({} if images else {"size": size, "params": params}),
+            **drawn,
             "label": np.array(labels, np.int32),
             "index": np.array(indices, np.int64),
             "bad": list(itertools.chain.from_iterable(met)),
         }
+
+    def _draw(self, epoch: int, indices: Sequence[int], size: np.ndarray) -> CropParams:
+        rngs = [example_rng(self.config.seed, self.salt, epoch, index) for index in indices]
+        return draw_many(rngs, size, self.config.crops, self.config.model.in_chans == 3)
+
+    def _render(
+        self, pixels: Pixels, images: Sequence[np.ndarray], epoch: int, wanted: Sequence[int], stop: int
+    ) -> None:
+        """Renders the crops of images whose rows of the chunk end at `stop`."""
+        rows = range(stop - len(images), stop)
+        size = np.array([image.shape[:2] for image in images], np.int32)
+        params = self._draw(epoch, wanted[rows.start : rows.stop], size)
+        for place, (row, image) in enumerate(zip(rows, images, strict=True)):
+            one = CropParams(*(values[place] for values in params))
+            pixels["globals"][row], pixels["locals"][row] = render_crops(image, one, self.config.crops)
 
 
 @dataclasses.dataclass

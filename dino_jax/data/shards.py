@@ -20,7 +20,7 @@ from etils import epath
 from PIL import Image
 
 from dino_jax.data.arrayrecord_source import WRITER_OPTIONS, encode_record
-from dino_jax.data.decode import BadImage, decode, resize
+from dino_jax.data.decode import BadImage, decode, resize, strips
 from dino_jax.data.example import Example
 from dino_jax.data.sources import Source
 from dino_jax.data.storage import is_remote, new_file, write_atomically
@@ -113,7 +113,9 @@ class Tally:
         self.labels[example.label] = self.labels.get(example.label, 0) + 1
         self.sizes.append(pixels.shape[:2])
         levels = np.arange(256) / 255
-        counts = np.stack([np.bincount(plane.ravel(), minlength=256) for plane in np.moveaxis(pixels, -1, 0)])
+        counts = np.zeros((pixels.shape[-1], 256), np.int64)
+        for rows in strips(*pixels.shape[:2]):  # bincount holds 8 bytes for each pixel
+            counts += [np.bincount(plane.ravel(), minlength=256) for plane in np.moveaxis(pixels[rows], -1, 0)]
         shares = counts / counts.sum(axis=1, keepdims=True)  # [C, 256]
         self.moments.append((shares @ levels, shares @ levels**2))
 

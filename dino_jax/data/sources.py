@@ -35,6 +35,7 @@ from dino_jax.data.arrayrecord_source import MANIFEST
 from dino_jax.data.decode import BadImage
 from dino_jax.data.example import Example, Kind
 from dino_jax.data.folder_source import SUFFIXES
+from dino_jax.data.storage import cause
 from dino_jax.errors import UserError, did_you_mean
 
 
@@ -53,6 +54,13 @@ class Source(Protocol):
 
 def open_source(spec: str) -> Source:
     """Opens the data set that `spec` names (grammar above). Raises `UserError` with the fix."""
+    try:
+        return _open(spec)
+    except (OSError, RecursionError) as error:
+        raise UserError(f"{spec}: cannot be opened: {cause(error)}") from error
+
+
+def _open(spec: str) -> Source:
     prefix, rest, options = split_spec(spec)
     kind = kinds()[prefix]
     for key in options:

@@ -257,7 +257,7 @@ def test_mistakes_in_tars_are_named(tmp_path):
         "squeezed.tar": r"squeezed.tar: cannot be read as a tar file .*compressed\? gunzip it first",
         "cut.tar": r"cut.tar: cannot be read as a tar file .*cut off\? get it again",
         "rubbish.tar": r"rubbish.tar: cannot be read as a tar file .*damaged",
-        "none.tar": r"the data set is empty",
+        "none.tar": r"none.tar: no images in it but 1 file \(.txt 1\), such as a.txt",
         "json.tar": r"json.tar: 1.json: not a label",
         "gone.tar": r"gone.tar: no such tar file",
         "gone-*.tar": r"gone-\*.tar: no such tar file",

@@ -201,6 +201,9 @@ KEYS: Keys = {
         "tensorboard": Key(True, "write TensorBoard files"),
         "wandb": Key("", "Weights & Biases project; empty: off"),
         "progress": Key(True, "show a progress bar with an ETA on stderr"),
+        "accept_new_data": Key(
+            False, "resume although data.train has changed; epochs and schedules follow its new number of images"
+        ),
         "max_bad_steps": Key(3, "non-finite losses in a row before going back to the last good checkpoint", "[1, inf)"),
         "max_rewinds": Key(2, "returns to a checkpoint before the run stops with a reason", "[0, inf)"),
         "stop_after": Key(0, "stop cleanly after this many steps of this session; 0: off", "[0, inf)"),

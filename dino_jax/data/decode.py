@@ -20,7 +20,7 @@ import math
 import threading
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 import simplejpeg
@@ -227,8 +227,8 @@ def _to_uint8(array: np.ndarray) -> np.ndarray:
     raise BadImage(f"pixels of type {array.dtype} are not supported")
 
 
-def npy_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    """Reads the header of .npy data: shape, whether in Fortran's order, dtype.
+def npy_header(file: IO[bytes], kinds: str = "biuf") -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Reads the header of .npy data: shape, whether in Fortran's order, dtype (of one of `kinds`).
 
     Raises:
       ValueError: it is damaged, or the dtype is not one of numbers (objects are never read).
@@ -238,7 +238,7 @@ def npy_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     if version not in readers:
         raise ValueError(f"version {version} of the .npy format holds no plain numbers")
     shape, fortran, dtype = readers[version](file)
-    if dtype.kind not in "biuf" or dtype.hasobject:
+    if dtype.kind not in kinds:
         raise ValueError(f"an array of {dtype}, not of numbers")
     if any(side < 0 for side in shape):
         raise ValueError(f"an array of shape {shape}")

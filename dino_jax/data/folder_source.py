@@ -42,6 +42,11 @@ class Files:
         """The label of each image, int32 [N]; -1: unlabeled."""
         return self._labels
 
+    @property
+    def listing(self) -> tuple[np.ndarray, ...]:
+        """Names and labels of all images (see `identity`)."""
+        return self._names, self._labels
+
     def __len__(self) -> int:
         return len(self._names)
 

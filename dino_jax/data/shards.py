@@ -23,7 +23,7 @@ from dino_jax.data.arrayrecord_source import WRITER_OPTIONS, encode_record
 from dino_jax.data.decode import BadImage, decode, resize, strips
 from dino_jax.data.example import Example
 from dino_jax.data.sources import Source
-from dino_jax.data.storage import is_remote, new_file, write_atomically
+from dino_jax.data.storage import is_remote, new_file, read_json, write_atomically
 from dino_jax.errors import UserError
 
 JPEG_QUALITY = 95  # of JPEGs that were shrunk
@@ -61,10 +61,10 @@ class Shards:
     def finished(self, shard: int) -> Summary | None:
         """The summary of a shard that an earlier run finished; None if there is none or the shard is damaged."""
         try:
-            summary = json.loads(self.summary_path(shard).read_text())
-        except (OSError, ValueError):
+            summary = read_json(self.summary_path(shard))
+        except UserError:  # absent or damaged
             return None
-        return summary if intact(self.path(shard), summary) else None
+        return summary if _is_whole(summary) and intact(self.path(shard), summary) else None
 
     def make(self, shard: int) -> Summary:
         """Writes a shard and its summary. Raises `UserError` if they cannot be written."""
@@ -132,6 +132,17 @@ class Tally:
             "sum": sums[0],
             "sum_squares": sums[1],
         }
+
+
+def _is_whole(summary: Summary) -> bool:
+    """Whether a summary from a file has what `intact` and `merged` read."""
+    try:
+        if summary["count"]:
+            merged([summary])
+        texts = [text for name, reason in summary["bad"] for text in (name, reason)]
+        return all(isinstance(text, str) for text in texts) and type(summary["bytes"]) is type(summary["crc32"]) is int
+    except Exception:  # wrong types fail in any way
+        return False
 
 
 def write(path: pathlib.Path, records: Iterator[bytes]) -> Summary:

@@ -74,6 +74,11 @@ class TarSource:
         self._labels = np.array(numbers, np.int32)
         self._places = np.array(places, np.int64).reshape(-1, 3)  # tar, offset, bytes
 
+    @property
+    def listing(self) -> tuple[np.ndarray, ...]:
+        """Names and labels of all images (see `identity`)."""
+        return self._names, self._labels
+
     def __len__(self) -> int:
         return len(self._names)
 

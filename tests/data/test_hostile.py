@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import socket
 import struct
 import tarfile
+import zipfile
 import zlib
 
 import numpy as np
@@ -14,7 +16,8 @@ import pytest
 from PIL import Image
 
 from dino_jax.data import decode as decoding
-from dino_jax.data import folder_source, storage
+from dino_jax.data import folder_source, pack, storage
+from dino_jax.data.arrayrecord_source import encode_record
 from dino_jax.data.decode import BadImage, decode
 from dino_jax.data.example import Example
 from dino_jax.data.shards import Tally
@@ -295,3 +298,108 @@ def test_reading_is_bounded_for_files_that_lie_about_their_size(tmp_path):
         storage.read_file(tmp_path / "x", 10)
     with pytest.raises(OSError, match="more than 0 MiB"):
         storage.read_file("/proc/self/maps", 10)
+
+
+@pytest.fixture
+def packed(tmp_path):
+    for k in range(4):
+        write(tmp_path / "images" / f"{k}.png", k)
+    pack.pack(str(tmp_path / "images"), tmp_path / "out", shard_size=2, workers=1, progress=False)
+    return tmp_path / "out"
+
+
+def test_a_damaged_shard_is_one_line_and_packing_again_repairs_it(packed, tmp_path):
+    shard = packed / "pictures-00001-of-00002.array_record"
+    whole = shard.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(encode_record(Example(image_bytes(2), -1, "2.png"))) // 2 + 64] ^= 255
+    header = bytearray(whole)
+    header[65536] ^= 255
+    for content in (whole[:-20], whole[: len(whole) // 2], b"", bytes(header), bytes(len(whole)), None):
+        shard.unlink()
+        if content is not None:
+            shard.write_bytes(content)
+        with pytest.raises(
+            UserError, match=r"00001-of-00002.array_record: this shard .*`dino-jax pack` command"
+        ) as caught:
+            open_source(str(packed))
+        assert "\n" not in str(caught.value)
+        pack.pack(str(tmp_path / "images"), packed, shard_size=2, workers=1, progress=False)
+        assert shard.read_bytes() == whole
+    shard.write_bytes(bytes(flipped))
+    (bad,) = [line for line in names_or_bad(open_source(str(packed))) if "damaged" in line]
+    assert bad.startswith("pictures-00001-of-00002.array_record, record 0: a damaged record")
+    check = next(check for check in doctor(data=str(packed), launch="slurm") if check.name == "data")
+    assert "Traceback" not in check.found
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 7}, "version 7, this code reads 1: update"),
+        ({"count": -4}, "count is -4"),
+        ({"count": "4"}, "count is '4'"),
+        ({"class_names": 5}, "class_names is not a list"),
+        ({"shards": "ab"}, "shards is not a list"),
+        ({"shards": [{"file": "../x", "count": 4}]}, "the file of shard 0 is not the name"),
+        ({"shards": [{"file": "/etc/passwd", "count": 4}]}, "the file of shard 0 is not the name"),
+        ({"shards": [{"file": "x"}]}, "count of shard 0"),
+        ({"shards": [{"file": "x", "count": True}]}, "count of shard 0"),
+        ({"shards": [{"file": "x", "count": 4, "bytes": 1.5}]}, "bytes of shard 0"),
+    ],
+)
+def test_mistakes_in_a_manifest_are_named(packed, tmp_path, change, message):
+    manifest = json.loads((packed / "manifest.json").read_text())
+    (packed / "manifest.json").write_text(json.dumps(manifest | change))
+    for act in (lambda: open_source(str(packed)), lambda: pack.pack(str(tmp_path / "images"), packed, workers=1)):
+        with pytest.raises(UserError, match=message) as caught:
+            act()
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text", [b"\xff\xfe", b"{", b"[]", b"[" * 10000, b'{"count": "x"}', b'{"count": 1, "bad": [1]}']
+)
+def test_damaged_notes_of_an_unfinished_packing_are_one_line_or_made_again(tmp_path, text, monkeypatch):
+    for k in range(4):
+        write(tmp_path / "images" / f"{k}.png", k)
+    arguments = {"shard_size": 2, "workers": 1, "progress": False}
+    finish = pack._finish
+    monkeypatch.setattr(pack, "_finish", lambda *_: None)
+    pack.pack(str(tmp_path / "images"), tmp_path / "out", **arguments)
+    monkeypatch.setattr(pack, "_finish", finish)
+    (tmp_path / "out" / "pictures-00001-of-00002.json").write_bytes(text)
+    settings = (tmp_path / "out" / pack.UNFINISHED).read_bytes()
+    (tmp_path / "out" / pack.UNFINISHED).write_bytes(text)
+    with pytest.raises(UserError, match=pack.UNFINISHED) as caught:
+        pack.pack(str(tmp_path / "images"), tmp_path / "out", **arguments)
+    assert "\n" not in str(caught.value)
+    (tmp_path / "out" / pack.UNFINISHED).write_bytes(settings)
+    assert pack.pack(str(tmp_path / "images"), tmp_path / "out", **arguments)["count"] == 4
+
+
+def npz(path, **members: bytes) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(f"{name}.npy", data, zipfile.ZIP_STORED)
+
+
+@pytest.mark.parametrize(
+    ("images", "labels"),
+    [
+        (npy("(4,)", "'|O'", bytes(32)), None),
+        (npy("(9000, 9000, 9000)"), None),
+        (npy("(10**30, 4, 4)"), None),
+        (npy("(1, 2, 2)", data=bytes(4)), npy("(10**9,)", "'<i8'")),
+        (npy("(1, 2, 2)", data=bytes(4)), npy("(1,)", "'|O'", bytes(8))),
+        (b"\x93NUMPY\x09\x00", None),
+        (b"", None),
+    ],
+)
+def test_arrays_of_objects_or_false_shapes_are_refused(tmp_path, images, labels):
+    npz(tmp_path / "a.npz", images=images, **({} if labels is None else {"labels": labels}))
+    (tmp_path / "a.npy").write_bytes(images)
+    for name in ["a.npz", "a.npy"] if labels is None else ["a.npz"]:
+        with pytest.raises(UserError, match=f"{name}: cannot be read as arrays: ") as caught:
+            open_source(f"arrays:{tmp_path}/{name}")
+        assert "\n" not in str(caught.value)

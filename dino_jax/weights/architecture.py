@@ -103,7 +103,7 @@ def _fill_vit(config: ConfigDict, fmt: Format, backbone: Tensors, hints: Hints, 
     count = backbone[keys.renamed("pos_embed", fmt.rules)].shape[1] - 1
     rows, columns = hints.grid or [side // patch for side in hints.image_size or ()] or [math.isqrt(count)] * 2
     if rows * columns != count:
-        said = f"and not {rows} x {columns}" if hints.grid or hints.image_size else "not square, so its grid is unknown"
+        said = f"not {rows} x {columns}" if hints.grid or hints.image_size else "not square, so its grid is unknown"
         raise UserError(
             f"{source}: a position table of {count} patches is {said}: give --grid=ROWS,COLUMNS to `import`"
         )

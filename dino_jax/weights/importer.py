@@ -118,7 +118,9 @@ def _from_checkpoint(content: Mapping[str, Any], given: architecture.Hints, sour
         if not is_tensors(value) and (key == "teacher" or value is not None):
             raise UserError(f"{source}: {key!r} is not a dict of tensors")
     _fill_recipe(config, args)
-    network = _regular(networks.find(content, None, None, source).tensors())
+    found = networks.find(content, None, None, source)
+    found = found if found.key == "teacher" else networks.find(content, "teacher", None, source)
+    network = _regular(found.tensors())
     student = _regular(networks.find(student, None, None, f"{source}: student").tensors()) if student else None
     train_gain = args.get("norm_last_layer") is False or _gain_has_moments(student, optimizer)
     said = args.get("num_heads"), args.get("image_size")  # our own exports have them

@@ -124,7 +124,9 @@ def unwrapped(value: Mapping[str, Any], source: object) -> dict[str, np.ndarray]
         if isinstance(key, str) and isinstance(item, np.ndarray):
             name = WRAPPERS.sub("", key)
             if name in state:
-                raise UserError(f"{source}: {printable(name)} is there twice, with and without {WRAPPERS.pattern[9:]}")
+                raise UserError(
+                    f"{source}: {printable(name)} is there twice, with and without a wrapper such as module."
+                )
             state[name] = item
     return state
 
@@ -139,7 +141,7 @@ def _dicts(content: Any, key: str) -> Iterator[tuple[str, Mapping]]:
         seen.add(id(value))
         yield place, value
         if depth < MAX_DEPTH:
-            names = [name for name in value if isinstance(name, str)]
+            names = [name for name in value if isinstance(name, str) and "optim" not in name]  # moments have the names
             waiting += [(f"{place}.{name}" if place else name, value[name], depth + 1) for name in names]
 
 

@@ -42,12 +42,13 @@ BATCH_TOKENS = 16384  # patches per device and batch
 log = logging.getLogger(__name__)
 
 
-def load(name_or_path: epath.PathLike, *, heads: int | None = None) -> Model:
+def load(name_or_path: epath.PathLike, *, heads: int | None = None, **choice: Any) -> Model:
     """Loads a model (the teacher) from a released name, a weight file, a workdir or a checkpoint folder.
 
-    `heads`: number of attention heads, if a weight file does not say. Raises `UserError`.
+    `heads`: number of attention heads, if a weight file does not say. `choice`: `key`, `prefix` and `grid` of
+    `weights.importer.read`, for weight files with several networks. Raises `UserError`.
     """
-    weights = open_weights(name_or_path, heads=heads)
+    weights = open_weights(name_or_path, heads=heads, **choice)
     return Model(
         weights.config, {name: tree["backbone"] for name, tree in weights.teacher.items() if "backbone" in tree}
     )

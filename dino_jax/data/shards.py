@@ -6,11 +6,7 @@ import dataclasses
 import io
 import json
 import math
-import multiprocessing
-import os
 import pathlib
-import signal
-import threading
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -29,8 +25,6 @@ from dino_jax.errors import UserError
 JPEG_QUALITY = 95  # of JPEGs that were shrunk
 
 Summary = dict[str, Any]  # of a shard, as JSON
-
-_shards: Shards  # of a worker process
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +74,14 @@ class Shards:
             reason = " ".join(str(error).split())
             raise UserError(f"{path}: cannot be written: {reason}; fix that and run it again: it resumes") from error
         return summary
+
+    def work(self, shard: int) -> tuple[Summary, list[np.ndarray]]:
+        """`make`, as a `workers.Task`."""
+        return self.make(shard), []
+
+    def room(self, shard: int) -> list[np.ndarray]:
+        """No arrays come with a summary."""
+        return []
 
     def _records(self, shard: int, tally: Tally) -> Iterator[bytes]:
         for index in self.indices(shard):
@@ -223,23 +225,3 @@ def merged(summaries: Sequence[Summary]) -> Summary:
         "bad": [entry for summary in summaries for entry in summary["bad"]],
         "shards": [{key: summary[key] for key in ("file", "count", "bytes", "crc32")} for summary in summaries],
     }
-
-
-def begin_worker(shards: Shards) -> None:
-    """Prepares a worker process for `make_in_worker`. It ends with its parent, even if that is killed."""
-    global _shards
-    _shards = shards
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends its workers
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def make_in_worker(shard: int) -> Summary:
-    """`Shards.make` in a worker process."""
-    return _shards.make(shard)
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)

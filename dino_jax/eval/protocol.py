@@ -39,8 +39,8 @@ ALL = "all"  # the name of every protocol together
 RESIZE = Key(256, "shorter side of test images before the center crop, resized bicubic; 0: no resize", "[0, inf)")
 CROP = Key(224, "side of the center crop of test images", "[1, inf)")
 SEED = Key(0, "random seed", "[0, 4294967295]")
-THREADS = Key(4, "image-reading threads per process", "[1, inf)")
-WORKERS = Key(0, "image-reading worker processes; 0: threads instead", "[0, inf)")
+THREADS = Key(4, "image-reading threads per process", "[1, 1024]")
+WORKERS = Key(0, "image-reading worker processes; 0: threads instead", "[0, 1024]")
 
 
 class Data(NamedTuple):

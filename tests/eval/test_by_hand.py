@@ -7,6 +7,7 @@ Every test also asserts that its settings matter: with a mistake, the expected f
 from __future__ import annotations
 
 import functools
+import pickle
 
 import jax
 import numpy as np
@@ -17,7 +18,6 @@ from PIL import Image
 from dino_jax.eval.masks import open_masks
 from dino_jax.eval.protocols import copydetection, knn, linear, lowshot, retrieval, voc, vos
 from dino_jax.eval.protocols.vos import open_videos
-from dino_jax.models.vit import ViT
 
 IMAGENET = np.array([(0.485, 0.456, 0.406), (0.229, 0.224, 0.225)])
 
@@ -89,17 +89,17 @@ def knn_accuracy(train, train_labels, test, test_labels, k, temperature):
 def test_knn(vit, splits):
     data, (train, train_labels), (test, test_labels) = splits
     config = odd_view(knn.PROTOCOL.default_config())
-    config.k, config.temperature = (1, 3, 40, 150, 151), 0.01  # 150 is every image, 151 is skipped
+    config.k, config.temperature = (1, 3, 40, 150, 151), 0.002  # 150 is every image, 151 is skipped
     figures = knn.evaluate(vit, data, config)
     features = [cls_of(vit, viewed(images)) for images in (train, test)]
     problem = features[0], train_labels, features[1], test_labels
     expected = {}
     for k in (1, 3, 40, 150):
-        expected[f"top1_k{k}"], expected[f"top5_k{k}"] = knn_accuracy(*problem, k, 0.01)
+        expected[f"top1_k{k}"], expected[f"top5_k{k}"] = knn_accuracy(*problem, k, 0.002)
     assert figures == pytest.approx(expected)
     assert 20 < expected["top1_k3"] < 90
     for k in (40, 150):
-        assert knn_accuracy(*problem, k, 0.07) != knn_accuracy(*problem, k, 0.01)
+        assert knn_accuracy(*problem, k, 0.07) != knn_accuracy(*problem, k, 0.002)
 
 
 def test_nearest_ranks_every_row_and_no_padding():
@@ -189,7 +189,7 @@ def test_linear(vit, plain_splits, holdout):
     kept = np.setdiff1d(np.arange(36), held)
     tokens = [jitted(vit.backbone, "tokens", n=2)(vit.variables, normalized(images)) for images, _ in (train, test)]
     rng, history = np.random.default_rng(4), {}  # head -> for each evaluation: accuracy on test and held-out images
-    for choice in ("2", "1+avg"):
+    for choice in ("1+avg", "2"):  # sorted, as they are drawn
         two = [np.concatenate([t.cls[0], t.cls[1]], 1) for t in tokens]
         avg = [np.stack([t.cls[1], t.flat_patches[1].mean(1)], -1).reshape(-1, 32) for t in tokens]
         inputs, test_inputs = two if choice == "2" else avg
@@ -283,14 +283,14 @@ def ap(ranks, positives):
 
 @pytest.fixture(scope="module")
 def copies(tmp_path_factory):
-    """Copydays: 12 originals, 2 strong copies of each; 30 images to whiten with and 15 distractors, all 24 x 24."""
+    """Copydays: 12 originals, 2 strong copies of each; 60 images to whiten with and 15 distractors, all 24 x 24."""
     rng, root, found = np.random.default_rng(3), tmp_path_factory.mktemp("copies"), {}
     originals = noise(rng, 12, 24, 24)
-    strong = [np.uint8(0.3 * image + 0.7 * noise(rng, 1, 24, 24)[0]) for image in originals for _ in range(2)]
+    strong = [np.uint8(0.6 * image + 0.4 * noise(rng, 1, 24, 24)[0]) for image in originals for _ in range(2)]
     for name, images, names in (
         ("days/original", originals, [f"2{i:03d}00" for i in range(12)]),
         ("days/strong", strong, [f"2{i // 2:03d}0{i % 2 + 1}" for i in range(24)]),
-        ("white", noise(rng, 30, 24, 24), [str(i) for i in range(30)]),
+        ("white", noise(rng, 60, 24, 24), [str(i) for i in range(60)]),
         ("others", noise(rng, 15, 24, 24), [str(i) for i in range(15)]),
     ):
         (root / name).mkdir(parents=True)
@@ -303,13 +303,13 @@ def copies(tmp_path_factory):
 def test_copydetection(vit, copies):
     root, images = copies
     config = copydetection.PROTOCOL.default_config()
-    config.update({"size": 20, "batch_size": 7, "whitening": str(root / "white"), "distractors": str(root / "others")})
+    config.update({"size": 8, "batch_size": 7, "whitening": str(root / "white"), "distractors": str(root / "others")})
     figures = copydetection.evaluate(vit, str(root / "days"), config)
 
     def features(name, cls_in_gem=False):
-        shrunk = [Image.fromarray(image).resize((20, 20), Image.Resampling.BICUBIC) for image in images[name]]
+        shrunk = [Image.fromarray(image).resize((8, 8), Image.Resampling.BICUBIC) for image in images[name]]
         pixels = [np.asarray(image) for image in shrunk]
-        cls, patches = cls_of(vit, pixels), patches_of(vit, pixels).reshape(len(pixels), 25, -1)
+        cls, patches = cls_of(vit, pixels), patches_of(vit, pixels).reshape(len(pixels), 4, -1)
         if cls_in_gem:
             patches = np.concatenate([cls[:, None], patches], 1)
         return np.concatenate([cls, np.mean(np.maximum(patches, 1e-6) ** 4, axis=1) ** 0.25], axis=1)
@@ -342,7 +342,7 @@ def test_retrieval(vit, tmp_path):
         mine = rng.permutation(np.flatnonzero(np.arange(40) % 5 == q))
         truth.append({"bbx": [0.0] * 4, "easy": mine[:2], "hard": mine[2:5], "junk": mine[5:8]})
     names = {"imlist": [f"b{i}" for i in range(40)], "qimlist": [f"q{i}" for i in range(5)]}
-    (root / "gnd_rparis6k.pkl").write_bytes(__import__("pickle").dumps({**names, "gnd": truth}))
+    (root / "gnd_rparis6k.pkl").write_bytes(pickle.dumps({**names, "gnd": truth}))
     config = retrieval.PROTOCOL.default_config()
     config.update({"size": 24, "batch_size": 6, "multiscale": True})
     figures = retrieval.evaluate(vit, str(tmp_path), config)
@@ -382,7 +382,7 @@ def test_voc(vit):
     config = voc.PROTOCOL.default_config()
     config.update({"masses": (0.35, 0.9), "size": 33, "block": 0, "batch_size": 4})
     figures = voc.evaluate(vit, data, config)
-    short = ViT(**{k: getattr(vit.backbone, k) for k in ViT.__dataclass_fields__ if k not in ("parent", "name", "depth")}, depth=1)  # fmt: skip  # noqa: E501
+    short = vit.backbone.clone(depth=1)
     params = {k: v for k, v in vit.variables["params"].items() if k != "blocks_1"}  # its last block is block 0
     images = [open_masks(data, "val").load(i) for i in range(9)]
     weights = jitted(short, "attention")({"params": params}, normalized([image.pixels for image in images]))

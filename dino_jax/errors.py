@@ -9,6 +9,9 @@ from collections.abc import Iterable
 class UserError(ValueError):
     """Bad input. The message is one line that names the file or key and says what to do; the CLI prints just that."""
 
+    def __str__(self) -> str:
+        return printable(super().__str__())  # names in it may hold anything
+
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The end of a message about an unknown word: `; did you mean 'optim.lr'?`, or "" if no known word is near.

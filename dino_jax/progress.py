@@ -8,6 +8,8 @@ from typing import Any, TextIO, TypeVar
 
 from tqdm import tqdm
 
+from dino_jax.errors import printable
+
 T = TypeVar("T")
 LOOK = "{desc} [{bar:20}] {n_fmt}/{total_fmt}  ETA {remaining}, {rate_noinv_fmt}{postfix}"
 
@@ -79,6 +81,7 @@ class Progress:
         """Prints a separate line above the bar."""
         if self._bar.disable:
             return
+        line = printable(line)
         if self._live:
             self._bar.write(line, file=self._stream)
         else:

@@ -145,7 +145,7 @@ def test_precisions(tmp_path, dtype):
     read = read_weights(tmp_path / "a.safetensors")
     assert all(read[key].dtype == dtype and np.array_equal(read[key], state[key]) for key in state)
     (tmp_path / "a.safetensors").write_bytes(data[:-100])
-    with pytest.raises(UserError, match="truncated: .*; download it again"):
+    with pytest.raises(UserError, match=r"truncated: .*; download it again"):
         read_weights(tmp_path / "a.safetensors")
 
 

@@ -304,11 +304,12 @@ def test_objects_beside_the_weights(tmp_path, protocol):
         "objects": [optimizer, optimizer.state_dict(), torch.optim.lr_scheduler.StepLR(optimizer, 1), module],
     }
     for old in (False, True):
-        torch.save({"model": weights, **others}, tmp_path / "a.pth", protocol, _use_new_zipfile_serialization=not old)
+        options = {"pickle_protocol": protocol, "_use_new_zipfile_serialization": not old}
+        torch.save({"model": weights, **others}, tmp_path / "a.pth", **options)
         read = importer.read(tmp_path / "a.pth").teacher["params"]["backbone"]
         assert read["cls_token"].flat[0] == 3
         for whole in (module, {"epoch": 1, "model": module}):
-            torch.save(whole, tmp_path / "whole.pth", protocol, _use_new_zipfile_serialization=not old)
+            torch.save(whole, tmp_path / "whole.pth", **options)
             with pytest.raises(UserError, match=r"torch\.nn\.modules\.linear\.Linear.*state_dict"):
                 importer.read(tmp_path / "whole.pth")
     for kind in (torch.float8_e4m3fn, torch.bfloat16, torch.float64):

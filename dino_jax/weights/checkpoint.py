@@ -150,6 +150,13 @@ def steps(directory: epath.PathLike) -> list[int]:
     return sorted(metadata.step for metadata in found)
 
 
+def belongs_to_run(path: epath.PathLike) -> bool:
+    """Whether a folder is a run's workdir, a folder of its steps, or one of them, whatever else lies in it."""
+    path = absolute(path)
+    some = [path / "checkpoints", *(path / str(step) / CONFIG for step in steps(path)[-1:])]
+    return any(place.exists() for place in some) or (path.name.isdigit() and (path / CONFIG).is_dir())
+
+
 def resolve(path: epath.PathLike) -> tuple[epath.Path, int]:
     """`(directory, step)` of a CKPT: a run's workdir or its checkpoints folder (latest step), or one step's folder.
 

@@ -184,7 +184,9 @@ def _fill_input(config: ConfigDict, chans: int, patch: int, size: tuple[int, int
 def fill_head(config: ConfigDict, head: Tensors, train_gain: bool, source: object) -> None:
     """Sets `config.head` from the shapes of a projection head's tensors (`mlp.0.weight`, ...)."""
     if not ("last_layer.weight_v" in head and any(head[f"mlp.{i}.weight"].ndim == 2 for i in _indices(head))):
-        raise UserError(f"{source}: its head lacks mlp.*.weight or last_layer.weight_v; it holds {', '.join(head)}")
+        raise UserError(
+            f"{source}: its head lacks mlp.*.weight or last_layer.weight_v; it holds {', '.join(list(head)[:9])}"
+        )
     with _identifying(source):
         _fill_head(config, head, train_gain, source)
 

@@ -107,6 +107,8 @@ def read(
         return _from_checkpoint(content, given, path)
     network = _regular(networks.find(content, key, prefix, path).tensors(alone=prefix is not None))
     said = _neighbor(path) if any("embeddings." in key for key in network) else _own(path)
+    if grid and said.image_size:
+        log.warning("%s: --grid is used, not the image size of %s that the file says", path, list(said.image_size))
     return _weights(default(), network, said._replace(heads=heads or said.heads, grid=grid), path)
 
 

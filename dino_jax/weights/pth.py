@@ -103,7 +103,8 @@ def read_pth(path: epath.PathLike) -> Any:
         raise UserError(f"{path}: cannot be read: {cause(error)}") from None
     except Exception as error:  # damaged or hostile pickles raise anything
         raise UserError(
-            f"{path}: damaged, hostile or not a torch checkpoint ({type(error).__name__}: {printable(cause(error))})"
+            f"{path}: damaged, hostile or not a torch checkpoint ({type(error).__name__}: {printable(cause(error))}); "
+            "download or save it again"
         ) from None
     if isinstance(content, StandIn):
         raise UserError(

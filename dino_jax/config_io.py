@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import functools
 import itertools
 import json
+import logging
 import os
 import pathlib
 import runpy
@@ -16,12 +18,13 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from dino_jax.config import KEYS, Key, Keys, default, flat_keys, in_words
+from dino_jax.config import KEYS, RULES, Key, Keys, Rule, default, flat_keys, in_words
 from dino_jax.errors import UserError, did_you_mean
 from dino_jax.migrations import FORMAT_VERSION, migrate
 
 PER_CHANNEL = ("data.mean", "data.std")  # one value for each channel
 _PACKAGE = pathlib.Path(__file__).parent
+log = logging.getLogger(__name__)
 
 
 def load(name: str | os.PathLike[str], overrides: Iterable[str] = ()) -> ConfigDict:
@@ -165,33 +168,47 @@ def check(config: ConfigDict, where: str = "the configuration") -> ConfigDict:
         fix = "start from dino_jax.config.default()"
         raise UserError(f"{where}: not a training configuration: it differs in the key {foreign[0]!r}; {fix}")
     for key, value in known.items():
-        if isinstance(value, tuple) and key not in PER_CHANNEL and len(flat[key]) != len(value):
+        if isinstance(value, tuple) and key not in PER_CHANNEL and _length(flat[key]) != len(value):
             raise UserError(f"{key}={flat[key]}: {len(value)} values are needed, such as {value}")
+    check_values(flat, KEYS)
     for key in PER_CHANNEL:
         if len(flat[key]) != config.model.in_chans:
             raise UserError(f"{key}={flat[key]}: one value for each of the {config.model.in_chans} channels is needed")
-    check_values(flat, KEYS)
-    for key in ("crops.global_scale", "crops.local_scale"):
-        low, high = flat[key]
-        if not 0 < low <= high <= 1:
-            raise UserError(f"{key}={flat[key]}: two shares of the area are needed, 0 < low <= high <= 1")
-    for key in ("crops.ratio", "crops.blur_radius"):
-        if flat[key][0] > flat[key][1]:
-            raise UserError(f"{key}={flat[key]}: low, then high: swap them")
-    first, last = config.run.profile_steps
-    if first > last:
-        raise UserError(f"run.profile_steps=({first}, {last}): the first step and the last one are needed")
-    if config.run.mesh.fsdp == 0 or config.run.mesh.model == 0 or config.run.mesh.data == 0:
-        raise UserError("run.mesh: an axis cannot have 0 devices; use 1, or -1 for the rest")
+    check_rules(flat, RULES)
     return config
+
+
+def _length(value: Any) -> int | None:
+    return len(value) if isinstance(value, tuple) else None
 
 
 def check_values(flat: Mapping[str, Any], keys: Keys, prefix: str = "") -> None:
     """Raises `UserError` for a value (by dotted key) that `keys` do not allow; `prefix` goes before the key."""
     for name, key in flat_keys(keys):
         if (error := key.error(flat[name])) is not None:
-            near = did_you_mean(flat[name], key.choices) if key.choices else ""
-            raise UserError(f"{prefix}{name}={flat[name]!r}: {error}{near}")
+            near = did_you_mean(flat[name], key.choices) if key.choices and isinstance(flat[name], str) else ""
+            raise UserError(f"{prefix}{name}={_short(flat[name])}: {error}{near}")
+
+
+def check_rules(flat: Mapping[str, Any], rules: Iterable[Rule], prefix: str = "") -> None:
+    """Raises `UserError` for values (by dotted key) that break a rule, or warns once, as the rule says."""
+    for rule in rules:
+        if rule.broken(*(flat[key] for key in rule.keys)):
+            said = f"{' '.join(f'{prefix}{key}={_short(flat[key])}' for key in rule.keys)}: {rule.meaning}"
+            if rule.refused:
+                raise UserError(said)
+            _warn(said)
+
+
+@functools.cache
+def _warn(text: str) -> None:
+    log.warning(text)
+
+
+def _short(value: Any) -> str:
+    """A value in a message, cut to a line."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def describe(keys: Keys = KEYS) -> str:

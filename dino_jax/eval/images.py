@@ -13,7 +13,7 @@ from etils import epath
 from PIL import Image
 
 from dino_jax.data.crops import to_pil
-from dino_jax.data.decode import BadImage, decode
+from dino_jax.data.decode import BadImage, check_size, decode, open_image, read_bytes
 from dino_jax.errors import UserError
 from dino_jax.models.resample import LINEAR, resample_matrix
 
@@ -24,8 +24,8 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".
 def read_image(path: epath.PathLike, channels: int = 3) -> np.ndarray:
     """Reads an image as uint8 [H, W, channels]. Raises `UserError` if the file is missing or damaged."""
     try:
-        return decode(epath.Path(path).read_bytes(), channels)
-    except (BadImage, OSError) as error:
+        return decode(read_bytes(path), channels)
+    except BadImage as error:
         raise UserError(f"{path}: {_reason(error)}") from None
 
 
@@ -36,7 +36,8 @@ def read_labels(path: epath.PathLike) -> np.ndarray:
       UserError: the file is missing, damaged or a color image.
     """
     try:
-        with epath.Path(path).open("rb") as file, Image.open(file) as image:
+        with open_image(read_bytes(path)) as image:
+            check_size(image)
             if image.mode not in ("P", "L", "1"):
                 raise UserError(f"{path}: a mask must be indexed or gray, not {image.mode}")
             return np.asarray(image).astype(np.uint8)
@@ -47,7 +48,7 @@ def read_labels(path: epath.PathLike) -> np.ndarray:
 
 
 def _reason(error: Exception) -> str:
-    return "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
+    return "no such file" if isinstance(error.__cause__, FileNotFoundError) else f"cannot be read ({error})"
 
 
 def list_images(folder: epath.PathLike) -> list[epath.Path]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import pathlib
 import sys
 import time
@@ -21,7 +20,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from dino_jax import config_io
-from dino_jax.cli import config_argument
+from dino_jax.cli import config_argument, prepare, refuse_empty
 from dino_jax.data.arrays_source import ArraySource
 from dino_jax.data.pipeline import make_eval_dataset, steps_per_epoch
 from dino_jax.data.scenes_source import Scenes
@@ -45,14 +44,15 @@ SHOWN = 8  # images in attention.png
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains, evaluates, prints; returns the exit status."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    prepare()
     about = __doc__.split("\n\n")[0]
     parser = argparse.ArgumentParser(prog="dino_jax.tools.quickstart", description=about, allow_abbrev=False)
-    parser.add_argument("--workdir", default="runs/quickstart", type=pathlib.Path, help="default: runs/quickstart")
+    parser.add_argument("--workdir", default="runs/quickstart", help="default: runs/quickstart")
     config_argument(parser, default="quickstart")
     args, overrides = parser.parse_known_args(argv)
     try:
-        figures = quickstart(config_io.load(args.config, overrides), args.workdir)
+        refuse_empty(args)
+        figures = quickstart(config_io.load(args.config, overrides), pathlib.Path(args.workdir))
     except UserError as error:
         print(f"quickstart: error: {error}", file=sys.stderr)
         return 2

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from dino_jax.cli import Verb
+from dino_jax.cli import Verb, whole
 from dino_jax.errors import UserError
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", help="a weight file, a folder of them, or a released name such as dino_vits16")
     parser.add_argument("--out", required=True, metavar="DIR", help="the checkpoint's folder")
-    parser.add_argument("--heads", type=int, metavar="H", help="attention heads, if the file does not say")
+    parser.add_argument("--heads", type=whole(1, 65536), metavar="H", help="attention heads, if the file does not say")
     parser.add_argument("--key", metavar="NAME", help="the state dict to take, such as model_ema, if there are several")
     parser.add_argument("--prefix", metavar="TEXT", help="what the backbone's names begin with, such as teacher.")
     parser.add_argument("--grid", metavar="H,W", help="rows and columns of a position table that is not square")

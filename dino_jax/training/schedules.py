@@ -9,6 +9,9 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from dino_jax.config import LARGEST
+from dino_jax.errors import UserError
+
 Schedule = Callable[..., jnp.ndarray]
 
 
@@ -51,8 +54,16 @@ def linear_per_epoch(start: float, end: float, warmup_epochs: int, steps_per_epo
 
 
 def make_schedules(config: ConfigDict, steps_per_epoch: int) -> Schedules:
-    """The four schedules of a run. The learning rate is scaled by batch_size / 256, its minimum is not."""
+    """The four schedules of a run. The learning rate is scaled by batch_size / 256, its minimum is not.
+
+    Raises:
+      UserError: more steps than int32 counts.
+    """
     steps = config.epochs * steps_per_epoch
+    if steps > LARGEST:
+        raise UserError(
+            f"epochs={config.epochs}: {steps} steps are more than the {LARGEST} that can be counted: lower it"
+        )
     optim, teacher = config.optim, config.teacher
     return Schedules(
         lr=cosine(

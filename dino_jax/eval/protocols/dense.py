@@ -22,7 +22,7 @@ from etils import epath
 from ml_collections import ConfigDict
 from PIL import Image
 
-from dino_jax.config import Key
+from dino_jax.config import MOST_PIXELS, Key
 from dino_jax.errors import UserError
 from dino_jax.eval.batches import cut, data_mesh, draw_crop, rounded
 from dino_jax.eval.draw import SHOWN, palette, save_rows, tile, tinted
@@ -36,12 +36,12 @@ from dino_jax.parallel.sharding import process_rows, replicated, to_devices
 _log = logging.getLogger(__name__)
 
 KEYS = {
-    "size": Key(480, "side of the square input, rounded down to whole patches", "[1, inf)"),
+    "size": Key(480, "side of the square input, rounded down to whole patches", "[1, inf)", most=MOST_PIXELS),
     "epochs": Key(20, "passes over the training images", "[1, inf)"),
     "batch_size": Key(16, "images per step, over all devices", "[1, inf)"),
     "lr": Key(1e-3, "initial learning rate, with a cosine schedule", "(0, inf)"),
     "weight_decay": Key(1e-4, "of the head", "[0, inf)"),
-    "scale": Key((0.25, 1.0), "area of a training crop as a share of the image, low and high", "(0, 1]"),
+    "scale": Key((0.25, 1.0), "area of a training crop as a share of the image, low and high", "(0, 1]", ordered=True),
     "seed": SEED,
     "threads": THREADS,
 }
@@ -52,8 +52,6 @@ def evaluate(model: Model, data: str, config: ConfigDict, workdir: str | None = 
 
     With a `workdir`, `dense.png` there shows some images, ground truth and predictions.
     """
-    if len(config.scale) != 2 or config.scale[0] > config.scale[1]:
-        raise UserError(f"--config.scale={config.scale}: give two shares, the lower first")
     train, test = train_test_masks(data, len(model.mean))
     classes = train.num_classes or max(_largest(part, config) for part in (train, test)) + 1
     head = fit(model, train, classes, config)

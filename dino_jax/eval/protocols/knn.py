@@ -58,6 +58,8 @@ def evaluate(model: Model, data: str, config: ConfigDict, workdir: str | None = 
     green if of the same class.
     """
     train_spec, train, test_spec, test = open_splits(data)
+    if min(config.k) > len(train):
+        raise UserError(f"--config.k={config.k}: there are only {len(train)} training images: lower it")
     features, labels = source_features(model, train, train_spec, config, workdir=workdir)
     test_features, test_labels = source_features(model, test, test_spec, config, workdir=workdir)
     num_classes = check_labels(labels, test_labels, data)

@@ -24,7 +24,7 @@ import optax
 from etils import epath
 from ml_collections import ConfigDict
 
-from dino_jax.config import Key
+from dino_jax.config import MOST_PIXELS, Key
 from dino_jax.data.sources import Source, open_source
 from dino_jax.errors import UserError
 from dino_jax.eval.batches import Subset, crop_and_flip, data_mesh, test_batches, train_batches
@@ -55,7 +55,7 @@ KEYS = {
     "holdout": Key(0.0, "share of training images held out to select head and epoch; 0: use the test set", "[0, 1)"),
     "head": Key(str, "test this linear head (.pth, or a released model's name) instead of training"),
     "resize": RESIZE,
-    "crop": Key(224, "side of training crops and of the center crop of test images", "[1, inf)"),
+    "crop": Key(224, "side of training crops and of the center crop of test images", "[1, inf)", most=MOST_PIXELS),
     "seed": SEED,
     "threads": THREADS,
 }
@@ -127,6 +127,10 @@ def _hold_out(train: Source, config: ConfigDict) -> tuple[Source, Source | None]
         return train, None
     order = np.random.default_rng(config.seed).permutation(len(train))
     count = max(1, round(config.holdout * len(train)))
+    if count >= len(train):
+        raise UserError(
+            f"--config.holdout={config.holdout}: none of the {len(train)} training images is left: lower it"
+        )
     return Subset(train, np.sort(order[count:])), Subset(train, np.sort(order[:count]))
 
 

@@ -14,7 +14,7 @@ from etils import epath
 from ml_collections import ConfigDict
 from PIL import Image
 
-from dino_jax.config import Key
+from dino_jax.config import MOST_PIXELS, Key
 from dino_jax.data.crops import to_pil
 from dino_jax.errors import UserError
 from dino_jax.eval.draw import GRAY, GREEN, RED, SHOWN, save_rows, tile
@@ -31,7 +31,12 @@ SCALES = (1.0, 2**-0.5, 0.5)
 SIDE = 128  # of a tile in retrieval-*.png, pixels
 
 KEYS = {
-    "size": Key(int, "side of the square that images are shrunk to fit; unset: Oxford 224, Paris 512", "[1, inf)"),
+    "size": Key(
+        int,
+        "side of the square that images are shrunk to fit; unset: Oxford 224, Paris 512",
+        "[1, inf)",
+        most=MOST_PIXELS,
+    ),
     "multiscale": Key(
         bool, "average features at scales 1, 0.71 and 0.5; unset: Oxford False, Paris True, as in the paper"
     ),

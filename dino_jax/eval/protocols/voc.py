@@ -21,7 +21,7 @@ from etils import epath
 from ml_collections import ConfigDict
 from PIL import Image
 
-from dino_jax.config import Key
+from dino_jax.config import MOST_PIXELS, Key
 from dino_jax.errors import UserError
 from dino_jax.eval.draw import GREEN, ORANGE, SHOWN, save_rows, tile, tinted
 from dino_jax.eval.features import ClsAttention, run, whole_patches
@@ -33,7 +33,12 @@ from dino_jax.weights.load import open_weights
 
 KEYS = {
     "masses": Key((0.6, 0.8), "shares of the attention that the attention masks keep", "(0, 1]"),
-    "size": Key(480, "side of the square that images are resized to, rounded down to whole patches", "[1, inf)"),
+    "size": Key(
+        480,
+        "side of the square that images are resized to, rounded down to whole patches",
+        "[1, inf)",
+        most=MOST_PIXELS,
+    ),
     "block": Key(-1, "block to take the attention from; negative: from the end"),
     "split": Key("val", "list in VOC's ImageSets/Segmentation"),
     "random": Key(False, "also score the network with random weights"),
@@ -107,7 +112,7 @@ def _score(model: Model, images: MaskedImages, config: ConfigDict, path: epath.P
         raise UserError("voc: no mask has an object: check --data")
     if shown and path is not None:
         save_rows(path, shown)
-    return {f"jaccard_{round(100 * mass)}": 100 * float(np.nanmean(values)) for mass, values in scores.items()}
+    return {f"jaccard_{100 * mass:g}": 100 * float(np.nanmean(values)) for mass, values in scores.items()}
 
 
 def _batches(images: MaskedImages, side: int, config: ConfigDict) -> Iterator[dict[str, Any]]:

@@ -21,7 +21,7 @@ from etils import epath
 from ml_collections import ConfigDict
 from PIL import Image
 
-from dino_jax.config import Key
+from dino_jax.config import MOST_PIXELS, Key
 from dino_jax.data.scenes_source import Scenes
 from dino_jax.data.sources import open_source
 from dino_jax.errors import UserError
@@ -49,9 +49,9 @@ LABELS = 4  # round the number of labels up to a multiple of this, so videos sha
 _log = logging.getLogger(__name__)
 
 KEYS = {
-    "size": Key(480, "shorter side of the frames", "[1, inf)"),
+    "size": Key(480, "shorter side of the frames", "[1, inf)", most=MOST_PIXELS),
     "multiple": Key(64, "the longer side is rounded down to a multiple of this", "[1, inf)"),
-    "context": Key(7, "previous frames used besides the first", "[0, inf)"),
+    "context": Key(7, "previous frames used besides the first", "[0, inf)", most=1024),
     "radius": Key(12, "window radius in patches, in rows and columns; 0: the whole frame", "[0, inf)"),
     "topk": Key(5, "number of most similar patches whose labels are averaged", "[1, inf)"),
     "temperature": Key(0.1, "temperature of the softmax over similarities", "(0, inf)"),

@@ -26,7 +26,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _grid(text: str | None) -> tuple[int, int] | None:
-    sides = [int(side) for side in (text or "").split(",") if side.isdecimal() and 0 < int(side) < 10_000]
+    sides = [int(side) for side in (text or "").split(",") if side.isdecimal() and len(side) < 5 and int(side) > 0]
     if text is not None and (len(sides) != 2 or text.count(",") != 1):
         raise UserError(f"--grid={text}: give rows and columns, such as --grid=4,16")
     return (sides[0], sides[1]) if text is not None else None

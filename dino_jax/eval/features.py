@@ -27,7 +27,7 @@ from ml_collections import ConfigDict
 from dino_jax.data.pipeline import make_eval_dataset
 from dino_jax.data.sources import Source, open_source
 from dino_jax.errors import UserError
-from dino_jax.eval.results import load_arrays, save_arrays
+from dino_jax.eval.results import load_arrays, optional, save_arrays
 from dino_jax.inference.model import Forward, Model
 from dino_jax.models import Backbone
 from dino_jax.progress import Progress
@@ -211,7 +211,9 @@ def source_features(
         key = f"{spec} {len(source)} {source.class_names} {config.resize} {config.crop} {view} {fingerprint(model)}"
         path = epath.Path(workdir) / f"features-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
         if path.exists():
-            saved = load_arrays(path)
+            saved = load_arrays(path, {"features": ("f", 2), "labels": ("i", 1)})
+            if len(saved["features"]) != len(saved["labels"]):
+                raise UserError(f"{path}: as many features as labels are needed: remove the file")
             return saved["features"], saved["labels"]
     share = -(-config.batch_size // jax.process_count())
     start = share * jax.process_index()
@@ -232,7 +234,8 @@ def source_features(
             progress=lambda done: bar.update(min(done * jax.process_count(), len(source))),
         )
     if path is not None and jax.process_index() == 0:
-        save_arrays(path, features=features, labels=labels)
+        with optional(str(path)):
+            save_arrays(path, features=features, labels=labels)
     return features, labels
 
 

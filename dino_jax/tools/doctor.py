@@ -155,6 +155,8 @@ def _workdir(workdir: str, config: ConfigDict | None, launch: str | None) -> Che
 
     try:
         return within(STORE_SECONDS, write)
+    except UserError as error:
+        return Check("workdir", "missing", str(error), "or give another --workdir")
     except Exception as error:  # storage clients raise their own
         return Check("workdir", "missing", f"{workdir}: cannot be written: {machine.line(error)}", fix)
 

@@ -252,7 +252,7 @@ KEYS: Keys = {
             "fused: cuDNN's (NVIDIA, bfloat16); auto: fused if possible (ViT)",
             choices=("auto", "plain", "fused"),
         ),
-        "workers": Key(0, "Grain worker processes; 0: threads of this process", "[0, inf)", most=MOST_READERS),
+        "workers": Key(0, "reading processes; 0: threads of this process", "[0, inf)", most=MOST_READERS),
         "threads": Key(2, "reading threads in each process", "[1, inf)", most=MOST_READERS),
         "prefetch": Key(2, "batches ready on the device ahead of the step", "[0, inf)", most=1024),
         "log_every": Key(10, "steps between log entries", "[1, inf)"),
@@ -265,6 +265,9 @@ KEYS: Keys = {
         "tensorboard": Key(True, "write TensorBoard files"),
         "wandb": Key("", "Weights & Biases project; empty: off"),
         "progress": Key(True, "show a progress bar with an ETA on stderr"),
+        "accept_new_data": Key(
+            False, "resume although data.train has changed; epochs and schedules follow its new number of images"
+        ),
         "max_bad_steps": Key(3, "non-finite losses in a row before going back to the last good checkpoint", "[1, inf)"),
         "max_rewinds": Key(2, "returns to a checkpoint before the run stops with a reason", "[0, inf)"),
         "stop_after": Key(0, "stop cleanly after this many steps of this session; 0: off", "[0, inf)"),

@@ -6,7 +6,7 @@ import os
 import re
 from typing import Any
 
-from dino_jax.data.decode import BadImage
+from dino_jax.data.decode import BadImage, read_bytes
 from dino_jax.data.example import Example, Kind, whole_labels
 from dino_jax.errors import UserError, did_you_mean
 
@@ -120,10 +120,7 @@ class HfSource:
         label = self._words.get(label, label)
         number = -1 if label is None else int(whole_labels(label, f"{self.where}, row {index}"))
         name = os.path.basename(image["path"] or "") or f"{self.split}-{index:07d}"
-        if image["bytes"] is None:
-            with open(image["path"], "rb") as file:
-                return Example(file.read(), number, name)
-        return Example(image["bytes"], number, name)
+        return Example(read_bytes(image["path"]) if image["bytes"] is None else image["bytes"], number, name)
 
 
 def split_name(kind: str, spec: str) -> tuple[str, str]:

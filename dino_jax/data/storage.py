@@ -59,10 +59,22 @@ def _kind(mode: int) -> str:
     return next((kind for test, kind in kinds.items() if test(mode)), "something else")
 
 
-def read_file(path: epath.PathLike) -> bytes:
-    """The whole content of a regular file or of an object in a bucket. Raises OSError as `open_file` does."""
+def read_file(path: epath.PathLike, limit: int | None = None) -> bytes:
+    """The whole content of a regular file or of an object in a bucket.
+
+    Raises:
+      OSError: as `open_file` does, or it has more than `limit` bytes.
+    """
     with open_file(path) as file:
-        return file.read()
+        if limit is None:
+            return file.read()
+        size = limit if is_remote(path) else os.fstat(file.fileno()).st_size
+        data = file.read(min(size, limit) + 1)
+        if size < len(data) <= limit:  # it grew, or is one of the system's files, which have no size
+            data += file.read(limit + 1 - len(data))
+    if len(data) > limit:
+        raise OSError(errno.EFBIG, f"more than {limit >> 20} MiB", str(path))
+    return data
 
 
 def read_text(path: epath.PathLike) -> str:

@@ -24,6 +24,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
+from dino_jax.data.identity import data_fingerprint
 from dino_jax.data.pipeline import make_eval_dataset
 from dino_jax.data.sources import Source, open_source
 from dino_jax.errors import UserError
@@ -204,11 +205,11 @@ def source_features(
 ) -> tuple[np.ndarray, np.ndarray]:
     """`extract` for a source, with `resize`, `crop`, `batch_size` and `workers` of `config`.
 
-    With a `workdir`, the features are cached there by weights, view, `spec`, class names, `resize` and `crop`.
+    With a `workdir`, the features are cached there by weights, view, the data's identity, `resize` and `crop`.
     """
     path = None
     if workdir is not None:
-        key = f"{spec} {len(source)} {source.class_names} {config.resize} {config.crop} {view} {fingerprint(model)}"
+        key = f"{data_fingerprint(source)} {config.resize} {config.crop} {view} {fingerprint(model)}"
         path = epath.Path(workdir) / f"features-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
         if path.exists():
             saved = load_arrays(path, {"features": ("f", 2), "labels": ("i", 1)})

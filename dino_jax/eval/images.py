@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
-import io
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -15,8 +14,8 @@ from etils import epath
 from PIL import Image
 
 from dino_jax.data.crops import to_pil
-from dino_jax.data.decode import BadImage, decode
-from dino_jax.data.storage import cause, read_file, read_text
+from dino_jax.data.decode import BadImage, check_size, decode, open_image, read_bytes
+from dino_jax.data.storage import cause, read_text
 from dino_jax.errors import UserError
 from dino_jax.models.resample import LINEAR, resample_matrix
 
@@ -27,8 +26,8 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".
 def read_image(path: epath.PathLike, channels: int = 3) -> np.ndarray:
     """Reads an image as uint8 [H, W, channels]. Raises `UserError` if the file is missing or damaged."""
     try:
-        return decode(read_file(path), channels)
-    except (BadImage, OSError, ValueError) as error:
+        return decode(read_bytes(path), channels)
+    except BadImage as error:
         raise UserError(f"{path}: {_reason(error)}") from None
 
 
@@ -43,7 +42,8 @@ def read_labels(path: epath.PathLike) -> np.ndarray:
         above 255.
     """
     try:
-        with Image.open(io.BytesIO(read_file(path))) as image:
+        with open_image(read_bytes(path)) as image:
+            check_size(image)
             if image.format == "JPEG":
                 raise UserError(f"{path}: a mask as JPEG has lost its values: save it as PNG")
             return _labels(image, path)
@@ -63,13 +63,13 @@ def _labels(image: Image.Image, path: epath.PathLike) -> np.ndarray:
     if values.ndim == 3 and (values == values[..., :1]).all():
         values = values[..., 0]
     if values.ndim == 3 and image.mode in ("RGB", "RGBA"):
-        places = {tuple(color): number for number, color in reversed([*enumerate(palette().tolist())])}
-        colors, inverse = np.unique(values.reshape(-1, 3), axis=0, return_inverse=True)
-        numbers = [places.get(tuple(color), -1) for color in colors.tolist()]
-        if -1 in numbers:
-            color = colors[numbers.index(-1)].tolist()
+        known, colors = (x.astype(np.int32) @ np.array([65536, 256, 1], np.int32) for x in (palette(), values))
+        order = np.argsort(known)
+        numbers = order[np.searchsorted(known[order], colors).clip(0, 255)]
+        if (wrong := known[numbers] != colors).any():
+            color = values[wrong][0].tolist()
             raise UserError(f"{path}: a mask must be indexed or gray; its color {color} is not in VOC's palette")
-        return np.array(numbers, np.uint8)[inverse].reshape(values.shape[:2])
+        return numbers.astype(np.uint8)
     if values.ndim != 2 or values.dtype.kind not in "bui" or values.min() < 0 or values.max() > 255:
         raise UserError(f"{path}: a mask must be indexed or gray with values up to 255, not {image.mode}")
     return values.astype(np.uint8)
@@ -86,7 +86,7 @@ def palette() -> np.ndarray:
 
 
 def _reason(error: Exception) -> str:
-    return "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({cause(error)})"
+    return "no such file" if isinstance(error.__cause__, FileNotFoundError) else f"cannot be read ({cause(error)})"
 
 
 def list_images(folder: epath.PathLike) -> list[epath.Path]:

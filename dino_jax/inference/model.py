@@ -26,7 +26,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from dino_jax.data.decode import BadImage, decode
+from dino_jax.data.decode import BadImage, decode, read_bytes
 from dino_jax.data.pipeline import center_crop, resize_shorter
 from dino_jax.data.sources import open_source
 from dino_jax.data.storage import absolute, ensure_writable, new_file
@@ -42,12 +42,13 @@ BATCH_TOKENS = 16384  # patches per device and batch
 log = logging.getLogger(__name__)
 
 
-def load(name_or_path: epath.PathLike, *, heads: int | None = None) -> Model:
+def load(name_or_path: epath.PathLike, *, heads: int | None = None, **choice: Any) -> Model:
     """Loads a model (the teacher) from a released name, a weight file, a workdir or a checkpoint folder.
 
-    `heads`: number of attention heads, if a weight file does not say. Raises `UserError`.
+    `heads`: number of attention heads, if a weight file does not say. `choice`: `key`, `prefix` and `grid` of
+    `weights.importer.read`, for weight files with several networks. Raises `UserError`.
     """
-    weights = open_weights(name_or_path, heads=heads)
+    weights = open_weights(name_or_path, heads=heads, **choice)
     return Model(
         weights.config, {name: tree["backbone"] for name, tree in weights.teacher.items() if "backbone" in tree}
     )
@@ -124,9 +125,9 @@ class Model:
         The protocols use 256 and 224.
         """
         try:
-            data = epath.Path(image).read_bytes() if isinstance(image, str | os.PathLike) else image
+            data = read_bytes(image) if isinstance(image, str | os.PathLike) else image
             pixels = decode(data, self.config.model.in_chans)
-        except (BadImage, OSError) as error:
+        except BadImage as error:
             raise UserError(f"{image if isinstance(image, str | os.PathLike) else 'an image'}: {error}") from None
         if resize:
             pixels = resize_shorter(pixels, resize)

@@ -191,7 +191,10 @@ def _data(name: str, spec: str, config: ConfigDict | None, launch: str | None = 
         if config is not None and name == "data" and size < config.batch_size:
             fix = f"--config.batch_size={2 ** int(math.log2(size))}, or more images"
             return Check(name, "missing", f"{found}: less than one batch of {config.batch_size}", fix)
-        return Check(name, "ok", f"{found}; the first: {' x '.join(map(str, pixels.shape))}")
+        found = f"{found}; the first: {' x '.join(map(str, pixels.shape))}"
+        if left_out := getattr(source, "left_out", ""):
+            return Check(name, "warn", f"{found}; left out: {left_out}", "to use them, convert them to JPEG or PNG")
+        return Check(name, "ok", found)
 
     try:
         return within(DATA_SECONDS, read)

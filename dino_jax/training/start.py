@@ -140,15 +140,13 @@ def _placed(value: Any, like: jax.Array) -> jax.Array:
 def import_weights(
     file_or_name: epath.PathLike,
     out: epath.PathLike,
-    *,
-    heads: int | None = None,
-    from_file: epath.PathLike | None = None,
+    **options: Any,
 ) -> epath.Path:
     """Writes the weights of a file or of a released model as the checkpoint folder `out`, and returns it.
 
-    See `importer.read` for the arguments and errors.
+    See `importer.read` for the options and errors.
     """
-    return write_checkpoint(importer.read(file_or_name, heads=heads, from_file=from_file), out)
+    return write_checkpoint(importer.read(file_or_name, **options), out)
 
 
 def write_checkpoint(weights: Restored, out: epath.PathLike) -> epath.Path:

@@ -16,9 +16,9 @@ from dino_jax.errors import UserError
 from dino_jax.models import build_backbone
 from dino_jax.objectives.objective import make_objectives
 from dino_jax.weights import architecture, keys, programs
-from dino_jax.weights.containers import timm_prefix
-from dino_jax.weights.importer import ARGS, GAIN, Restored
+from dino_jax.weights.importer import ARGS, GAIN, IMAGE_SIZE, Restored
 from dino_jax.weights.load import open_weights
+from dino_jax.weights.networks import timm_prefix
 from dino_jax.weights.pth import write_pth
 
 Tensors = dict[str, np.ndarray]
@@ -133,7 +133,8 @@ def _write_timm(weights: Restored, path: epath.Path, **_: Any) -> None:
     if path.suffix == ".pth":
         write_pth(path, tensors)
     else:
-        write_atomically(path, safetensors.numpy.save(tensors, metadata={"format": "pt"}))
+        size = ",".join(map(str, weights.config.crops.global_size))
+        write_atomically(path, safetensors.numpy.save(tensors, metadata={"format": "pt", IMAGE_SIZE: size}))
 
 
 def _write_hf(weights: Restored, path: epath.Path, **_: Any) -> None:

@@ -200,11 +200,11 @@ def test_a_damaged_packed_folder_is_named(tmp_path):
     pack(tmp_path, [Example(image_bytes(k), 0, str(k)) for k in range(4)])
     about = json.loads((tmp_path / MANIFEST).read_text())
     (tmp_path / MANIFEST).write_text(json.dumps(about | {"count": 9}))
-    with pytest.raises(UserError, match="4 records where the manifest says 9"):
+    with pytest.raises(UserError, match="count is 9 where its shards hold 4 images"):
         open_source(str(tmp_path))
     (tmp_path / MANIFEST).write_text(json.dumps(about))
     (tmp_path / "part-1.array_record").unlink()
-    with pytest.raises(UserError, match=r"part-1.array_record: this shard"):
+    with pytest.raises(UserError, match=r"part-1.array_record: this shard is missing; the `dino-jax pack` command"):
         open_source(str(tmp_path))
     (tmp_path / MANIFEST).write_text("{")
     with pytest.raises(UserError, match="not JSON"):
@@ -257,7 +257,7 @@ def test_mistakes_in_tars_are_named(tmp_path):
         "squeezed.tar": r"squeezed.tar: cannot be read as a tar file .*compressed\? gunzip it first",
         "cut.tar": r"cut.tar: cannot be read as a tar file .*cut off\? get it again",
         "rubbish.tar": r"rubbish.tar: cannot be read as a tar file .*damaged",
-        "none.tar": r"the data set is empty",
+        "none.tar": r"none.tar: no images in it but 1 file \(.txt 1\), such as a.txt",
         "json.tar": r"json.tar: 1.json: not a label",
         "gone.tar": r"gone.tar: no such tar file",
         "gone-*.tar": r"gone-\*.tar: no such tar file",

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from dino_jax import config_io
 from dino_jax.config import build
 from dino_jax.data.sources import split_spec
-from dino_jax.data.storage import absolute, ensure_writable, writing
+from dino_jax.data.storage import absolute, ensure_new_file, ensure_writable, writing
 from dino_jax.errors import UserError
 from dino_jax.eval.protocol import ALL, Protocol, check, get, keys_of, members, names
 from dino_jax.eval.published import architecture, table
@@ -56,11 +56,11 @@ def evaluate(
     keys = keys_of(name)
     config = check(config_io.override(_settings(name, build(keys), config_file), overrides), keys)
     found = find(data) if name == ALL else {name: data}
+    workdir = None if workdir is None else _writable(workdir)
+    if out is not None and jax.process_index() == 0:
+        ensure_new_file(out, f"--out={out}")
     model = load(checkpoint, heads=heads)
     _check_patches(name, config, model.backbone.patch_size)
-    workdir = None if workdir is None else _writable("workdir", workdir, workdir)
-    if out is not None:
-        _writable("out", out, epath.Path(out).parent)
     parts = _all(model, data, found, config, workdir) if name == ALL else _one(model, name, data, config, workdir)
     figures: dict[str, Any] = {}
     unwritten: UserError | None = None
@@ -163,11 +163,11 @@ def _settings(name: str, default: ConfigDict, file: str | None) -> ConfigDict:
     return config
 
 
-def _writable(option: str, path: str, folder: epath.PathLike) -> str:
-    """The absolute path of a folder, created and checked for writing by process 0."""
+def _writable(workdir: str) -> str:
+    """The absolute path of the workdir, created and checked for writing by process 0."""
     if jax.process_index() == 0:
-        ensure_writable(folder, f"--{option}={path}")
-    return str(absolute(folder))
+        ensure_writable(workdir, f"--workdir={workdir}")
+    return str(absolute(workdir))
 
 
 def _write(out: str, figures: dict[str, Any]) -> UserError | None:

@@ -147,8 +147,8 @@ def from_json(text: str, where: str = "the saved configuration") -> ConfigDict:
         if key not in declared:
             raise UserError(f"{where}: there is no key {key!r} in this version{did_you_mean(key, declared)}")
         value = tuple(value) if isinstance(value, list) else value
-        if (error := declared[key].error(value)) is not None:
-            raise UserError(f"{where}: {key}={_short(value)}: {error}; {fix}")
+        if (wrong := declared[key].error(value)) is not None:
+            raise UserError(f"{where}: {key}={_short(value)}: {wrong}; {fix}")
         owner, last = _place(config, key)
         owner[last] = value
     _check_lengths(flatten(config), f"{where}: ")

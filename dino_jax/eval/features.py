@@ -1,7 +1,7 @@
 """Extracts features: jitted, batched and spread over the devices.
 
 `run` maps a view of the backbone (`Cls`, `Pooled`, ...) over batches of images, `extract` collects the features and
-labels of a data set, and `dataset_features` also opens the data set and caches the features for other protocols.
+labels of a data set, and `source_features` also caches them for other protocols.
 
 Legend: B batch, N tokens, D width, H heads, n blocks.
 """
@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 
 from dino_jax.data.identity import data_fingerprint
 from dino_jax.data.pipeline import make_eval_dataset
-from dino_jax.data.sources import Source, open_source
+from dino_jax.data.sources import Source
 from dino_jax.errors import UserError
 from dino_jax.eval.results import load_arrays, optional, save_arrays
 from dino_jax.inference.model import Forward, Model
@@ -191,13 +191,6 @@ def _gather(*arrays: np.ndarray) -> list[np.ndarray]:
     filled = [np.concatenate([a, np.zeros((counts.max() - len(a), *a.shape[1:]), a.dtype)]) for a in arrays]
     gathered = [multihost_utils.process_allgather(a) for a in filled]  # [processes, most, ...]
     return [np.concatenate([part[:count] for part, count in zip(a, counts, strict=True)]) for a in gathered]
-
-
-def dataset_features(
-    model: Model, spec: str, config: ConfigDict, *, view: View = Cls(), workdir: str | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """`source_features` for a source spec."""
-    return source_features(model, open_source(spec), spec, config, view=view, workdir=workdir)
 
 
 def source_features(

@@ -50,7 +50,7 @@ class Key(NamedTuple):
             return f"a tuple is needed, such as {self.default}"
         if several and self.default and not value:
             return "must hold at least one value"
-        values = value if several else (value,)
+        values: tuple[Any, ...] = value if several else (value,)
         if not all(_is(x, self.kinds) for x in values):
             name = self.kinds[0].__name__
             return (

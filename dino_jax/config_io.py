@@ -12,7 +12,7 @@ import pathlib
 import runpy
 import shutil
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from absl import flags
@@ -127,23 +127,41 @@ def from_json(text: str, where: str = "the saved configuration") -> ConfigDict:
     """A configuration from `to_json`'s text, of this version or an older one. Absent keys get their defaults.
 
     Raises:
-      UserError: not JSON, from a newer version, or with an unknown key.
+      UserError: not JSON, from a newer version, an unknown key, or a value that its key does not allow.
     """
+    fix = "restore it or remove it"
     try:
         content = json.loads(text)
+        if not isinstance(content, dict):
+            raise UserError(f"{where}: holds {type(content).__name__} where an object is expected; {fix}")
         version = content.pop("format_version", 1)
-        entries = {f"config.{key}": value for key, value in flatten(ConfigDict(content)).items()}
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{where}: not the JSON of a configuration ({error}); restore it or remove it") from error
+        entries = {f"config.{key}": value for key, value in _leaves(content)}
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{where}: not the JSON of a configuration ({error}); {fix}") from error
     config = default()
-    known = flatten(config)
+    declared = dict(flat_keys())
     for name, value in migrate(entries, version, where).items():
         key = name.removeprefix("config.")
-        if key not in known:
-            raise UserError(f"{where}: there is no key {key!r} in this version{did_you_mean(key, known)}")
+        if key not in declared:
+            raise UserError(f"{where}: there is no key {key!r} in this version{did_you_mean(key, declared)}")
+        value = tuple(value) if isinstance(value, list) else value
+        if (wrong := declared[key].error(value)) is not None:
+            raise UserError(f"{where}: {key}={_short(value)}: {wrong}; {fix}")
         owner, last = _place(config, key)
-        owner[last] = tuple(value) if isinstance(value, list | tuple) else value
+        owner[last] = value
+    _check_lengths(flatten(config), f"{where}: ")
     return config
+
+
+def _leaves(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of nested objects by dotted key. An empty object is a value: no group is empty."""
+    for key, value in content.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _place(config: ConfigDict, key: str) -> tuple[Any, str]:
@@ -167,19 +185,21 @@ def check(config: ConfigDict, where: str = "the configuration") -> ConfigDict:
     if foreign := sorted(flat.keys() ^ known.keys()):
         fix = "start from dino_jax.config.default()"
         raise UserError(f"{where}: not a training configuration: it differs in the key {foreign[0]!r}; {fix}")
-    for key, value in known.items():
-        if isinstance(value, tuple) and key not in PER_CHANNEL and _length(flat[key]) != len(value):
-            raise UserError(f"{key}={flat[key]}: {len(value)} values are needed, such as {value}")
     check_values(flat, KEYS)
-    for key in PER_CHANNEL:
-        if len(flat[key]) != config.model.in_chans:
-            raise UserError(f"{key}={flat[key]}: one value for each of the {config.model.in_chans} channels is needed")
+    _check_lengths(flat)
     check_rules(flat, RULES)
     return config
 
 
-def _length(value: Any) -> int | None:
-    return len(value) if isinstance(value, tuple) else None
+def _check_lengths(flat: Mapping[str, Any], prefix: str = "") -> None:
+    """Raises `UserError` for a tuple of another length than its key's."""
+    for key, declared in flat_keys():
+        value, channels = flat[key], flat["model.in_chans"]
+        if key in PER_CHANNEL and len(value) != channels:
+            raise UserError(f"{prefix}{key}={_short(value)}: one value for each of the {channels} channels is needed")
+        if isinstance(value, tuple) and key not in PER_CHANNEL and len(value) != len(declared.default):
+            size = len(declared.default)
+            raise UserError(f"{prefix}{key}={_short(value)}: {size} values are needed, such as {declared.default}")
 
 
 def check_values(flat: Mapping[str, Any], keys: Keys, prefix: str = "") -> None:

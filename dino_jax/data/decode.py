@@ -75,15 +75,20 @@ def read_bytes(path: epath.PathLike) -> bytes:
         raise BadImage(f"cannot be read: {cause(error)}") from error
 
 
-def decode(image: bytes | np.ndarray, channels: int = 3, limit: int | None = None) -> np.ndarray:
-    """Encoded bytes, or an array [H, W] or [H, W, C], to uint8 [H, W, channels].
+def decode(image: bytes | np.ndarray | Image.Image, channels: int = 3, limit: int | None = None) -> np.ndarray:
+    """Encoded bytes, an array [H, W] or [H, W, C], or a PIL image (as its file), to uint8 [H, W, channels].
 
     With `limit`, an image whose longer side exceeds it is shrunk to it (bicubic, antialiased; a JPEG first by its
     decoder to the nearest half, quarter or eighth that is not smaller). Raises `BadImage` for whatever cannot be
     decoded or has another number of channels; gray and color convert into each other.
     """
     try:
-        pixels = _from_array(image, channels) if isinstance(image, np.ndarray) else _from_bytes(image, channels, limit)
+        if isinstance(image, Image.Image):
+            pixels = _from_image(image, channels)
+        else:
+            pixels = (
+                _from_array(image, channels) if isinstance(image, np.ndarray) else _from_bytes(image, channels, limit)
+            )
     except BadImage:
         raise
     except Image.DecompressionBombError as error:
@@ -147,10 +152,15 @@ def _from_bytes(data: bytes, channels: int, limit: int | None) -> np.ndarray:
     if limit and image.format == "JPEG" and max(image.size) > limit:
         scale, fast = limit / max(image.size), False
         image.draft(None, (max(1, round(image.width * scale)), max(1, round(image.height * scale))))
+    return _from_image(image, channels, data if fast else None)
+
+
+def _from_image(image: Image.Image, channels: int, jpeg: bytes | None = None) -> np.ndarray:
+    """An opened image to uint8 [H, W, channels], upright; `jpeg`: its bytes, if the faster decoder may be tried."""
     with _one_large if check_size(image) > LARGE else contextlib.nullcontext():
-        if fast and _upright(image) is None:
+        if jpeg is not None and _upright(image) is None:
             with contextlib.suppress(ValueError):  # damaged: PIL may still read it, or says why not
-                return simplejpeg.decode_jpeg(data)
+                return simplejpeg.decode_jpeg(jpeg)
         image.load()
         upright = _upright(image)  # a PNG may hold EXIF behind its pixels
         pixels = _from_pil(image, channels)

@@ -118,7 +118,21 @@ def ensure_writable(folder: epath.PathLike, what: str) -> None:
     with writing(f"{what}: cannot be written"):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".tried").write_text("")
-        (folder / ".tried").unlink()
+        (folder / ".tried").unlink(missing_ok=True)  # another process may try at the same time
+
+
+def ensure_new_file(path: epath.PathLike, what: str) -> None:
+    """As `ensure_writable` for a file that will be written at `path`, where a file may be but nothing else.
+
+    Raises:
+      UserError: it cannot be written; the message begins with `what`, such as "--out=PATH".
+    """
+    target = absolute(path)
+    if str(path).endswith("/") or target.is_dir():
+        raise UserError(f"{what}: this is a folder: name a file in it")
+    if not is_remote(path) and target.exists() and not pathlib.Path(target).is_file():
+        raise UserError(f"{what}: cannot be written: this is not a regular file, which would be replaced")
+    ensure_writable(target.parent, what)
 
 
 def write_atomically(path: epath.PathLike, content: bytes | str) -> None:

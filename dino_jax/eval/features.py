@@ -1,7 +1,7 @@
 """Extracts features: jitted, batched and spread over the devices.
 
 `run` maps a view of the backbone (`Cls`, `Pooled`, ...) over batches of images, `extract` collects the features and
-labels of a data set, and `dataset_features` also opens the data set and caches the features for other protocols.
+labels of a data set, and `source_features` also caches them for other protocols.
 
 Legend: B batch, N tokens, D width, H heads, n blocks.
 """
@@ -26,9 +26,9 @@ from ml_collections import ConfigDict
 
 from dino_jax.data.identity import data_fingerprint
 from dino_jax.data.pipeline import make_eval_dataset
-from dino_jax.data.sources import Source, open_source
+from dino_jax.data.sources import Source
 from dino_jax.errors import UserError
-from dino_jax.eval.results import load_arrays, save_arrays
+from dino_jax.eval.results import load_arrays, optional, save_arrays
 from dino_jax.inference.model import Forward, Model
 from dino_jax.models import Backbone
 from dino_jax.progress import Progress
@@ -193,13 +193,6 @@ def _gather(*arrays: np.ndarray) -> list[np.ndarray]:
     return [np.concatenate([part[:count] for part, count in zip(a, counts, strict=True)]) for a in gathered]
 
 
-def dataset_features(
-    model: Model, spec: str, config: ConfigDict, *, view: View = Cls(), workdir: str | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """`source_features` for a source spec."""
-    return source_features(model, open_source(spec), spec, config, view=view, workdir=workdir)
-
-
 def source_features(
     model: Model, source: Source, spec: str, config: ConfigDict, *, view: View = Cls(), workdir: str | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -212,7 +205,9 @@ def source_features(
         key = f"{data_fingerprint(source)} {config.resize} {config.crop} {view} {fingerprint(model)}"
         path = epath.Path(workdir) / f"features-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
         if path.exists():
-            saved = load_arrays(path)
+            saved = load_arrays(path, {"features": ("f", 2), "labels": ("i", 1)})
+            if len(saved["features"]) != len(saved["labels"]):
+                raise UserError(f"{path}: as many features as labels are needed: remove the file")
             return saved["features"], saved["labels"]
     share = -(-config.batch_size // jax.process_count())
     start = share * jax.process_index()
@@ -233,7 +228,8 @@ def source_features(
             progress=lambda done: bar.update(min(done * jax.process_count(), len(source))),
         )
     if path is not None and jax.process_index() == 0:
-        save_arrays(path, features=features, labels=labels)
+        with optional(str(path)):
+            save_arrays(path, features=features, labels=labels)
     return features, labels
 
 

@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 from dino_jax import config_io
 from dino_jax.data.decode import BadImage, decode
 from dino_jax.data.sources import open_source
-from dino_jax.data.storage import absolute, is_remote
+from dino_jax.data.storage import absolute, is_remote, read_text
 from dino_jax.errors import UserError
 from dino_jax.tools import machine
 from dino_jax.tools.machine import Check, within
@@ -148,13 +148,15 @@ def _workdir(workdir: str, config: ConfigDict | None, launch: str | None) -> Che
         saved = absolute(workdir) / "config.json"
         if config is None or not saved.exists():
             return Check("workdir", "ok", f"{workdir}: writable")
-        if differences := config_io.differences(config_io.from_json(saved.read_text(), str(saved)), config):
+        if differences := config_io.differences(config_io.from_json(read_text(saved), str(saved)), config):
             other = f"{workdir} belongs to a run of another configuration: {machine.few(differences)}"
             return Check("workdir", "missing", other, "give another --workdir, or the same values to resume")
         return Check("workdir", "ok", f"{workdir}: writable; its run would resume")
 
     try:
         return within(STORE_SECONDS, write)
+    except UserError as error:
+        return Check("workdir", "missing", str(error), "or give another --workdir")
     except Exception as error:  # storage clients raise their own
         return Check("workdir", "missing", f"{workdir}: cannot be written: {machine.line(error)}", fix)
 

@@ -25,11 +25,11 @@ from dino_jax.data.arrays_source import ArraySource
 from dino_jax.data.pipeline import make_eval_dataset, steps_per_epoch
 from dino_jax.data.scenes_source import Scenes
 from dino_jax.data.sources import Source, open_source
-from dino_jax.data.storage import writing
 from dino_jax.errors import UserError
 from dino_jax.eval.features import ClsAttention, extract, run
 from dino_jax.eval.protocols import voc
 from dino_jax.eval.protocols.knn import knn_classify
+from dino_jax.eval.results import optional
 from dino_jax.inference.model import Model
 from dino_jax.parallel import sharding
 from dino_jax.show import drawing
@@ -79,7 +79,7 @@ def quickstart(config: ConfigDict, workdir: pathlib.Path) -> dict[str, float]:
         "jaccard_untrained": attention_jaccard(untrained, masked),
         "jaccard_trained": attention_jaccard(trained, masked),
     }
-    with writing(f"{workdir / 'attention.png'}: cannot write"):
+    with optional(str(workdir / "attention.png")):
         Image.fromarray(attention_image(trained, masked)).save(workdir / "attention.png")
     figures = {name: round(value, 1) for name, value in figures.items()}
     figures["seconds"] = round(time.monotonic() - start, 1)

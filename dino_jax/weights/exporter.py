@@ -11,7 +11,7 @@ import numpy as np
 import safetensors.numpy
 from etils import epath
 
-from dino_jax.data.storage import absolute, ensure_writable, write_atomically
+from dino_jax.data.storage import absolute, ensure_new_file, write_atomically
 from dino_jax.errors import UserError
 from dino_jax.models import build_backbone
 from dino_jax.objectives.objective import make_objectives
@@ -58,7 +58,7 @@ def export_weights(
     workdir = (path.parent / "checkpoints").exists()  # one file may lie in it; hf writes config.json, too
     if checkpoint.belongs_to_run(path.parent) and (not workdir or path != out or format == "hf"):
         raise UserError(f"--out={out}: this is the folder of a run, whose files must stay: choose another")
-    ensure_writable(path.parent, f"--out={out}")
+    ensure_new_file(path, f"--out={out}")
     weights = open_weights(ckpt, heads=heads, everything=format == "official")
     write(weights, path, attention=attention, image_size=image_size or weights.config.crops.global_size)
     return path

@@ -30,7 +30,7 @@ from dino_jax.errors import UserError
 from dino_jax.eval.batches import Subset, crop_and_flip, data_mesh, test_batches, train_batches
 from dino_jax.eval.features import Pooled, fingerprint, linear_input
 from dino_jax.eval.protocol import RESIZE, SEED, THREADS, Protocol
-from dino_jax.eval.results import load_arrays, save_arrays
+from dino_jax.eval.results import load_arrays, optional, save_arrays
 from dino_jax.eval.splits import CLASSES, class_count, open_splits, train_test
 from dino_jax.inference.model import Forward, Model
 from dino_jax.parallel.sharding import replicated
@@ -82,7 +82,8 @@ def evaluate(model: Model, data: str, config: ConfigDict, workdir: str | None = 
             history.append(np.concatenate([np.full((1, scores[0].shape[1]), epoch), *scores]))  # [3 or 5, heads]
             _log.info("epoch %d of %d: best head %.2f%%", epoch, config.epochs, scores[-1][0].max())
             if path is not None and jax.process_index() == 0:
-                _save(path, epoch, heads, momentum, history)
+                with optional(str(path)):
+                    _save(path, epoch, heads, momentum, history)
     names = [f"{choice} lr={lr:g}" for choice in heads for lr in config.lrs]
     return _report(np.stack(history), names)
 
@@ -266,8 +267,11 @@ def _restore(path: epath.Path | None, heads: Heads, momentum: Heads) -> tuple[in
     """Epochs done, heads, momentum and scores so far, from an interrupted run if any."""
     if path is None or not path.exists():
         return 0, heads, momentum, []
-    saved = load_arrays(path)
     leaves, structure = jax.tree.flatten((heads, momentum))
+    shapes = {f"leaf_{i}": ("f", leaf.ndim) for i, leaf in enumerate(leaves)}
+    saved = load_arrays(path, {"epoch": ("i", 0), "history": ("f", 3), **shapes})
+    if any(saved[f"leaf_{i}"].shape != leaf.shape for i, leaf in enumerate(leaves)):
+        raise UserError(f"{path}: its heads have other shapes: remove the file")
     heads, momentum = jax.tree.unflatten(structure, [saved[f"leaf_{i}"] for i in range(len(leaves))])
     return int(saved["epoch"]), heads, momentum, list(saved["history"])
 

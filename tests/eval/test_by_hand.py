@@ -202,7 +202,7 @@ def test_linear(vit, plain_splits, holdout):
                 scores.append((right(test_inputs, test[1]), right(inputs[held], train[1][held]) if holdout else 0.0))
             history[f"{choice} lr={lr:g}"] = scores
     by = 1 if holdout else 0  # 0: the test images decide
-    best = {head: max(range(3), key=lambda i: (scores[i][by], -i)) for head, scores in history.items()}  # noqa: B023
+    best = {head: max(range(3), key=lambda i: (scores[i][by], -i)) for head, scores in history.items()}
     head = max(history, key=lambda name: history[name][best[name]][by])
     for name, scores in history.items():
         assert figures[f"top1_{name}"] == pytest.approx(scores[best[name]][0], abs=1e-4), name

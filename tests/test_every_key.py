@@ -252,7 +252,7 @@ SWEEP = {
     "model.init_std": Entry(init, 0.05),
     "model.registers": Entry(forward, 2),
     "model.small_stem": Entry(forward, True, RESNET),
-    "model.drop_path": Entry(program, 0.0, {"model.depth": 2}),
+    "model.drop_path": Entry(program, 0.3, {"model.depth": 2}),
     "model.dtype": Entry(forward, "bfloat16"),
     "model.precision": Entry(forward, "highest"),
     **{f"head.{key}": Entry(forward, value) for key, value in {

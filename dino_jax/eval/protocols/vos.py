@@ -126,7 +126,7 @@ def segment(model: Model, video: Video, first: np.ndarray, config: ConfigDict) -
     """Label maps uint8 [T, H, W] of all frames, from the first one's annotation uint8 [H, W], included unchanged."""
     patch = model.backbone.patch_size
     height, width = frame_size(first.shape[0], first.shape[1], config.size, config.multiple)
-    if height % patch or width % patch:
+    if min(height, width) < patch or height % patch or width % patch:
         raise UserError(
             f"--config.size={config.size}: frames of {height} x {width} are not whole patches of {patch}: change it "
             "or --config.multiple"

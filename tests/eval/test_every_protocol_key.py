@@ -120,7 +120,7 @@ def run_finetune(model, files, config, patch, seen):
                 real = make(net, config, classes, optimizer)
                 shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (state, batch))
                 closed = jax.make_jaxpr(real.__wrapped__)(*shapes, mix)
-                seen.append((str(closed.jaxpr), digest(closed.consts)))
+                seen.append((str(closed.jaxpr), [str(x) for x in closed.consts]))
             seen.append("step " + digest(state, batch, mix))
             return state
 

@@ -7,18 +7,26 @@ functions, so that `--help` is quick. This module finds the verbs by file name.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import importlib
+import io
 import logging
+import math
 import os
 import pathlib
+import re
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from dino_jax import __version__
-from dino_jax.errors import UserError
+from dino_jax.errors import UserError, printable
 
 CONFIG = "a file with get_config(), or the name of one in configs/, such as vit_s16"
+
+_log = logging.getLogger(__name__)
 
 
 class Verb(NamedTuple):
@@ -35,9 +43,11 @@ class Verb(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command line; returns the exit status: 0 only on success, 2 for bad input, 130 for Ctrl-C."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
-    logging.getLogger("dino_jax").setLevel(logging.INFO)
+    """Runs a command line; returns the exit status.
+
+    0 only on success, 2 for bad input, 130 after Ctrl-C, 141 if the reader of the output went away (`| head`).
+    """
+    prepare()
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
     overrides = [argument for argument in rest if argument.startswith("--config.")]
@@ -46,14 +56,71 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if overrides and "config" not in args:
             raise UserError(f"{overrides[0]}: the verb {args.verb} takes no configuration")
+        refuse_empty(args)
         args.run(args, overrides)
-    except UserError as error:
-        print(f"dino-jax: error: {error}", file=sys.stderr)
-        return 2
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _drop_output()
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
-        print("dino-jax: interrupted", file=sys.stderr)
+        _say("dino-jax: interrupted")
         return 130
+    except UserError as error:
+        return _bad(str(error))
+    except OSError as error:
+        _log.debug("where it happened", exc_info=True)
+        return _bad(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     return 0
+
+
+def prepare() -> None:
+    """Sets up logging and the standard streams, so that nothing that is printed can fail or control a terminal."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        stream = getattr(sys, name)
+        if stream is None or (number and stream is getattr(sys, f"__{name}__") and not _writable(number)):
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)  # else the next file that is opened would take its place
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be any bytes
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_OneLine("%(levelname)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    logging.getLogger("dino_jax").setLevel(logging.INFO)
+
+
+class _OneLine(logging.Formatter):
+    """Formats a record on one `printable` line."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        return printable(super().formatMessage(record))
+
+
+def _bad(message: str) -> int:
+    _drop_output()
+    _say(f"dino-jax: error: {printable(message)}")
+    return 2
+
+
+def _say(line: str) -> None:
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr)
+
+
+def _writable(number: int) -> bool:
+    """Whether a file descriptor is open for writing."""
+    try:
+        os.write(number, b"")
+    except OSError as error:
+        return error.errno != errno.EBADF
+    return True
+
+
+def _drop_output() -> None:
+    """Drops what standard output still holds, if it cannot be written, so that the exit does not fail on it."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def verbs() -> Iterator[Verb]:
@@ -62,8 +129,21 @@ def verbs() -> Iterator[Verb]:
         yield importlib.import_module(f"dino_jax.{file.parent.name}.{file.stem}").VERB
 
 
+class _ArgumentParser(argparse.ArgumentParser):
+    """Prints what was typed safely."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message))
+
+
+def refuse_empty(args: argparse.Namespace) -> None:
+    """Raises `UserError` for an empty value, which as a path would be the current folder."""
+    if empty := [name for name, value in vars(args).items() if value in ("", [])]:  # []: argparse's for "--"
+        raise UserError(f"--{empty[0].replace('_', '-')}: must not be empty (an unset variable?)")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _ArgumentParser(
         prog="dino-jax",
         description="DINO for JAX.",
         epilog="`dino-jax VERB --help` describes a verb.",
@@ -100,12 +180,38 @@ class _Print(argparse.Action):
             print(self._text(namespace), flush=True)
         except UserError as error:
             parser.error(str(error))
-        except BrokenPipeError:  # `| head`; nothing is left to be flushed at exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except BrokenPipeError:
+            _drop_output()
         parser.exit()
 
 
-# Arguments that several verbs share.
+# Types of arguments, and arguments that several verbs share.
+
+
+def whole(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
+    """The type of an argument that is a whole number in a range."""
+
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"[-+]?[0-9]{1,18}", text) or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"must be a whole number from {least} to {most}, not {text[:40]!r}")
+        return int(text)
+
+    return parse
+
+
+def number(least: float, most: float) -> Callable[[str], float]:
+    """The type of an argument that is a number in a range, both ends included."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"must be a number from {least:g} to {most:g}, not {text[:40]!r}")
+        return value
+
+    return parse
 
 
 def config_argument(parser: argparse.ArgumentParser, *, help: str = CONFIG, **options: Any) -> None:
@@ -129,11 +235,13 @@ def checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="CKPT",
         help="a run's workdir, a step's folder, a weight file, or a released name such as dino_vits16",
     )
-    parser.add_argument("--heads", type=int, metavar="H", help="attention heads, if the weight file does not say")
+    parser.add_argument(
+        "--heads", type=whole(1, 65536), metavar="H", help="attention heads, if the weight file does not say"
+    )
 
 
 def process_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `parallel.distributed`; launch/multihost.sh, SLURM and TPU pods need none of them."""
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="with several processes: where process 0 listens")
-    parser.add_argument("--processes", type=int, metavar="N", help="number of processes")
-    parser.add_argument("--process", type=int, metavar="I", help="number of this process, 0 to N - 1")
+    parser.add_argument("--processes", type=whole(1), metavar="N", help="number of processes")
+    parser.add_argument("--process", type=whole(0), metavar="I", help="number of this process, 0 to N - 1")

@@ -17,13 +17,18 @@ Sources: the paper (arXiv 2104.14294) and the command-line defaults of the offic
 
 from __future__ import annotations
 
+import ctypes
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
+
+LARGEST = 2**31 - 1  # devices count in int32
+MOST_PIXELS = 16384  # of a side
+MOST_READERS = 1024  # threads or processes
 
 
 class Key(NamedTuple):
@@ -33,24 +38,61 @@ class Key(NamedTuple):
     meaning: str
     within: str = ""  # an interval such as "[0, 1)" for the value, or each value of a tuple
     choices: tuple[str, ...] = ()
+    ordered: bool = False  # a pair: low, then high
+    most: int = LARGEST  # for integers without an upper bound in `within`
 
     def error(self, value: Any) -> str | None:
-        """What is wrong with a value ("must be at least 1"), or None. A value of None (unset) is always valid."""
-        if value is None:
+        """What is wrong with a value ("must be at least 1"), or None. A key whose default is a type may be None."""
+        if value is None and isinstance(self.default, type):
             return None
-        values = value if isinstance(value, tuple) else (value,)
-        if any(isinstance(x, float) and not math.isfinite(x) for x in values):
-            return "must be finite"
-        if isinstance(self.default, tuple) and self.default:
-            if not values:
-                return "must hold at least one value"
-            if not _alike(values, self.default):
-                return f"{type(self.default[0]).__name__} values are needed, such as {self.default}"
-        if self.choices and not all(x in self.choices for x in values):
-            return f"must be one of {', '.join(map(str, self.choices))}"
-        if self.within and not all(_inside(x, self.within) for x in values):
-            return f"must be {in_words(self.within)}"
+        several = isinstance(self.default, tuple)
+        if several and not isinstance(value, tuple):
+            return f"a tuple is needed, such as {self.default}"
+        if several and self.default and not value:
+            return "must hold at least one value"
+        values: tuple[Any, ...] = value if several else (value,)
+        if not all(_is(x, self.kinds) for x in values):
+            name = self.kinds[0].__name__
+            return (
+                f"{name} values are needed, such as {self.default}" if several else f"a value of type {name} is needed"
+            )
+        if found := next(filter(None, map(self._outside, values)), None):
+            return found
+        if self.ordered and (len(values) != 2 or values[0] > values[1]):
+            return "low, then high: swap them" if len(values) == 2 else "two values are needed, low, then high"
         return None
+
+    @property
+    def kinds(self) -> tuple[type, ...]:
+        """The types of the value, or of each value of a tuple; an int passes for a float."""
+        if isinstance(self.default, tuple):
+            return (type(self.default[0]),) if self.default else (str, int, float)
+        return (self.default if isinstance(self.default, type) else type(self.default),)
+
+    def _outside(self, x: Any) -> str | None:
+        """What is wrong with one value of the right type."""
+        if isinstance(x, str):
+            if not x and self.default != "":
+                return "must not be empty"
+            return f"must be one of {', '.join(self.choices)}" if self.choices and x not in self.choices else None
+        if isinstance(x, float):
+            x = ctypes.c_float(x).value  # what a device computes with
+            if not math.isfinite(x):
+                return "must be finite"
+        if self.within and not _inside(x, self.within):
+            return f"must be {in_words(self.within)}"
+        if isinstance(x, int) and not (self.within and math.isfinite(_parts(self.within)[2])) and abs(x) > self.most:
+            return f"must be at most {self.most}"
+        return None
+
+
+class Rule(NamedTuple):
+    """A relation between keys that each have a valid value."""
+
+    keys: tuple[str, ...]
+    broken: Callable[..., bool]  # takes their values
+    meaning: str  # what is wrong, and the fix
+    refused: bool = True  # False: only a warning
 
 
 Keys = Mapping[str, "Key | Keys"]  # groups nest
@@ -62,15 +104,19 @@ KEYS: Keys = {
     "init_from": Key(str, "start from these weights: a run, a checkpoint, a weight file or a released name"),
     "model": {
         "name": Key("vit_small", "backbone: a key of dino_jax.models.BACKBONES"),
-        "patch_size": Key(16, "pixels; must divide both crop sizes (ViT, XCiT)", "[1, inf)"),
-        "in_chans": Key(3, "channels of the input images", "[1, inf)"),
-        "embed_dim": Key(int, "width D; unset: the named model's (ViT, XCiT)", "[1, inf)"),
-        "depth": Key(int, "number of blocks; unset: the named model's (ViT, XCiT)", "[1, inf)"),
-        "heads": Key(int, "attention heads, a divisor of D; unset: the named model's (ViT, XCiT)", "[1, inf)"),
+        "patch_size": Key(16, "pixels; must divide both crop sizes (ViT, XCiT)", "[1, inf)", most=MOST_PIXELS),
+        "in_chans": Key(3, "channels of the input images", "[1, inf)", most=65536),
+        "embed_dim": Key(int, "width D; unset: the named model's (ViT, XCiT)", "[1, inf)", most=65536),
+        "depth": Key(int, "number of blocks; unset: the named model's (ViT, XCiT)", "[1, inf)", most=1024),
+        "heads": Key(
+            int, "attention heads, a divisor of D; unset: the named model's (ViT, XCiT)", "[1, inf)", most=65536
+        ),
         "init_std": Key(
             float, "initial deviation of the blocks' linear layers; unset: 0.02, too small for a narrow ViT", "(0, inf)"
         ),
-        "registers": Key(0, "learned tokens next to CLS and the patches, without positions (ViT)", "[0, inf)"),
+        "registers": Key(
+            0, "learned tokens next to CLS and the patches, without positions (ViT)", "[0, inf)", most=4096
+        ),
         "ffn": Key(
             str,
             "MLP of the blocks; unset: the named model's (ViT; swiglu: DINOv2's giant, DINOv3's S+, H+, 7B)",
@@ -112,21 +158,26 @@ KEYS: Keys = {
     },
     "head": {
         "out_dim": Key(65536, "K, the number of prototypes", "[2, inf)"),
-        "hidden_dim": Key(2048, "width of the MLP's hidden layers", "[1, inf)"),
-        "bottleneck_dim": Key(256, "width of the MLP's output, which is L2-normalized", "[1, inf)"),
-        "layers": Key(3, "linear layers of the MLP before the prototypes", "[1, inf)"),
+        "hidden_dim": Key(2048, "width of the MLP's hidden layers", "[1, inf)", most=65536),
+        "bottleneck_dim": Key(256, "width of the MLP's output, which is L2-normalized", "[1, inf)", most=65536),
+        "layers": Key(3, "linear layers of the MLP before the prototypes", "[1, inf)", most=1024),
         "use_bn": Key(False, "batch norm after each hidden linear layer"),
         "norm_last_layer": Key(True, "keep the gain of the weight-normed last layer at 1; False: train it"),
     },
     "crops": {
         "global_size": Key(
-            (224, 224), "height, width in pixels; one integer on the command line sets both", "[1, inf)"
+            (224, 224),
+            "height, width in pixels; one integer on the command line sets both",
+            "[1, inf)",
+            most=MOST_PIXELS,
         ),
-        "local_size": Key((96, 96), "height, width in pixels", "[1, inf)"),
-        "local_count": Key(8, "local crops per image, besides the 2 global ones", "[0, inf)"),
-        "global_scale": Key((0.4, 1.0), "share of the image's area, low and high", "(0, 1]"),
-        "local_scale": Key((0.05, 0.4), "share of the image's area, low and high", "(0, 1]"),
-        "ratio": Key((3 / 4, 4 / 3), "aspect ratio (width / height), log-uniform, low and high", "(0, inf)"),
+        "local_size": Key((96, 96), "height, width in pixels", "[1, inf)", most=MOST_PIXELS),
+        "local_count": Key(8, "local crops per image, besides the 2 global ones", "[0, inf)", most=1024),
+        "global_scale": Key((0.4, 1.0), "share of the image's area, low and high", "(0, 1]", ordered=True),
+        "local_scale": Key((0.05, 0.4), "share of the image's area, low and high", "(0, 1]", ordered=True),
+        "ratio": Key(
+            (3 / 4, 4 / 3), "aspect ratio (width / height), log-uniform, low and high", "(0, inf)", ordered=True
+        ),
         "flip_prob": Key(0.5, "probability of a horizontal flip", "[0, 1]"),
         "jitter_prob": Key(0.8, "probability of color jitter (four operations in random order)", "[0, 1]"),
         "brightness": Key(0.4, "jitter factor uniform in 1 +- this", "[0, inf)"),
@@ -135,7 +186,9 @@ KEYS: Keys = {
         "hue": Key(0.1, "hue shift uniform in +- this, in turns of the color wheel", "[0, 0.5]"),
         "gray_prob": Key(0.2, "probability of conversion to gray", "[0, 1]"),
         "blur_prob": Key((1.0, 0.1, 0.5), "probability for first global, second global, local crops", "[0, 1]"),
-        "blur_radius": Key((0.1, 2.0), "radius of PIL's GaussianBlur in pixels, low and high", "[0, inf)"),
+        "blur_radius": Key(
+            (0.1, 2.0), "radius of PIL's GaussianBlur in pixels, low and high", "[0, inf)", ordered=True
+        ),
         "solarize_prob": Key((0.0, 0.2, 0.0), "probability for first global, second global, local crops", "[0, 1]"),
         "solarize_threshold": Key(128, "values at or above this (of 255) are inverted", "[0, 256]"),
     },
@@ -145,7 +198,10 @@ KEYS: Keys = {
         "std": Key((0.229, 0.224, 0.225), "deviation of each channel, for pixel values in 0..1 (ImageNet)", "(0, inf)"),
         "render": Key("host", "render crops with PIL on the host, or on the device", choices=("host", "device")),
         "canvas": Key(
-            512, "device rendering: images are shrunk until the longer side is at most this many pixels", "[1, inf)"
+            512,
+            "device rendering: images are shrunk until the longer side is at most this many pixels",
+            "[1, inf)",
+            most=MOST_PIXELS,
         ),
         "max_bad_share": Key(0.01, "a larger share of unreadable images is an error", "[0, 1]"),
     },
@@ -247,16 +303,24 @@ KEYS: Keys = {
         "knn_temperature": Key(0.07, "temperature of the neighbors' votes", "(0, inf)"),
         "voc_every": Key(0, "epochs between evaluations of the teacher's attention Jaccard; 0: never", "[0, inf)"),
         "voc_data": Key(str, "images with object masks: a VOC folder, scenes:..., or a folder with images/ and masks/"),
-        "voc_size": Key(480, "voc_data: side of the square that images are resized to, in pixels", "[1, inf)"),
-        "resize": Key(256, "k-NN: shorter side before the center crop, bicubic; 0: no resize", "[0, inf)"),
-        "crop": Key(224, "k-NN: side of the center crop", "[1, inf)"),
+        "voc_size": Key(
+            480, "voc_data: side of the square that images are resized to, in pixels", "[1, inf)", most=MOST_PIXELS
+        ),
+        "resize": Key(
+            256, "k-NN: shorter side before the center crop, bicubic; 0: no resize", "[0, inf)", most=MOST_PIXELS
+        ),
+        "crop": Key(224, "k-NN: side of the center crop", "[1, inf)", most=MOST_PIXELS),
         "batch_size": Key(256, "k-NN: images per batch", "[1, inf)"),
     },
     "run": {
         "mesh": {
-            "data": Key(-1, "devices over which the batch is split; -1: all remaining"),
-            "fsdp": Key(1, "devices over which batch, parameters and optimizer state are split; -1: all remaining"),
-            "model": Key(1, "devices over which the prototypes are split; -1: all remaining"),
+            "data": Key(-1, "devices over which the batch is split; -1: all remaining", "[-1, 65536]"),
+            "fsdp": Key(
+                1,
+                "devices over which batch, parameters and optimizer state are split; -1: all remaining",
+                "[-1, 65536]",
+            ),
+            "model": Key(1, "devices over which the prototypes are split; -1: all remaining", "[-1, 65536]"),
         },
         "accum_steps": Key(1, "microbatches per step", "[1, inf)"),
         "remat": Key("none", "blocks: recompute each block in the backward pass", choices=("none", "blocks")),
@@ -265,9 +329,9 @@ KEYS: Keys = {
             "fused: cuDNN's (NVIDIA, bfloat16); auto: fused if possible (ViT)",
             choices=("auto", "plain", "fused"),
         ),
-        "workers": Key(0, "Grain worker processes; 0: threads of this process", "[0, inf)"),
-        "threads": Key(2, "reading threads in each process", "[1, inf)"),
-        "prefetch": Key(2, "batches ready on the device ahead of the step", "[0, inf)"),
+        "workers": Key(0, "reading processes; 0: threads of this process", "[0, inf)", most=MOST_READERS),
+        "threads": Key(2, "reading threads in each process", "[1, inf)", most=MOST_READERS),
+        "prefetch": Key(2, "batches ready on the device ahead of the step", "[0, inf)", most=1024),
         "log_every": Key(10, "steps between log entries", "[1, inf)"),
         "checkpoint_every": Key(1.0, "epochs between checkpoints; fractions are allowed", "(0, inf)"),
         "keep": Key(2, "latest checkpoints kept", "[1, inf)"),
@@ -278,11 +342,58 @@ KEYS: Keys = {
         "tensorboard": Key(True, "write TensorBoard files"),
         "wandb": Key("", "Weights & Biases project; empty: off"),
         "progress": Key(True, "show a progress bar with an ETA on stderr"),
+        "accept_new_data": Key(
+            False, "resume although data.train has changed; epochs and schedules follow its new number of images"
+        ),
         "max_bad_steps": Key(3, "non-finite losses in a row before going back to the last good checkpoint", "[1, inf)"),
         "max_rewinds": Key(2, "returns to a checkpoint before the run stops with a reason", "[0, inf)"),
         "stop_after": Key(0, "stop cleanly after this many steps of this session; 0: off", "[0, inf)"),
     },
 }
+
+RULES = (
+    Rule(("optim.warmup_epochs", "epochs"), lambda warmup, run: warmup > run, "the warm-up is longer than the run"),
+    Rule(
+        ("optim.min_lr", "optim.lr", "batch_size"),
+        lambda low, peak, batch: low > peak * batch / 256,
+        "the rate would rise to the end: optim.min_lr is above the peak, optim.lr * batch_size / 256",
+    ),
+    Rule(
+        ("teacher.warmup_temp_epochs", "epochs", "teacher.warmup_temp", "teacher.temp"),
+        lambda warmup, run, first, last: warmup > run and first != last,
+        "the temperature's warm-up is longer than the run, which never reaches teacher.temp",
+    ),
+    Rule(
+        ("optim.freeze_last_layer", "epochs"),
+        lambda frozen, run: frozen > run,
+        "the prototypes are never updated: this counts epochs, not steps",
+        refused=False,
+    ),
+    Rule(
+        ("crops.local_size", "crops.global_size", "crops.local_count"),
+        lambda local, whole, count: count > 0 and max(local) > max(whole),
+        "local crops are larger than global ones",
+        refused=False,
+    ),
+    Rule(
+        ("data.canvas", "crops.global_size", "crops.local_size", "data.render"),
+        lambda canvas, whole, local, render: render == "device" and canvas < max(*whole, *local),
+        "images are shrunk to data.canvas, then enlarged to a crop: raise data.canvas",
+    ),
+    Rule(
+        ("eval.crop", "eval.resize", "eval.knn_every"),
+        lambda crop, resize, every: every > 0 and 0 < resize < crop,
+        "each image would get a black frame: lower eval.crop or raise eval.resize",
+    ),
+    Rule(("data.mean",), lambda mean: min(mean) < 0 or max(mean) > 1, "pixel values are in 0..1: divide by 255"),
+    Rule(("data.std",), lambda std: max(std) > 1, "pixel values are in 0..1: divide by 255"),
+    Rule(("run.profile_steps",), lambda steps: steps[0] > steps[1], "the first step and the last one are needed"),
+    Rule(
+        ("run.mesh.data", "run.mesh.fsdp", "run.mesh.model"),
+        lambda *axes: 0 in axes,
+        "an axis cannot have 0 devices; use 1, or -1 for the rest",
+    ),
+)
 
 
 def default() -> ConfigDict:
@@ -310,10 +421,11 @@ def flat_keys(keys: Keys = KEYS, prefix: str = "") -> Iterator[tuple[str, Key]]:
             yield from flat_keys(key, f"{prefix}{name}.")
 
 
-def _alike(values: tuple[Any, ...], examples: tuple[Any, ...]) -> bool:
-    """Whether all values have the examples' type; an int passes for a float."""
-    kinds: tuple[type, ...] = tuple({type(example) for example in examples})
-    return all(isinstance(value, (*kinds, int) if float in kinds else kinds) for value in values)
+def _is(value: Any, kinds: tuple[type, ...]) -> bool:
+    """Whether a value has one of these types; an int passes for a float, but a bool not for a number."""
+    if isinstance(value, bool):
+        return bool in kinds
+    return isinstance(value, (*kinds, int) if float in kinds else kinds)
 
 
 _INTERVAL = re.compile(r"([\[(])([-\w.]+), ([-\w.]+)([\])])")

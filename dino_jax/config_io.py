@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import ast
+import functools
 import itertools
 import json
+import logging
 import os
 import pathlib
 import runpy
 import shutil
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from dino_jax.config import KEYS, Key, Keys, default, flat_keys, in_words
+from dino_jax.config import KEYS, RULES, Key, Keys, Rule, default, flat_keys, in_words
 from dino_jax.errors import UserError, did_you_mean
 from dino_jax.migrations import FORMAT_VERSION, migrate
 
 PER_CHANNEL = ("data.mean", "data.std")  # one value for each channel
 _PACKAGE = pathlib.Path(__file__).parent
+log = logging.getLogger(__name__)
 
 
 def load(name: str | os.PathLike[str], overrides: Iterable[str] = ()) -> ConfigDict:
@@ -124,23 +127,41 @@ def from_json(text: str, where: str = "the saved configuration") -> ConfigDict:
     """A configuration from `to_json`'s text, of this version or an older one. Absent keys get their defaults.
 
     Raises:
-      UserError: not JSON, from a newer version, or with an unknown key.
+      UserError: not JSON, from a newer version, an unknown key, or a value that its key does not allow.
     """
+    fix = "restore it or remove it"
     try:
         content = json.loads(text)
+        if not isinstance(content, dict):
+            raise UserError(f"{where}: holds {type(content).__name__} where an object is expected; {fix}")
         version = content.pop("format_version", 1)
-        entries = {f"config.{key}": value for key, value in flatten(ConfigDict(content)).items()}
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{where}: not the JSON of a configuration ({error}); restore it or remove it") from error
+        entries = {f"config.{key}": value for key, value in _leaves(content)}
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{where}: not the JSON of a configuration ({error}); {fix}") from error
     config = default()
-    known = flatten(config)
+    declared = dict(flat_keys())
     for name, value in migrate(entries, version, where).items():
         key = name.removeprefix("config.")
-        if key not in known:
-            raise UserError(f"{where}: there is no key {key!r} in this version{did_you_mean(key, known)}")
+        if key not in declared:
+            raise UserError(f"{where}: there is no key {key!r} in this version{did_you_mean(key, declared)}")
+        value = tuple(value) if isinstance(value, list) else value
+        if (wrong := declared[key].error(value)) is not None:
+            raise UserError(f"{where}: {key}={_short(value)}: {wrong}; {fix}")
         owner, last = _place(config, key)
-        owner[last] = tuple(value) if isinstance(value, list | tuple) else value
+        owner[last] = value
+    _check_lengths(flatten(config), f"{where}: ")
     return config
+
+
+def _leaves(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of nested objects by dotted key. An empty object is a value: no group is empty."""
+    for key, value in content.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _place(config: ConfigDict, key: str) -> tuple[Any, str]:
@@ -164,34 +185,50 @@ def check(config: ConfigDict, where: str = "the configuration") -> ConfigDict:
     if foreign := sorted(flat.keys() ^ known.keys()):
         fix = "start from dino_jax.config.default()"
         raise UserError(f"{where}: not a training configuration: it differs in the key {foreign[0]!r}; {fix}")
-    for key, value in known.items():
-        if isinstance(value, tuple) and key not in PER_CHANNEL and len(flat[key]) != len(value):
-            raise UserError(f"{key}={flat[key]}: {len(value)} values are needed, such as {value}")
-    for key in PER_CHANNEL:
-        if len(flat[key]) != config.model.in_chans:
-            raise UserError(f"{key}={flat[key]}: one value for each of the {config.model.in_chans} channels is needed")
     check_values(flat, KEYS)
-    for key in ("crops.global_scale", "crops.local_scale"):
-        low, high = flat[key]
-        if not 0 < low <= high <= 1:
-            raise UserError(f"{key}={flat[key]}: two shares of the area are needed, 0 < low <= high <= 1")
-    for key in ("crops.ratio", "crops.blur_radius"):
-        if flat[key][0] > flat[key][1]:
-            raise UserError(f"{key}={flat[key]}: low, then high: swap them")
-    first, last = config.run.profile_steps
-    if first > last:
-        raise UserError(f"run.profile_steps=({first}, {last}): the first step and the last one are needed")
-    if config.run.mesh.fsdp == 0 or config.run.mesh.model == 0 or config.run.mesh.data == 0:
-        raise UserError("run.mesh: an axis cannot have 0 devices; use 1, or -1 for the rest")
+    _check_lengths(flat)
+    check_rules(flat, RULES)
     return config
+
+
+def _check_lengths(flat: Mapping[str, Any], prefix: str = "") -> None:
+    """Raises `UserError` for a tuple of another length than its key's."""
+    for key, declared in flat_keys():
+        value, channels = flat[key], flat["model.in_chans"]
+        if key in PER_CHANNEL and len(value) != channels:
+            raise UserError(f"{prefix}{key}={_short(value)}: one value for each of the {channels} channels is needed")
+        if isinstance(value, tuple) and key not in PER_CHANNEL and len(value) != len(declared.default):
+            size = len(declared.default)
+            raise UserError(f"{prefix}{key}={_short(value)}: {size} values are needed, such as {declared.default}")
 
 
 def check_values(flat: Mapping[str, Any], keys: Keys, prefix: str = "") -> None:
     """Raises `UserError` for a value (by dotted key) that `keys` do not allow; `prefix` goes before the key."""
     for name, key in flat_keys(keys):
         if (error := key.error(flat[name])) is not None:
-            near = did_you_mean(flat[name], key.choices) if key.choices else ""
-            raise UserError(f"{prefix}{name}={flat[name]!r}: {error}{near}")
+            near = did_you_mean(flat[name], key.choices) if key.choices and isinstance(flat[name], str) else ""
+            raise UserError(f"{prefix}{name}={_short(flat[name])}: {error}{near}")
+
+
+def check_rules(flat: Mapping[str, Any], rules: Iterable[Rule], prefix: str = "") -> None:
+    """Raises `UserError` for values (by dotted key) that break a rule, or warns once, as the rule says."""
+    for rule in rules:
+        if rule.broken(*(flat[key] for key in rule.keys)):
+            said = f"{' '.join(f'{prefix}{key}={_short(flat[key])}' for key in rule.keys)}: {rule.meaning}"
+            if rule.refused:
+                raise UserError(said)
+            _warn(said)
+
+
+@functools.cache
+def _warn(text: str) -> None:
+    log.warning(text)
+
+
+def _short(value: Any) -> str:
+    """A value in a message, cut to a line."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def describe(keys: Keys = KEYS) -> str:

@@ -7,7 +7,16 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """Bad input. The message is one line that names the file or key and says what to do; the CLI prints just that."""
+    """Bad input. The message is one `printable` line that names the file or key and says what to do.
+
+    The CLI prints just that.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(printable(message))
+
+    def __str__(self) -> str:
+        return printable(super().__str__())  # names in it may hold anything
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterable, Iterator, Sized
 from typing import Any, TextIO, TypeVar
 
 from tqdm import tqdm
+
+from dino_jax.errors import printable
 
 T = TypeVar("T")
 LOOK = "{desc} [{bar:20}] {n_fmt}/{total_fmt}  ETA {remaining}, {rate_noinv_fmt}{postfix}"
@@ -38,11 +41,11 @@ class Progress:
         interval: float = 30.0,
         stream: TextIO | None = None,
     ):
-        self._stream = stream or sys.stderr
+        self._stream = _Quiet(stream or sys.stderr)
         self._live = self._stream.isatty()
         self._options: dict[str, Any] = {
             "total": total,
-            "desc": description,
+            "desc": printable(description),
             "unit": unit if unit == "B" else f" {unit}",
             "unit_scale": unit == "B",
             "file": self._stream,
@@ -77,12 +80,15 @@ class Progress:
 
     def note(self, line: str) -> None:
         """Prints a separate line above the bar."""
+        line = printable(line)
         if self._bar.disable:
             return
+        line = printable(line)
         if self._live:
             self._bar.write(line, file=self._stream)
         else:
-            print(line, file=self._stream, flush=True)
+            self._stream.write(f"{line}\n")
+            self._stream.flush()
 
     def close(self) -> None:
         """Leaves the last state of the bar on its line."""
@@ -90,6 +96,27 @@ class Progress:
 
     def _open(self, initial: int) -> tqdm:
         return (tqdm if self._live else _Lines)(initial=initial, **self._options)
+
+
+class _Quiet:
+    """A text stream that drops what it cannot write: a closed terminal, pipe or stderr must not end a task."""
+
+    def __init__(self, stream: TextIO | None):
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            self._stream.write(text)  # type: ignore[union-attr]
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            self._stream.flush()  # type: ignore[union-attr]
+
+    def isatty(self) -> bool:
+        return self._stream is not None and not self._stream.closed and self._stream.isatty()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 class _Lines(tqdm):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pathlib
 
 import jax
@@ -9,9 +10,11 @@ import numpy as np
 import pytest
 
 from dino_jax import config_io
-from dino_jax.config import default
+from dino_jax.config import KEYS, default, flat_keys
 from dino_jax.errors import UserError
+from dino_jax.eval.protocol import get, names
 from dino_jax.eval.protocols import finetune
+from dino_jax.parallel import sharding
 from dino_jax.training.step import init_state, make_recipe
 
 FOLDER = pathlib.Path(__file__).parent.parent / "configs"
@@ -38,8 +41,8 @@ def test_fine_tuning_builds(path):
 @pytest.mark.parametrize("name", ["vit_s16", "vit_s16.py", str(FOLDER / "vit_s16.py")])
 def test_names_hold_in_any_folder(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert config_io.load(name, ["--config.epochs=3"]).to_dict() == config_io.load(FOLDER / "vit_s16.py").to_dict() | {
-        "epochs": 3
+    assert config_io.load(name, ["--config.epochs=30"]).to_dict() == config_io.load(FOLDER / "vit_s16.py").to_dict() | {
+        "epochs": 30
     }
 
 
@@ -126,7 +129,7 @@ def test_defaults_are_the_official_ones():
         ("--config.model.drop_path=1", r"model\.drop_path=1\.0: must be at least 0 and less than 1"),
         ("--config.model.in_chans=4", r"data\.mean=.*one value for each of the 4 channels"),
         ("--config.run.profile_steps=(5,2)", r"run\.profile_steps=\(5, 2\): the first step and the last one"),
-        ("--config.run.mesh.fsdp=0", r"run\.mesh: an axis cannot have 0 devices"),
+        ("--config.run.mesh.fsdp=0", r"run\.mesh\.fsdp=0 .*: an axis cannot have 0 devices"),
         ("--config.lr", r"--config\.lr: overrides have the form --config\.KEY=VALUE"),
     ],
 )
@@ -134,6 +137,88 @@ def test_one_clear_line_for(argument, message):
     with pytest.raises(UserError, match=message) as caught:
         config_io.check(config_io.override(default(), [argument]))
     assert "\n" not in str(caught.value)
+
+
+def values(key, bad):
+    return bad if not isinstance(key.default, tuple) else (bad,) * max(len(key.default), 1)
+
+
+def test_no_float_key_takes_what_float32_does_not_hold():
+    """inf and nan, 1e39 (inf on a device), and for bounds above 0 also 1e-60 (0 on a device)."""
+    protocols = {name: get(name).keys for name in names()}
+    floats = [(name, key) for name, key in flat_keys({"train": KEYS} | protocols) if float in key.kinds]
+    assert len(floats) > 50
+    for name, key in floats:
+        for bad in (math.inf, -math.inf, math.nan, 1e39):
+            assert key.error(values(key, bad)) is not None, (name, bad)
+        if key.within.startswith("(0"):
+            assert key.error(values(key, 1e-60)) is not None, name
+
+
+def test_no_key_takes_another_type_or_a_number_beyond_int32():
+    protocols = {name: get(name).keys for name in names()}
+    for name, key in flat_keys({"train": KEYS} | protocols):
+        for bad in ({}, [], b"", object(), "" if key.default != "" else 1, 10**20 if str not in key.kinds else 1.5):
+            assert key.error(bad) is not None, (name, bad)
+            if not (key.default == () and isinstance(bad, float)):
+                assert key.error((bad,)) is not None, (name, bad)
+        if bool not in key.kinds:
+            assert key.error(values(key, True)) is not None, name
+        if key.ordered:
+            assert key.error(key.default[::-1]) == "low, then high: swap them"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("epochs=5", "optim.warmup_epochs=10 epochs=5: the warm-up is longer than the run"),
+        ("optim.min_lr=0.1", "optim.min_lr=0.1 optim.lr=0.0005 batch_size=1024: the rate would rise"),
+        ("optim.lr=1e-6 batch_size=128", "optim.min_lr=1e-06 optim.lr=1e-06 batch_size=128"),
+        ("teacher.temp=0.07 teacher.warmup_temp_epochs=101", "teacher.warmup_temp_epochs=101 epochs=100"),
+        ("data.render=device data.canvas=200", "data.canvas=200 crops.global_size=(224, 224)"),
+        ("data.mean=(124,116,104)", "data.mean=(124, 116, 104): pixel values are in 0..1: divide by 255"),
+        ("data.std=(58,57,57)", "data.std=(58, 57, 57): pixel values are in 0..1"),
+        ("eval.knn_every=1 eval.crop=300", "eval.crop=300 eval.resize=256"),
+        ("run.threads=100000", "run.threads=100000: must be at most 1024"),
+        ("run.mesh.data=-2", "run.mesh.data=-2: must be between -1 and "),
+        ("model.name=", "model.name='': must not be empty"),
+        ("data.train=", "data.train='': must not be empty"),
+        ("seed=100000000000000000000", "seed=100000000000000000000: "),
+        ("run.checkpoint_every=inf", "run.checkpoint_every=inf: must be finite"),
+    ],
+)
+def test_keys_that_contradict_each_other_are_named(overrides, message):
+    with pytest.raises(UserError) as caught:
+        config_io.check(config_io.override(default(), [f"--config.{argument}" for argument in overrides.split()]))
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "crops.local_size=50",
+            "an input of 50 x 50 pixels is not divisible into patches of 16: change model.patch_size",
+        ),
+        ("model.heads=7", "model.embed_dim 384 is not divisible by model.heads 7"),
+        ("model.dtype=float64", "model.dtype=float64 would compute in float32: set JAX_ENABLE_X64=1"),
+        ("epochs=2147483647", "epochs=2147483647: 21474836470 steps are more than"),
+        ("run.mesh.data=3", "does not fit 1 device"),
+    ],
+)
+def test_what_the_model_or_the_devices_contradict_is_named(override, message):
+    config = config_io.load("vit_s16", [f"--config.{override}"])
+    with pytest.raises(UserError) as caught:
+        (make_recipe(config, steps_per_epoch=10), sharding.make_mesh(config.run.mesh, jax.devices()[:1]))
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("override", ["optim.freeze_last_layer=1000", "crops.global_size=64"])
+def test_what_is_only_unusual_is_a_warning(override, caplog):
+    config_io._warn.cache_clear()
+    for _ in range(2):
+        config_io.check(config_io.override(default(), [f"--config.{override}"]))
+    assert len(caplog.records) == 1 and override.partition("=")[0] in caplog.text
 
 
 def test_overrides_take_the_types_of_their_keys():

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import zipfile
 from collections.abc import Sequence
+from typing import BinaryIO, Literal
 
 import numpy as np
 from etils import epath
 
+from dino_jax.data.decode import npy_header
 from dino_jax.data.example import Example, Kind, whole_labels
-from dino_jax.data.storage import is_remote
-from dino_jax.errors import UserError
+from dino_jax.data.storage import cause, is_remote, open_file
+from dino_jax.errors import UserError, printable
+
+LARGE, RATIO = 1 << 30, 100  # a member that expands beyond LARGE bytes by more than RATIO is refused
 
 
 class ArraySource:
@@ -21,11 +26,20 @@ class ArraySource:
         images: np.ndarray,
         labels: Sequence[int] | np.ndarray | None = None,
         class_names: Sequence[str] | None = None,
+        where: str = "images",
     ):
-        _check("images", images, labels)
+        if images.ndim not in (3, 4):
+            raise UserError(f"{where} must be [N, H, W] or [N, H, W, C], not of shape {images.shape}")
+        if labels is not None and np.shape(labels) != images.shape[:1]:
+            raise UserError(f"{where}: {len(images)} of them but {np.size(labels)} labels")
         self.images = images
-        self.labels = None if labels is None else whole_labels(labels, "labels")
+        self.labels = None if labels is None else whole_labels(labels, where)
         self.class_names = tuple(class_names) if class_names is not None else None
+
+    @property
+    def listing(self) -> tuple[np.ndarray, ...]:
+        """All labels (see `identity`)."""
+        return () if self.labels is None else (self.labels,)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -41,7 +55,7 @@ class FileArraySource(ArraySource):
     def __init__(self, path: str):
         self.path = path
         images, labels, class_names = _load(path)
-        super().__init__(images, labels, class_names)
+        super().__init__(images, labels, class_names, f"{path}: images")
 
     def __reduce__(self):
         return FileArraySource, (self.path,)
@@ -55,55 +69,58 @@ def open_arrays(path: str) -> ArraySource:
 
 
 def _load(path: str) -> tuple[np.ndarray, np.ndarray | None, list[str] | None]:
+    """Images, labels and class names of a file. Every header is checked before anything is mapped or allocated."""
     try:
-        if path.endswith(".npy"):
-            return _load_npy(path), None, None
-        with np.load(epath.Path(path).open("rb"), allow_pickle=False) as file:
-            if "images" not in file.files:
-                raise UserError(f"{path}: no array 'images' in it (it has {', '.join(file.files) or 'none'})")
-            labels = file["labels"].reshape(-1) if "labels" in file.files else None
-            names = file["class_names"].tolist() if "class_names" in file.files else None
-            images = _map_member(path, "images.npy")
-            images = file["images"] if images is None else images
+        with open_file(path) as file:
+            if path.endswith(".npy"):
+                return _map(path, file, epath.Path(path).stat().length), None, None
+            with zipfile.ZipFile(file) as archive:
+                members = {info.filename: info for info in archive.infolist()}
+                if "images.npy" not in members:
+                    found = ", ".join(printable(name.removesuffix(".npy")) for name in members)
+                    raise UserError(f"{path}: no array 'images' in it (it has {found or 'none'})")
+                images = _member(path, archive, members["images.npy"], mapped=True)
+                labels = _member(path, archive, members["labels.npy"]) if "labels.npy" in members else None
+                names = _member(path, archive, members["class_names.npy"]) if "class_names.npy" in members else None
     except UserError:
         raise
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: cannot be read as arrays: {error}") from error
-    _check(f"{path}: images", images, labels)
-    return images, labels, names
+    except Exception as error:  # damaged archives raise nearly anything inside zipfile
+        raise UserError(f"{path}: cannot be read as arrays: {cause(error)}") from error
+    labels = None if labels is None else labels.reshape(-1)
+    return images, labels, None if names is None else [str(name) for name in names.reshape(-1)]
 
 
-def _load_npy(path: str) -> np.ndarray:
-    if not is_remote(path):
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    with epath.Path(path).open("rb") as file:
-        return np.load(file, allow_pickle=False)
+def _member(path: str, archive: zipfile.ZipFile, info: zipfile.ZipInfo, mapped: bool = False) -> np.ndarray:
+    """An array of an .npz; with `mapped` not read but mapped into memory, if it is in a local file, uncompressed."""
+    name = info.filename.removesuffix(".npy")
+    if info.file_size > LARGE and info.file_size > RATIO * info.compress_size:
+        raise ValueError(f"{name} would expand from {info.compress_size} bytes to {info.file_size}: use np.savez")
+    if mapped and info.compress_type == zipfile.ZIP_STORED and not is_remote(path):
+        with open_file(path) as file:
+            file.seek(info.header_offset + 26)  # lengths of name and extra field in the member's own header
+            lengths = np.frombuffer(file.read(4), "<u2")
+            begin = int(info.header_offset + 30 + lengths.sum())
+            file.seek(begin)
+            return _map(path, file, begin + info.file_size)
+    with archive.open(info) as member:
+        shape, fortran, dtype = npy_header(member, kinds="biufUS")
+        needed = math.prod(shape) * dtype.itemsize
+        if needed > info.file_size:
+            raise ValueError(f"{name} has {info.file_size} bytes where its shape {shape} needs {needed}")
+        data = member.read(needed)
+    return np.ndarray(shape, dtype, data, order="F" if fortran else "C")
 
 
-def _map_member(path: str, member: str) -> np.ndarray | None:
-    """Maps an array of a local, uncompressed .npz into memory without reading it; None if that is impossible."""
-    if is_remote(path):
-        return None
-    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
-        info = archive.getinfo(member)
-        if info.compress_type != zipfile.ZIP_STORED:
-            return None
-        file.seek(info.header_offset + 26)  # lengths of name and extra field in the member's own header
-        lengths = np.frombuffer(file.read(4), "<u2")
-        file.seek(int(info.header_offset + 30 + lengths.sum()))
-        version = np.lib.format.read_magic(file)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = read(file)
-        return np.memmap(path, dtype, "r", file.tell(), shape, "F" if fortran else "C")
-
-
-def _check(what: str, images: np.ndarray, labels: Sequence[int] | np.ndarray | None) -> None:
-    if images.ndim not in (3, 4):
-        raise UserError(f"{what} must be [N, H, W] or [N, H, W, C], not of shape {images.shape}")
-    if labels is not None and len(labels) != len(images):
-        raise UserError(f"{what}: {len(images)} of them but {len(labels)} labels")
-    if labels is not None:
-        whole_labels(labels, what)
+def _map(path: str, file: BinaryIO, end: int) -> np.ndarray:
+    """The array whose .npy header begins where `file` stands: mapped into memory, or read if it is remote."""
+    shape, fortran, dtype = npy_header(file)
+    begin, needed = file.tell(), math.prod(shape) * dtype.itemsize
+    if needed > end - begin:
+        raise ValueError(f"cut off: {end - begin} bytes where the shape {shape} needs {needed}")
+    order: Literal["F", "C"] = "F" if fortran else "C"
+    if is_remote(path) or not needed:
+        return np.ndarray(shape, dtype, file.read(needed), order=order)
+    return np.memmap(path, dtype, "r", begin, shape, order)
 
 
 KINDS = {"arrays": Kind(open_arrays)}

@@ -7,26 +7,47 @@ Conversions, chosen so that the pixels are what a viewer shows:
 - Transparent images are laid over white; CMYK, palette and gray become RGB; an animation gives its first frame.
 - 16 bits a channel become 8 by dropping the lower byte; floating-point pixels must lie in 0..1.
 - `.npy` files hold [H, W] or [H, W, C]. TIFFs that PIL cannot read (many channels) are read by `tifffile`, if there.
+
+Memory is bounded before it is allocated: a file has at most `FILE_BYTES`, an image at most 100 megapixels (less in
+formats whose decoders need more, see `PIXEL_BYTES`). Images that need much memory are decoded one at a time.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
+import math
+import threading
+import zlib
+from collections.abc import Callable, Iterator
+from typing import IO, Any
 
 import numpy as np
 import simplejpeg
+from etils import epath
 from PIL import Image, UnidentifiedImageError
 
+from dino_jax.data.storage import cause, read_file
+from dino_jax.errors import printable
+
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "JPEG2000", "GIF", "BMP", "TIFF", "PPM")  # PIL's names; no others are opened
+FILE_BYTES = 512 << 20  # of the file of one image
+DECODE_BYTES = 700_000_000  # at the peak of decoding one image
+PIXEL_BYTES = {"WEBP": 17, "AVIF": 16, "JPEG2000": 20}  # at that peak, per pixel; measured for RGB
+OTHER_BYTES = 7  # 4 in PIL, 3 as an array
+LARGE = 1 << 28  # bytes at the peak; above it images are decoded one at a time
+STRIP = 1 << 22  # pixels that are converted at a time
 ORIENTATION = 0x0112  # the EXIF tag
-UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: a[::-1].swapaxes(0, 1),
+    7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
+    8: lambda a: a[:, ::-1].swapaxes(0, 1),
 }
+DEFLATE, LZMA, DEFLATE_RATIO = (8, 32946), 34925, 1032  # TIFF's numbers of compressions, and the most deflate reaches
 TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
@@ -35,22 +56,47 @@ class BadImage(Exception):
 
     name: str = ""
 
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
-def decode(image: bytes | np.ndarray, channels: int = 3, limit: int | None = None) -> np.ndarray:
-    """Encoded bytes, or an array [H, W] or [H, W, C], to uint8 [H, W, channels].
+
+_one_large = threading.Lock()
+
+
+def read_bytes(path: epath.PathLike) -> bytes:
+    """The whole file of an image, local or remote. Everything that reads an image by its path does it here.
+
+    Raises:
+      BadImage: it cannot be read, is not a regular file, or has more than `FILE_BYTES`.
+    """
+    try:
+        return read_file(path, FILE_BYTES)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise BadImage(f"cannot be read: {cause(error)}") from error
+
+
+def decode(image: bytes | np.ndarray | Image.Image, channels: int = 3, limit: int | None = None) -> np.ndarray:
+    """Encoded bytes, an array [H, W] or [H, W, C], or a PIL image (as its file), to uint8 [H, W, channels].
 
     With `limit`, an image whose longer side exceeds it is shrunk to it (bicubic, antialiased; a JPEG first by its
     decoder to the nearest half, quarter or eighth that is not smaller). Raises `BadImage` for whatever cannot be
     decoded or has another number of channels; gray and color convert into each other.
     """
     try:
-        pixels = _from_array(image, channels) if isinstance(image, np.ndarray) else _from_bytes(image, channels, limit)
+        if isinstance(image, Image.Image):
+            pixels = _from_image(image, channels)
+        else:
+            pixels = (
+                _from_array(image, channels) if isinstance(image, np.ndarray) else _from_bytes(image, channels, limit)
+            )
     except BadImage:
         raise
     except Image.DecompressionBombError as error:
-        raise BadImage("decompression bomb: more pixels than PIL's limit") from error
+        raise _too_large("more than 178", OTHER_BYTES) from error  # PIL's own limit
     except UnidentifiedImageError as error:
         raise BadImage("not an image in a known format") from error
+    except MemoryError as error:
+        raise BadImage("there is no memory to decode it: shrink it") from error
     except Exception as error:  # damaged files raise nearly anything inside PIL's plug-ins
         raise BadImage("damaged: " + (" ".join(str(error).split()) or type(error).__name__)) from error
     if 0 in pixels.shape:
@@ -73,32 +119,57 @@ def resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.stack([np.asarray(plane.resize((width, height), Image.Resampling.BICUBIC)) for plane in planes], axis=-1)
 
 
+def open_image(data: bytes) -> Image.Image:
+    """Opens encoded bytes in one of `FORMATS`, without decoding: `check_size` comes before `load`."""
+    return Image.open(io.BytesIO(data), formats=FORMATS)
+
+
+def check_size(image: Image.Image) -> int:
+    """The bytes that decoding an opened image takes at the peak. Raises `BadImage` if they are too many."""
+    each = PIXEL_BYTES.get(image.format or "", OTHER_BYTES)
+    if image.width * image.height * each > DECODE_BYTES:
+        raise _too_large(f"{image.width * image.height / 1e6:.0f}", each, f" of a {image.format}")
+    return image.width * image.height * each
+
+
+def _too_large(megapixels: str, each: int, of: str = "") -> BadImage:
+    most = DECODE_BYTES // each // 1_000_000
+    return BadImage(f"{megapixels} megapixels, and at most {most}{of} are decoded: shrink it or cut it into tiles")
+
+
 def _from_bytes(data: bytes, channels: int, limit: int | None) -> np.ndarray:
     if not data:
         raise BadImage("the file is empty")
     if data[:6] == b"\x93NUMPY":
-        return _from_array(np.load(io.BytesIO(data), allow_pickle=False), channels)
+        return _from_array(_read_npy(data), channels)
     try:
-        image = Image.open(io.BytesIO(data))
+        image = open_image(data)
     except UnidentifiedImageError:
         if data[:4] in TIFF_MAGIC:
             return _from_array(_read_tiff(data), channels)
         raise
+    fast = image.format == "JPEG" and image.mode == "RGB" and channels == 3
     if limit and image.format == "JPEG" and max(image.size) > limit:
-        scale = limit / max(image.size)
+        scale, fast = limit / max(image.size), False
         image.draft(None, (max(1, round(image.width * scale)), max(1, round(image.height * scale))))
-    elif image.format == "JPEG" and image.mode == "RGB" and channels == 3 and _turn(image) is None:
-        try:
-            return simplejpeg.decode_jpeg(data)
-        except ValueError:
-            pass  # damaged: PIL may still read it, or says why not
-    image.load()
-    turn = _turn(image)
-    return _from_pil(image if turn is None else image.transpose(turn), channels)
+    return _from_image(image, channels, data if fast else None)
 
 
-def _turn(image: Image.Image) -> Image.Transpose | None:
-    """What turns the image upright, by its EXIF orientation; None if nothing does or EXIF cannot be read."""
+def _from_image(image: Image.Image, channels: int, jpeg: bytes | None = None) -> np.ndarray:
+    """An opened image to uint8 [H, W, channels], upright; `jpeg`: its bytes, if the faster decoder may be tried."""
+    with _one_large if check_size(image) > LARGE else contextlib.nullcontext():
+        if jpeg is not None and _upright(image) is None:
+            with contextlib.suppress(ValueError):  # damaged: PIL may still read it, or says why not
+                return simplejpeg.decode_jpeg(jpeg)
+        image.load()
+        upright = _upright(image)  # a PNG may hold EXIF behind its pixels
+        pixels = _from_pil(image, channels)
+        del image
+        return pixels if upright is None else np.ascontiguousarray(upright(pixels))
+
+
+def _upright(image: Image.Image) -> Callable[[np.ndarray], np.ndarray] | None:
+    """What turns the pixels upright, by the EXIF orientation; None if nothing does or EXIF cannot be read."""
     try:
         return UPRIGHT.get(image.getexif().get(ORIENTATION, 1))
     except Exception:  # EXIF data can be damaged in any way
@@ -106,11 +177,25 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
 
 
 def _from_pil(image: Image.Image, channels: int) -> np.ndarray:
+    """A loaded image to uint8 [H, W, channels], in strips, so that conversions need little memory."""
+    if image.width * image.height <= STRIP:
+        return _convert(image, channels)
+    pixels = np.empty((image.height, image.width, channels), np.uint8)
+    for rows in strips(image.height, image.width):
+        pixels[rows] = _convert(image.crop((0, rows.start, image.width, rows.stop)), channels)
+    return pixels
+
+
+def strips(height: int, width: int) -> Iterator[slice]:
+    """The rows of an image in pieces of about `STRIP` pixels, to work on one after another."""
+    rows = max(1, STRIP // max(width, 1))
+    return (slice(top, min(top + rows, height)) for top in range(0, height, rows))
+
+
+def _convert(image: Image.Image, channels: int) -> np.ndarray:
     if image.mode.startswith("I"):  # 16 bits; mode I is how PIL holds 16-bit PGM and PNG
         return _from_array(np.asarray(image).clip(0, 65535).astype(np.uint16), channels)
-    if image.mode == "F":
-        return _from_array(np.asarray(image), channels)
-    if channels not in (1, 3):
+    if image.mode == "F" or channels not in (1, 3):
         return _from_array(np.asarray(image), channels)
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -126,14 +211,20 @@ def _from_array(array: np.ndarray, channels: int) -> np.ndarray:
         array = array[..., None]
     if array.ndim != 3:
         raise BadImage(f"an array of shape {array.shape} is not [height, width, channels]")
-    array = _to_uint8(array)
-    if array.shape[-1] == channels:
+    height, width, found = array.shape
+    if found != channels and {found, channels} != {1, 3}:
+        raise BadImage(f"has {found} channels where {channels} are expected")
+    if height * width * OTHER_BYTES > DECODE_BYTES:
+        raise _too_large(f"{height * width / 1e6:.0f}", OTHER_BYTES)
+    if array.dtype == np.uint8 and found == channels:
         return array
-    if array.shape[-1] == 1 and channels == 3:
-        return np.repeat(array, 3, axis=-1)
-    if array.shape[-1] == 3 and channels == 1:
-        return np.asarray(Image.fromarray(np.ascontiguousarray(array)).convert("L"))[..., None]
-    raise BadImage(f"has {array.shape[-1]} channels where {channels} are expected")
+    pixels = np.empty((height, width, channels), np.uint8)
+    for rows in strips(height, width * found):
+        part = _to_uint8(array[rows])
+        if (found, channels) == (3, 1):
+            part = np.asarray(Image.fromarray(np.ascontiguousarray(part)).convert("L"))[..., None]
+        pixels[rows] = part
+    return pixels
 
 
 def _to_uint8(array: np.ndarray) -> np.ndarray:
@@ -150,6 +241,33 @@ def _to_uint8(array: np.ndarray) -> np.ndarray:
     raise BadImage(f"pixels of type {array.dtype} are not supported")
 
 
+def npy_header(file: IO[bytes], kinds: str = "biuf") -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Reads the header of .npy data: shape, whether in Fortran's order, dtype (of one of `kinds`).
+
+    Raises:
+      ValueError: it is damaged, or the dtype is not one of numbers (objects are never read).
+    """
+    version = np.lib.format.read_magic(file)
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    if version not in readers:
+        raise ValueError(f"version {version} of the .npy format holds no plain numbers")
+    shape, fortran, dtype = readers[version](file)
+    if dtype.kind not in kinds:
+        raise ValueError(f"an array of {dtype}, not of numbers")
+    if any(side < 0 for side in shape):
+        raise ValueError(f"an array of shape {shape}")
+    return shape, fortran, dtype
+
+
+def _read_npy(data: bytes) -> np.ndarray:
+    file = io.BytesIO(data)
+    shape, fortran, dtype = npy_header(file)
+    begin, needed = file.tell(), math.prod(shape) * dtype.itemsize
+    if needed > len(data) - begin:
+        raise BadImage(f"truncated: {len(data) - begin} bytes where its shape {shape} needs {needed}")
+    return np.ndarray(shape, dtype, data, begin, order="F" if fortran else "C")
+
+
 def _read_tiff(data: bytes) -> np.ndarray:
     """The first page of a TIFF as [H, W] or [H, W, C]."""
     try:
@@ -158,5 +276,24 @@ def _read_tiff(data: bytes) -> np.ndarray:
         raise BadImage("a TIFF that PIL cannot read; install tifffile") from error
     with tifffile.TiffFile(io.BytesIO(data)) as file:
         page = file.pages[0]
+        if page.dtype is None or math.prod(page.shape) * (page.dtype.itemsize + 1) > DECODE_BYTES:
+            raise BadImage(f"a page of {page.shape} {page.dtype} is too large to decode: cut it into tiles")
+        if page.compression == LZMA:
+            raise BadImage("a TIFF compressed by LZMA: save it with another compression")
+        if page.compression in DEFLATE:
+            for begin, count in zip(page.dataoffsets, page.databytecounts, strict=True):
+                _check_deflate(data[begin : begin + count], page.nbytes)
         array = page.asarray()
     return np.moveaxis(array, 0, -1) if page.axes.startswith("S") else array
+
+
+def _check_deflate(data: bytes, most: int) -> None:
+    """Raises `BadImage` if a compressed part of an image holds more bytes than the whole image."""
+    if len(data) * DEFLATE_RATIO <= DECODE_BYTES:
+        return
+    stream, total = zlib.decompressobj(), 0
+    while data:
+        total += len(stream.decompress(data, STRIP))
+        data = stream.unconsumed_tail
+        if total > most + STRIP:
+            raise BadImage("damaged: it holds more data than pixels")

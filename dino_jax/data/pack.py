@@ -19,7 +19,8 @@ from etils import epath
 from dino_jax.data.arrayrecord_source import FORMAT, MANIFEST, VERSION, read_manifest
 from dino_jax.data.shards import Shards, Summary, begin_worker, intact, make_in_worker, merged
 from dino_jax.data.sources import open_source
-from dino_jax.data.storage import write_atomically
+from dino_jax.data.storage import read_json, write_atomically
+from dino_jax.data.workers import shielded
 from dino_jax.errors import UserError
 from dino_jax.progress import Progress
 
@@ -121,15 +122,16 @@ def claim(out: str, settings: dict[str, Any]) -> bool:
 
 
 def _read(path: epath.Path) -> Any:
+    """The settings of a packing that is not finished."""
     try:
-        return json.loads(path.read_text())
-    except ValueError:
-        return None  # killed while it was written: nothing was packed yet
+        return read_json(path)
+    except UserError as error:
+        raise UserError(f"{error}; remove the folder, or name another --out") from error
 
 
 def _compare(path: epath.Path, saved: Any, settings: dict[str, Any]) -> None:
     if not isinstance(saved, dict):
-        return
+        raise UserError(f"{path}: does not say of what it was packed; name another --out")
     for key, value in settings.items():
         if saved.get(key) != value:
             raise UserError(
@@ -142,6 +144,9 @@ def _repair(shards: Shards, workers: int, bar: Progress) -> dict[str, Any]:
     """Makes the damaged shards of a finished folder again, with the same content."""
     manifest = read_manifest(shards.out)
     damaged = []
+    names = [about["file"] for about in manifest["shards"] if {"bytes", "crc32"} <= about.keys()]
+    if names != [shards.path(shard).name for shard in range(len(shards))]:
+        raise UserError(f"{epath.Path(shards.out) / MANIFEST}: does not list the shards; name another --out")
     for shard, about in enumerate(manifest["shards"]):
         if not intact(shards.path(shard), about):
             damaged.append(shard)
@@ -189,7 +194,8 @@ def _make(shards: Shards, wanted: Sequence[int], workers: int) -> Iterator[tuple
         workers, multiprocessing.get_context("spawn"), initializer=begin_worker, initargs=(shards,)
     )
     try:
-        futures = {pool.submit(make_in_worker, shard): shard for shard in wanted}
+        with shielded():  # the pool starts its processes here
+            futures = {pool.submit(make_in_worker, shard): shard for shard in wanted}
         for future in concurrent.futures.as_completed(futures):
             yield futures[future], future.result()
     except concurrent.futures.process.BrokenProcessPool as error:

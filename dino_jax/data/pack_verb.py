@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import argparse
 
-from dino_jax.cli import Verb
+from dino_jax.cli import Verb, number, whole
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="a folder, list, arrays, tar:PATTERN, tfds:NAME:SPLIT, ...: any source")
     parser.add_argument("--out", required=True, metavar="DIR", help="for the shards; local or gs://")
-    parser.add_argument("--shorter-side", type=int, default=0, metavar="PIXELS", help="shrink larger images to this")
-    parser.add_argument("--channels", type=int, default=3, metavar="C", help="of the images; default: 3")
-    parser.add_argument("--shard-size", type=int, default=1000, metavar="N", help="images in a shard; default: 1000")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes; default: one for each core")
     parser.add_argument(
-        "--max-bad-share", type=float, default=0.01, metavar="X", help="a larger share of unreadable images is an error"
+        "--shorter-side", type=whole(0, 65536), default=0, metavar="PIXELS", help="shrink larger images to this"
+    )
+    parser.add_argument("--channels", type=whole(1, 65536), default=3, metavar="C", help="of the images; default: 3")
+    parser.add_argument(
+        "--shard-size", type=whole(1), default=1000, metavar="N", help="images in a shard; default: 1000"
+    )
+    parser.add_argument("--workers", type=whole(1, 1024), metavar="N", help="processes; default: one for each core")
+    parser.add_argument(
+        "--max-bad-share",
+        type=number(0, 1),
+        default=0.01,
+        metavar="X",
+        help="a larger share of unreadable images is an error",
     )
 
 

@@ -30,28 +30,35 @@ the last batch, or an unreadable image) and bad.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import logging
 import math
+import multiprocessing
 import os
+import re
 import shutil
 import sys
-from collections.abc import Generator, Iterable, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import grain
 import numpy as np
 from absl import flags
 
+from dino_jax.data import workers
 from dino_jax.data.crops import CropParams, crop_resize, draw_many, render_crops, to_pil
 from dino_jax.data.decode import BadImage
-from dino_jax.data.memory import BatchMemory
+from dino_jax.data.memory import BatchMemory, Pixels
 from dino_jax.data.reader import Reader, mixed_word, shuffled
 from dino_jax.data.sources import Source
 from dino_jax.errors import UserError
 
+WAITING_BYTES = 64 << 20  # of images whose crops are drawn together
+PATIENCE = 3.0  # seconds that closing waits for reads in progress
 CHUNK = 16  # examples that one thread prepares at a time; a batch is made of such chunks
 
 Batch = dict[str, Any]
@@ -69,7 +76,7 @@ def steps_per_epoch(examples: int, batch_size: int) -> int:
 
 def make_dataset(
     source: Source, config: Any, *, position: int = 0, salt: int = 0, batch_slice: Rows = slice(None)
-) -> Generator[Batch, None, None]:
+) -> Batches:
     """The endless stream of training batches (see the module) from `position` on.
 
     Args:
@@ -93,7 +100,7 @@ def make_dataset(
     rows = np.arange(config.batch_size)[batch_slice]
     memory = BatchMemory(layout, len(rows), math.ceil(len(rows) / CHUNK), together=not config.run.workers)
     chunks = TrainChunks(reader, memory, rows, config, steps, salt, position // config.batch_size)
-    return _iterate(chunks, config.run.workers, config.run.threads)
+    return Batches(chunks, config.run.workers, config.run.threads, "run.workers")
 
 
 def make_eval_dataset(
@@ -106,7 +113,7 @@ def make_eval_dataset(
     channels: int = 3,
     workers: int = 0,
     threads: int = 2,
-) -> Generator[Batch, None, None]:
+) -> Batches:
     """Every image once, in order, in ceil(N / batch_size) batches; the last is padded (valid False, index -1).
 
     The shorter side becomes `resize` pixels (bicubic, antialiased; 0: unchanged), then the center `crop` is taken, like
@@ -118,23 +125,54 @@ def make_eval_dataset(
     chosen = np.arange(batch_size)[rows]
     layout = {"image": (*size, channels)}
     memory = BatchMemory(layout, len(chosen), math.ceil(len(chosen) / CHUNK), together=not workers)
-    return _iterate(EvalChunks(reader, memory, chosen, resize, batch_size), workers, threads)
+    return Batches(EvalChunks(reader, memory, chosen, resize, batch_size), workers, threads, "workers")
 
 
-def _iterate(chunks: Chunks, workers: int, threads: int) -> Generator[Batch, None, None]:
-    """Runs the chunks through grain: threads, or processes with threads, keeping about two batches ready."""
-    parts = chunks.memory.parts
-    share = math.ceil(parts / max(workers, 1))  # chunks of a batch for each process
-    ahead = share if workers else 2 * share
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, ahead))
-    dataset = grain.MapDataset.source(chunks).to_iter_dataset(options)
-    if workers:
-        _require_shared_memory(workers * (share + 2) * CHUNK * chunks.memory.row_bytes)
-        if not flags.FLAGS.is_parsed():  # grain reads absl flags, which nothing else parses here
-            flags.FLAGS.mark_as_parsed()
-        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(workers, per_worker_buffer_size=share))
-    merged = dataset.batch(parts, batch_fn=functools.partial(_merge, chunks.memory))
-    return _checked(iter(merged), chunks.reader)
+class Batches(Iterator[Batch]):
+    """Batches of chunks, made by grain in threads, or in processes with threads. About two batches are ready ahead.
+
+    Counts the unreadable images of all workers. `close` may be called while another thread waits for a batch.
+    """
+
+    def __init__(self, chunks: Chunks, processes: int, threads: int, setting: str):
+        self._reader, self._setting = chunks.reader, setting
+        parts = chunks.memory.parts
+        share = math.ceil(parts / max(processes, 1))  # chunks of a batch for each process
+        options = grain.ReadOptions(threads, max(threads, share if processes else 2 * share))
+        dataset = grain.MapDataset.source(chunks).to_iter_dataset(options)
+        if processes:
+            _require_shared_memory(processes * (share + 2) * CHUNK * chunks.memory.row_bytes)
+            if not flags.FLAGS.is_parsed():  # grain reads absl flags, which nothing else parses here
+                flags.FLAGS.mark_as_parsed()
+            dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(processes, share), workers.begin)
+        merged = dataset.batch(parts, batch_fn=functools.partial(_merge, chunks.memory))
+        self._batches = iter(merged)
+        self._starting = processes > 0
+
+    def __next__(self) -> Batch:
+        try:
+            with workers.shielded() if self._starting else contextlib.nullcontext():
+                batch = next(self._batches)
+            self._starting = False
+        except RuntimeError as error:
+            status = re.search(r"terminated unexpectedly with exit code (-?\d+)", str(error))
+            if status is None:
+                raise
+            raise workers.died(self._setting, int(status[1])) from error
+        for entry in batch["bad"]:
+            self._reader.note(*entry)
+        return batch
+
+    def close(self) -> None:
+        """Ends the threads and processes. A process that does not end by itself is killed: it holds nothing to lose."""
+        processes = [child for child in multiprocessing.active_children() if child.name.startswith("grain-")]
+        closing = threading.Thread(target=self._batches.close, daemon=True)
+        closing.start()
+        closing.join(PATIENCE)
+        if closing.is_alive():
+            for child in processes:
+                child.kill()
+            closing.join(PATIENCE)
 
 
 def _require_shared_memory(needed: int) -> None:
@@ -147,17 +185,6 @@ def _require_shared_memory(needed: int) -> None:
             f"run.workers: they need {needed >> 20} MiB of shared memory and /dev/shm has {free >> 20} free; "
             "lower run.workers (0 needs none) or enlarge it (docker run --shm-size)"
         )
-
-
-def _checked(batches: Any, reader: Reader) -> Generator[Batch, None, None]:
-    """The batches; counts the unreadable images of all workers."""
-    try:
-        for batch in batches:
-            for entry in batch["bad"]:
-                reader.note(*entry)
-            yield batch
-    finally:
-        batches.close()
 
 
 def _merge(memory: BatchMemory, chunks: Sequence[Batch]) -> Batch:
@@ -199,29 +226,43 @@ class TrainChunks(Chunks):
         places = step * self.config.batch_size + self.rows[self.memory.part_rows(part)]
         wanted = epoch_order(len(self.reader.source), self.config.seed, epoch, places)
         pixels = self.memory.chunk(batch, part)
-        rows, images = [], []
+        rows, waiting = [], []  # waiting: images whose crops are not rendered yet
         for row, index in enumerate(wanted):
             image, *read = self.reader.read_or_replace(index)
             rows.append((image.shape[:2], *read))
             if "canvas" in pixels:
                 _place(pixels["canvas"][row], image)
-            else:
-                images.append(image)
+                continue
+            waiting.append(image)
+            if row + 1 == len(wanted) or sum(image.nbytes for image in waiting) > WAITING_BYTES:
+                self._render(pixels, waiting, epoch, wanted, row + 1)
+                waiting.clear()
         sizes, labels, indices, met = zip(*rows, strict=True)
-        rngs = [example_rng(self.config.seed, self.salt, epoch, index) for index in wanted]
-        size, color = np.array(sizes, np.int32), self.config.model.in_chans == 3
-        params = draw_many(rngs, size, self.config.crops, color)
-        for row, image in enumerate(images):
-            one = CropParams(*(values[row] for values in params))
-            pixels["globals"][row], pixels["locals"][row] = render_crops(image, one, self.config.crops)
+        size = np.array(sizes, np.int32)
+        drawn = {"size": size, "params": self._draw(epoch, wanted, size)} if "canvas" in pixels else {}
         return {
             "batch": batch,
             "pixels": pixels,
-            **({} if images else {"size": size, "params": params}),
+            **drawn,
             "label": np.array(labels, np.int32),
             "index": np.array(indices, np.int64),
             "bad": list(itertools.chain.from_iterable(met)),
         }
+
+    def _draw(self, epoch: int, indices: Sequence[int], size: np.ndarray) -> CropParams:
+        rngs = [example_rng(self.config.seed, self.salt, epoch, index) for index in indices]
+        return draw_many(rngs, size, self.config.crops, self.config.model.in_chans == 3)
+
+    def _render(
+        self, pixels: Pixels, images: Sequence[np.ndarray], epoch: int, wanted: Sequence[int], stop: int
+    ) -> None:
+        """Renders the crops of images whose rows of the chunk end at `stop`."""
+        rows = range(stop - len(images), stop)
+        size = np.array([image.shape[:2] for image in images], np.int32)
+        params = self._draw(epoch, wanted[rows.start : rows.stop], size)
+        for place, (row, image) in enumerate(zip(rows, images, strict=True)):
+            one = CropParams(*(values[place] for values in params))
+            pixels["globals"][row], pixels["locals"][row] = render_crops(image, one, self.config.crops)
 
 
 @dataclasses.dataclass

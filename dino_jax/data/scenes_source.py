@@ -20,11 +20,12 @@ import re
 
 import numpy as np
 
-from ..errors import UserError
+from ..errors import UserError, did_you_mean
 from .example import Example, Kind
 from .scenes_render import TEXTURES, Background, Pattern, Piece, Scene, enlarge, render
 from .scenes_shapes import SHAPES, Dice, fragment, normalize
 
+SPLITS = ("train", "val", "test")  # of a spec; `Scenes` takes any name
 TILT = 0.4  # radians: how far an object's texture may lean from upright, however the object is turned
 MIDDLE = (0.48, 0.52)  # range of the mean lightness (0..1) of the two colors of an object or a background
 CLASSES: dict[str, str] = dict(zip(SHAPES, TEXTURES, strict=True))  # shape -> its texture
@@ -43,11 +44,11 @@ class Scenes:
     ) -> None:
         if not isinstance(split, str) or not split:
             raise UserError(f"scenes: split must be a name such as train or test, not {split!r}")
-        self.split, self.seed, self.size = split, _integer("seed", seed), _integer("size", size, 1)
+        self.split, self.seed, self.size = split, _integer("seed", seed), _integer("size", size, 1, 2**31 - 1)
         sides = image_size if isinstance(image_size, (tuple, list)) else (image_size, image_size)
         if len(sides) != 2:
             raise UserError(f"scenes: image_size must be one number or (height, width), not {image_size!r}")
-        self.height, self.width = (_integer("image_size", side, 8) for side in sides)
+        self.height, self.width = (_integer("image_size", side, 8, 4096) for side in sides)
 
     def __len__(self) -> int:
         return self.size
@@ -221,10 +222,12 @@ def _moved(piece: Piece, velocity: tuple[float, float], turn: float, t: int) -> 
 
 
 def open_scenes(split: str, **options: str) -> Scenes:
-    """`Scenes` with the options of a spec, which are whole numbers in text."""
+    """`Scenes` of a split in `SPLITS`, with the options of a spec, which are whole numbers in text."""
+    if split not in SPLITS:
+        raise UserError(f"scenes:{split}: no such split, only {', '.join(SPLITS)}{did_you_mean(split, SPLITS)}")
     numbers = {}
     for key, value in options.items():
-        if not re.fullmatch(r"\d+", value):
+        if not re.fullmatch("[0-9]{1,18}", value):
             raise UserError(f"scenes: {key} must be a whole number, not {value!r}")
         numbers[key] = int(value)
     return Scenes(split, **numbers)

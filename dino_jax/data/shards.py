@@ -6,11 +6,7 @@ import dataclasses
 import io
 import json
 import math
-import multiprocessing
-import os
 import pathlib
-import signal
-import threading
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -19,16 +15,18 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
+from dino_jax.data import workers
 from dino_jax.data.arrayrecord_source import WRITER_OPTIONS, encode_record
-from dino_jax.data.decode import BadImage, decode, resize
+from dino_jax.data.decode import BadImage, decode, resize, strips
 from dino_jax.data.example import Example
 from dino_jax.data.sources import Source
-from dino_jax.data.storage import is_remote, new_file, write_atomically
+from dino_jax.data.storage import is_remote, new_file, read_json, write_atomically
 from dino_jax.errors import UserError
 
 JPEG_QUALITY = 95  # of JPEGs that were shrunk
 
 Summary = dict[str, Any]  # of a shard, as JSON
+
 
 _shards: Shards  # of a worker process
 
@@ -61,10 +59,10 @@ class Shards:
     def finished(self, shard: int) -> Summary | None:
         """The summary of a shard that an earlier run finished; None if there is none or the shard is damaged."""
         try:
-            summary = json.loads(self.summary_path(shard).read_text())
-        except (OSError, ValueError):
+            summary = read_json(self.summary_path(shard))
+        except UserError:  # absent or damaged
             return None
-        return summary if intact(self.path(shard), summary) else None
+        return summary if _is_whole(summary) and intact(self.path(shard), summary) else None
 
     def make(self, shard: int) -> Summary:
         """Writes a shard and its summary. Raises `UserError` if they cannot be written."""
@@ -113,7 +111,9 @@ class Tally:
         self.labels[example.label] = self.labels.get(example.label, 0) + 1
         self.sizes.append(pixels.shape[:2])
         levels = np.arange(256) / 255
-        counts = np.stack([np.bincount(plane.ravel(), minlength=256) for plane in np.moveaxis(pixels, -1, 0)])
+        counts = np.zeros((pixels.shape[-1], 256), np.int64)
+        for rows in strips(*pixels.shape[:2]):  # bincount holds 8 bytes for each pixel
+            counts += [np.bincount(plane.ravel(), minlength=256) for plane in np.moveaxis(pixels[rows], -1, 0)]
         shares = counts / counts.sum(axis=1, keepdims=True)  # [C, 256]
         self.moments.append((shares @ levels, shares @ levels**2))
 
@@ -130,6 +130,17 @@ class Tally:
             "sum": sums[0],
             "sum_squares": sums[1],
         }
+
+
+def _is_whole(summary: Summary) -> bool:
+    """Whether a summary from a file has what `intact` and `merged` read."""
+    try:
+        if summary["count"]:
+            merged([summary])
+        texts = [text for name, reason in summary["bad"] for text in (name, reason)]
+        return all(isinstance(text, str) for text in texts) and type(summary["bytes"]) is type(summary["crc32"]) is int
+    except Exception:  # wrong types fail in any way
+        return False
 
 
 def write(path: pathlib.Path, records: Iterator[bytes]) -> Summary:
@@ -213,20 +224,12 @@ def merged(summaries: Sequence[Summary]) -> Summary:
 
 
 def begin_worker(shards: Shards) -> None:
-    """Prepares a worker process for `make_in_worker`. It ends with its parent, even if that is killed."""
+    """Prepares a worker process for `make_in_worker`."""
     global _shards
     _shards = shards
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends its workers
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    workers.begin()
 
 
 def make_in_worker(shard: int) -> Summary:
     """`Shards.make` in a worker process."""
     return _shards.make(shard)
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)

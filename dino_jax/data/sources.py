@@ -18,7 +18,6 @@ Each kind is in a module `data/*_source.py`. A bare path is auto-detected among 
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib
 import os
 import pkgutil
@@ -27,14 +26,13 @@ from collections.abc import Iterable
 from typing import Protocol
 from urllib.parse import parse_qsl
 
-import numpy as np
 from etils import epath
 
 from dino_jax import data
 from dino_jax.data.arrayrecord_source import MANIFEST
-from dino_jax.data.decode import BadImage
 from dino_jax.data.example import Example, Kind
 from dino_jax.data.folder_source import SUFFIXES
+from dino_jax.data.storage import cause
 from dino_jax.errors import UserError, did_you_mean
 
 
@@ -53,6 +51,13 @@ class Source(Protocol):
 
 def open_source(spec: str) -> Source:
     """Opens the data set that `spec` names (grammar above). Raises `UserError` with the fix."""
+    try:
+        return _open(spec)
+    except (OSError, RecursionError) as error:
+        raise UserError(f"{spec}: cannot be opened: {cause(error)}") from error
+
+
+def _open(spec: str) -> Source:
     prefix, rest, options = split_spec(spec)
     kind = kinds()[prefix]
     for key in options:
@@ -74,19 +79,6 @@ def kinds() -> dict[str, Kind]:
         if module.name.endswith("_source"):
             found |= importlib.import_module(f"{data.__name__}.{module.name}").KINDS
     return found
-
-
-def fingerprint(source: Source, count: int = 16) -> str:
-    """A short name of what a source holds, from `count` of its examples spread evenly."""
-    digest = hashlib.sha256(str(len(source)).encode())
-    for index in sorted({i * (len(source) - 1) // max(count - 1, 1) for i in range(count)}):
-        try:
-            image, label, name = source[index]
-            pixels = image if isinstance(image, bytes) else np.ascontiguousarray(image).tobytes()
-            digest.update(f"{index} {label} {name} {len(pixels)} ".encode(errors="surrogateescape") + pixels)
-        except BadImage as error:
-            digest.update(f"{index} {error}".encode(errors="surrogateescape"))
-    return digest.hexdigest()[:16]
 
 
 def split_spec(spec: str) -> tuple[str, str, dict[str, str]]:

@@ -59,10 +59,22 @@ def _kind(mode: int) -> str:
     return next((kind for test, kind in kinds.items() if test(mode)), "something else")
 
 
-def read_file(path: epath.PathLike) -> bytes:
-    """The whole content of a regular file or of an object in a bucket. Raises OSError as `open_file` does."""
+def read_file(path: epath.PathLike, limit: int | None = None) -> bytes:
+    """The whole content of a regular file or of an object in a bucket.
+
+    Raises:
+      OSError: as `open_file` does, or it has more than `limit` bytes.
+    """
     with open_file(path) as file:
-        return file.read()
+        if limit is None:
+            return file.read()
+        size = limit if is_remote(path) else os.fstat(file.fileno()).st_size
+        data = file.read(min(size, limit) + 1)
+        if size < len(data) <= limit:  # it grew, or is one of the system's files, which have no size
+            data += file.read(limit + 1 - len(data))
+    if len(data) > limit:
+        raise OSError(errno.EFBIG, f"more than {limit >> 20} MiB", str(path))
+    return data
 
 
 def read_text(path: epath.PathLike) -> str:
@@ -91,7 +103,7 @@ def read_json(path: epath.PathLike, kind: type = dict) -> Any:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON: {cause(error)}") from error
     if not isinstance(value, kind):
-        expected = {dict: "an object", list: "a list"}[kind]
+        expected = "an object" if kind is dict else "a list"
         raise UserError(f"{path}: holds {type(value).__name__} where {expected} is expected")
     return value
 
@@ -106,7 +118,21 @@ def ensure_writable(folder: epath.PathLike, what: str) -> None:
     with writing(f"{what}: cannot be written"):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".tried").write_text("")
-        (folder / ".tried").unlink()
+        (folder / ".tried").unlink(missing_ok=True)  # another process may try at the same time
+
+
+def ensure_new_file(path: epath.PathLike, what: str) -> None:
+    """As `ensure_writable` for a file that will be written at `path`, where a file may be but nothing else.
+
+    Raises:
+      UserError: it cannot be written; the message begins with `what`, such as "--out=PATH".
+    """
+    target = absolute(path)
+    if str(path).endswith("/") or target.is_dir():
+        raise UserError(f"{what}: this is a folder: name a file in it")
+    if not is_remote(path) and target.exists() and not pathlib.Path(target).is_file():
+        raise UserError(f"{what}: cannot be written: this is not a regular file, which would be replaced")
+    ensure_writable(target.parent, what)
 
 
 def write_atomically(path: epath.PathLike, content: bytes | str) -> None:

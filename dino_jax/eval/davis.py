@@ -92,7 +92,7 @@ def score_video(
         raise UserError(f"{name}: {len(truth)} annotated frames; at least 3 are needed: first and last do not count")
     truth = np.where(truth == VOID, 0, truth)
     objects = []
-    for number in range(1, int(truth[0].max()) + 1):
+    for number in np.setdiff1d(truth[0], 0):
         masks, true_masks = prediction[1:-1] == number, truth[1:-1] == number
         f = np.array([boundary(*pair) for pair in zip(masks, true_masks, strict=True)])
         objects.append({"J": statistics(region(masks, true_masks)), "F": statistics(f)})

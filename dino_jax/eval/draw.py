@@ -11,7 +11,9 @@ from etils import epath
 from PIL import Image
 
 from dino_jax.data.storage import write_atomically
-from dino_jax.eval.images import resize
+from dino_jax.eval.images import palette, resize
+
+__all__ = ["GRAY", "GREEN", "ORANGE", "RED", "SHOWN", "palette", "save_rows", "tile", "tinted"]
 
 GREEN, RED, GRAY, ORANGE = (60, 180, 75), (230, 50, 40), (150, 150, 150), (245, 160, 30)
 SHOWN = 6  # rows per drawing
@@ -38,19 +40,9 @@ def tinted(pixels: np.ndarray, labels: np.ndarray, colors: np.ndarray) -> np.nda
     return np.where((labels > 0)[..., None], mixed, pixels).astype(np.uint8)
 
 
-def palette() -> np.ndarray:
-    """The label colors of VOC and DAVIS, uint8 [256, 3]: the label's bits spread over red, green, blue."""
-    numbers = np.arange(256)
-    colors = np.zeros((256, 3), np.uint8)
-    for bit in range(8):
-        for channel in range(3):
-            colors[:, channel] |= ((numbers >> (3 * bit + channel) & 1) << (7 - bit)).astype(np.uint8)
-    return colors
-
-
 def save_rows(path: epath.PathLike, rows: Sequence[Sequence[np.ndarray]], gap: int = 4) -> None:
     """Writes rows of tiles uint8 [s, s, 3] as a PNG, with the first column set apart (process 0 only)."""
-    if jax.process_index() != 0:
+    if jax.process_index() != 0 or not rows:
         return
     side, columns = rows[0][0].shape[0], max(map(len, rows))
     canvas = np.full((len(rows) * (side + gap) + gap, columns * (side + gap) + 3 * gap, 3), 255, np.uint8)

@@ -1,7 +1,7 @@
 """Extracts features: jitted, batched and spread over the devices.
 
 `run` maps a view of the backbone (`Cls`, `Pooled`, ...) over batches of images, `extract` collects the features and
-labels of a data set, and `dataset_features` also opens the data set and caches the features for other protocols.
+labels of a data set, and `source_features` also caches them for other protocols.
 
 Legend: B batch, N tokens, D width, H heads, n blocks.
 """
@@ -24,10 +24,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
+from dino_jax.data.identity import data_fingerprint
 from dino_jax.data.pipeline import make_eval_dataset
-from dino_jax.data.sources import Source, open_source
+from dino_jax.data.sources import Source
 from dino_jax.errors import UserError
-from dino_jax.eval.results import load_arrays, save_arrays
+from dino_jax.eval.results import load_arrays, optional, save_arrays
 from dino_jax.inference.model import Forward, Model
 from dino_jax.models import Backbone
 from dino_jax.progress import Progress
@@ -192,26 +193,21 @@ def _gather(*arrays: np.ndarray) -> list[np.ndarray]:
     return [np.concatenate([part[:count] for part, count in zip(a, counts, strict=True)]) for a in gathered]
 
 
-def dataset_features(
-    model: Model, spec: str, config: ConfigDict, *, view: View = Cls(), workdir: str | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """`source_features` for a source spec."""
-    return source_features(model, open_source(spec), spec, config, view=view, workdir=workdir)
-
-
 def source_features(
     model: Model, source: Source, spec: str, config: ConfigDict, *, view: View = Cls(), workdir: str | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """`extract` for a source, with `resize`, `crop`, `batch_size` and `workers` of `config`.
 
-    With a `workdir`, the features are cached there by weights, view, `spec`, class names, `resize` and `crop`.
+    With a `workdir`, the features are cached there by weights, view, the data's identity, `resize` and `crop`.
     """
     path = None
     if workdir is not None:
-        key = f"{spec} {len(source)} {source.class_names} {config.resize} {config.crop} {view} {fingerprint(model)}"
+        key = f"{data_fingerprint(source)} {config.resize} {config.crop} {view} {fingerprint(model)}"
         path = epath.Path(workdir) / f"features-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
         if path.exists():
-            saved = load_arrays(path)
+            saved = load_arrays(path, {"features": ("f", 2), "labels": ("i", 1)})
+            if len(saved["features"]) != len(saved["labels"]):
+                raise UserError(f"{path}: as many features as labels are needed: remove the file")
             return saved["features"], saved["labels"]
     share = -(-config.batch_size // jax.process_count())
     start = share * jax.process_index()
@@ -232,7 +228,8 @@ def source_features(
             progress=lambda done: bar.update(min(done * jax.process_count(), len(source))),
         )
     if path is not None and jax.process_index() == 0:
-        save_arrays(path, features=features, labels=labels)
+        with optional(str(path)):
+            save_arrays(path, features=features, labels=labels)
     return features, labels
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,10 +12,11 @@ from etils import epath
 from dino_jax.data.scenes_source import Scenes
 from dino_jax.data.sources import open_source
 from dino_jax.errors import UserError
-from dino_jax.eval.images import list_images, listed, read_image, read_labels
+from dino_jax.eval.images import check_all, list_images, listed, read_image, read_labels
 from dino_jax.eval.splits import train_test
 
 IGNORE = 255
+_log = logging.getLogger(__name__)
 VOC_CLASSES = 21  # background included
 
 
@@ -54,6 +56,37 @@ def open_masks(data: str, split: str, channels: int = 3) -> MaskedImages:
     raise UserError(
         f"--data={data}: neither a VOC folder (JPEGImages, SegmentationObject, ImageSets) nor one with images and masks"
     )
+
+
+def check_masks(masked: MaskedImages, where: str, threads: int = 4) -> int:
+    """Loads everything once, before the work; returns the largest class number.
+
+    Raises:
+      UserError: an image or mask cannot be used, or has a class beyond the data set's; the message names it.
+    """
+
+    def largest(index: int) -> int:
+        classes = masked.load(index).classes
+        return int(classes[classes != IGNORE].max(initial=0))
+
+    found = max(check_all(largest, masked.size, threads))
+    if masked.num_classes is not None and found >= masked.num_classes:
+        raise UserError(f"{where}: a mask has class {found}, but there are only {masked.num_classes} classes")
+    return found
+
+
+def as_objects(labels: np.ndarray, binary: bool) -> np.ndarray:
+    """Label maps uint8 [..., h, w], with 255 as object 1 if the data set's masks are black and white (`binary`)."""
+    return (labels > 0).astype(np.uint8) if binary else labels
+
+
+def _kind(labels: np.ndarray) -> str:
+    return "numbers" if not is_binary(labels) else "black and white" if labels.any() else "empty"
+
+
+def is_binary(labels: np.ndarray) -> bool:
+    """Whether a label map holds just 0 and 255: a black and white mask, or one without objects."""
+    return bool(np.isin(labels, (0, IGNORE)).all())
 
 
 def train_test_masks(data: str, channels: int = 3) -> tuple[MaskedImages, MaskedImages]:
@@ -105,11 +138,15 @@ def _folder(root: epath.Path, channels: int) -> MaskedImages:
     alone = [path for path in images if path.stem not in masks]
     if alone:
         raise UserError(f"{alone[0]}: no mask with this name in {root / 'masks'}")
+    if (same := len(images) - len({path.stem for path in images})) or len(masks) < len(list_images(root / "masks")):
+        raise UserError(f"{root}: {'images' if same else 'masks'} of the same name: keep one of each")
+    kinds = check_all(lambda i: _kind(read_labels(masks[images[i].stem])), len(images))
+    binary = kinds.count("numbers") == 0
+    if not binary and (odd := kinds.count("black and white")):
+        _log.warning("%s: %d masks hold just 0 and 255, others object numbers: 255 is ignored everywhere", root, odd)
 
     def load(index: int) -> Masked:
-        labels = read_labels(masks[images[index].stem])
-        if set(np.unique(labels)) <= {0, IGNORE}:  # binary
-            labels = (labels > 0).astype(np.uint8)
+        labels = as_objects(read_labels(masks[images[index].stem]), binary)
         return _checked(str(images[index]), Masked(read_image(images[index], channels), labels, labels))
 
     return MaskedImages(len(images), load, None)

@@ -49,7 +49,7 @@ def propagate(
       devices: shard the tiles over these; default all of this process.
     """
     count, height, width, _ = context_features.shape
-    reach = radius if radius > 0 else max(height, width)
+    reach = min(radius, max(height, width)) if radius > 0 else max(height, width)
     valid = np.ones(count, bool) if valid is None else valid
     mesh = Mesh(np.array(jax.local_devices() if devices is None else devices), ("data",))
     step = _compiled(mesh, height, width, reach, topk, temperature)

@@ -26,7 +26,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from dino_jax import config_io
-from dino_jax.config import Key, Keys, build
+from dino_jax.config import MOST_PIXELS, MOST_READERS, Key, Keys, Rule, build
 from dino_jax.errors import UserError, did_you_mean
 from dino_jax.eval import protocols
 
@@ -36,11 +36,30 @@ if TYPE_CHECKING:
 ALL = "all"  # the name of every protocol together
 
 # Keys shared by protocols.
-RESIZE = Key(256, "shorter side of test images before the center crop, resized bicubic; 0: no resize", "[0, inf)")
-CROP = Key(224, "side of the center crop of test images", "[1, inf)")
+RESIZE = Key(
+    256,
+    "shorter side of test images before the center crop, resized bicubic; 0: no resize",
+    "[0, inf)",
+    most=MOST_PIXELS,
+)
+CROP = Key(224, "side of the center crop of test images", "[1, inf)", most=MOST_PIXELS)
 SEED = Key(0, "random seed", "[0, 4294967295]")
-THREADS = Key(4, "image-reading threads per process", "[1, inf)")
-WORKERS = Key(0, "image-reading worker processes; 0: threads instead", "[0, inf)")
+THREADS = Key(4, "image-reading threads per process", "[1, inf)", most=MOST_READERS)
+WORKERS = Key(0, "image-reading worker processes; 0: threads instead", "[0, inf)", most=MOST_READERS)
+
+RULES = (  # for every protocol that has these keys
+    Rule(
+        ("crop", "resize"),
+        lambda crop, resize: 0 < resize < crop,
+        "each image would get a black frame: lower crop or raise resize",
+    ),
+    Rule(("warmup_epochs", "epochs"), lambda warmup, run: warmup > run, "the warm-up is longer than the run"),
+    Rule(
+        ("min_lr", "lr", "batch_size"),
+        lambda low, peak, batch: low > peak * batch / 512,
+        "the rate would rise to the end: min_lr is above the peak, lr * batch_size / 512",
+    ),
+)
 
 
 class Data(NamedTuple):
@@ -103,8 +122,17 @@ def keys_of(name: str) -> Keys:
 
 
 def check(config: ConfigDict, keys: Keys) -> ConfigDict:
-    """Returns `config`; raises `UserError` if a value is outside its key's range."""
-    config_io.check_values(config_io.flatten(config), keys, "--config.")
+    """Returns `config`; raises `UserError` for a value outside its key's range, and for values that contradict."""
+    flat = config_io.flatten(config)
+    config_io.check_values(flat, keys, "--config.")
+    for name, value in flat.items():
+        if isinstance(value, tuple) and len(set(value)) < len(value):
+            raise UserError(f"--config.{name}={value}: the values must differ")
+    for group in {name.rpartition(".")[0] for name in flat}:
+        prefix = f"{group}." if group else ""
+        part = {name.removeprefix(prefix): value for name, value in flat.items() if name.startswith(prefix)}
+        rules = [rule for rule in RULES if part.keys() >= set(rule.keys)]
+        config_io.check_rules(part, rules, f"--config.{prefix}")
     return config
 
 

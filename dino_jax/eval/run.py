@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -14,10 +13,11 @@ from ml_collections import ConfigDict
 from dino_jax import config_io
 from dino_jax.config import build
 from dino_jax.data.sources import split_spec
-from dino_jax.data.storage import absolute, ensure_writable, write_atomically
+from dino_jax.data.storage import absolute, ensure_new_file, ensure_writable, writing
 from dino_jax.errors import UserError
 from dino_jax.eval.protocol import ALL, Protocol, check, get, keys_of, members, names
 from dino_jax.eval.published import architecture, table
+from dino_jax.eval.results import save_json, to_json
 from dino_jax.inference.model import Model, load
 
 log = logging.getLogger(__name__)
@@ -56,21 +56,23 @@ def evaluate(
     keys = keys_of(name)
     config = check(config_io.override(_settings(name, build(keys), config_file), overrides), keys)
     found = find(data) if name == ALL else {name: data}
+    workdir = None if workdir is None else _writable(workdir)
+    if out is not None and jax.process_index() == 0:
+        ensure_new_file(out, f"--out={out}")
     model = load(checkpoint, heads=heads)
     _check_patches(name, config, model.backbone.patch_size)
-    workdir = None if workdir is None else _writable("workdir", workdir, workdir)
-    if out is not None:
-        _writable("out", out, epath.Path(out).parent)
     parts = _all(model, data, found, config, workdir) if name == ALL else _one(model, name, data, config, workdir)
     figures: dict[str, Any] = {}
+    unwritten: UserError | None = None
     for part, protocol, values in _explained(parts):
         figures |= {f"{part}/{key}": value for key, value in values.items()} if name == ALL else values
         if jax.process_index() == 0:
             print(table(part, protocol, values, architecture(model.config.model)), flush=True)
-            if out is not None:
-                _write(out, figures)
+            unwritten = None if out is None else _write(out, figures)
     if jax.process_index() == 0:
-        print(json.dumps(figures, default=float), flush=True)
+        print(to_json(figures), flush=True)
+    if unwritten is not None:
+        raise unwritten
     return figures
 
 
@@ -161,15 +163,18 @@ def _settings(name: str, default: ConfigDict, file: str | None) -> ConfigDict:
     return config
 
 
-def _writable(option: str, path: str, folder: epath.PathLike) -> str:
-    """The absolute path of a folder, created and checked for writing by process 0."""
+def _writable(workdir: str) -> str:
+    """The absolute path of the workdir, created and checked for writing by process 0."""
     if jax.process_index() == 0:
-        ensure_writable(folder, f"--{option}={path}")
-    return str(absolute(folder))
+        ensure_writable(workdir, f"--workdir={workdir}")
+    return str(absolute(workdir))
 
 
-def _write(out: str, figures: dict[str, Any]) -> None:
+def _write(out: str, figures: dict[str, Any]) -> UserError | None:
+    """Writes the figures; returns the error if that fails, which must not come before they are printed."""
     try:
-        write_atomically(absolute(out), json.dumps(figures, indent=2, default=float) + "\n")
-    except OSError as error:
-        raise UserError(f"--out={out}: cannot be written: {error.strerror or error}") from error
+        with writing(f"--out={out}: cannot be written"):
+            save_json(absolute(out), figures)
+    except UserError as error:
+        return error
+    return None

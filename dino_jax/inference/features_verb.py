@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from dino_jax.cli import Verb, checkpoint_arguments
+from dino_jax.cli import Verb, checkpoint_arguments, whole
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,8 +17,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="a folder, an image, a pattern such as photos/*.jpg, or any other source",
     )
     parser.add_argument("--out", required=True, metavar="FILE.npz", help="the file to write")
-    parser.add_argument("--resize", type=int, metavar="PIXELS", help="shorter side; by default images keep their size")
-    parser.add_argument("--crop", type=int, metavar="PIXELS", help="side of a center crop")
+    parser.add_argument(
+        "--resize", type=whole(0, 16384), metavar="PIXELS", help="shorter side; by default images keep their size"
+    )
+    parser.add_argument("--crop", type=whole(0, 16384), metavar="PIXELS", help="side of a center crop")
     parser.add_argument("--patches", action="store_true", help="write the patch tokens too")
 
 

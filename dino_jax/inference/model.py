@@ -25,29 +25,32 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
+from PIL import Image
 
-from dino_jax.data.decode import BadImage, decode
+from dino_jax.data.decode import BadImage, decode, read_bytes
 from dino_jax.data.pipeline import center_crop, resize_shorter
 from dino_jax.data.sources import open_source
-from dino_jax.data.storage import absolute, ensure_writable, new_file
-from dino_jax.errors import UserError
+from dino_jax.data.storage import absolute, ensure_new_file, new_file
+from dino_jax.errors import UserError, printable
 from dino_jax.models import Backbone, build_backbone
 from dino_jax.models.packing import AnySize, Array, Packed
 from dino_jax.progress import track
 from dino_jax.weights.load import open_weights
 
-ImageLike = str | os.PathLike | bytes | np.ndarray
+ImageLike = str | os.PathLike | bytes | Image.Image | np.ndarray | jax.Array
 
 BATCH_TOKENS = 16384  # patches per device and batch
+LARGEST = 4  # times the smallest std: of a normalized value; at most 1 if it was a pixel
 log = logging.getLogger(__name__)
 
 
-def load(name_or_path: epath.PathLike, *, heads: int | None = None) -> Model:
+def load(name_or_path: epath.PathLike, *, heads: int | None = None, **choice: Any) -> Model:
     """Loads a model (the teacher) from a released name, a weight file, a workdir or a checkpoint folder.
 
-    `heads`: number of attention heads, if a weight file does not say. Raises `UserError`.
+    `heads`: number of attention heads, if a weight file does not say. `choice`: `key`, `prefix` and `grid` of
+    `weights.importer.read`, for weight files with several networks. Raises `UserError`.
     """
-    weights = open_weights(name_or_path, heads=heads)
+    weights = open_weights(name_or_path, heads=heads, **choice)
     return Model(
         weights.config, {name: tree["backbone"] for name, tree in weights.teacher.items() if "backbone" in tree}
     )
@@ -118,20 +121,33 @@ class Model:
         return self.backbone.embed_dim
 
     def preprocess(self, image: ImageLike, *, resize: int = 0, crop: int | tuple[int, int] = 0) -> np.ndarray:
-        """Turns a path, encoded bytes or uint8 [h, w] or [h, w, c] into normalized float32 [h, w, c].
+        """Turns an image into normalized float32 [h, w, c].
 
-        `resize`: pixels of the shorter side (bicubic). `crop`: size of the center crop, taken after that. 0: skipped.
-        The protocols use 256 and 224.
+        Args:
+          image: a path, encoded bytes, a PIL image (the same pixels as from its file: upright, laid over white), or an
+            array [h, w] or [h, w, c] of a type that `data.decode` takes (uint8, or floating-point in 0..1).
+          resize: pixels of the shorter side (bicubic); 0: not resized. The protocols use 256.
+          crop: size of the center crop, taken after that; 0: none. The protocols use 224.
+
+        Raises:
+          UserError: the image cannot be read, has other channels, or a size is negative.
         """
+        if isinstance(crop, int):
+            crop = (crop, crop)
+        if not all(isinstance(n, int | np.integer) and n >= 0 for n in (resize, *crop)) or len(crop) != 2:
+            raise UserError(f"preprocess: resize={resize}, crop={crop}: sizes in pixels are needed, or 0")
         try:
-            data = epath.Path(image).read_bytes() if isinstance(image, str | os.PathLike) else image
-            pixels = decode(data, self.config.model.in_chans)
-        except (BadImage, OSError) as error:
-            raise UserError(f"{image if isinstance(image, str | os.PathLike) else 'an image'}: {error}") from None
+            return self._normalized(image, resize, crop)
+        except BadImage as error:
+            name = image if isinstance(image, str | os.PathLike) else f"an image ({type(image).__name__})"
+            raise UserError(f"{name}: {error}") from None
+
+    def _normalized(self, image: ImageLike, resize: int, crop: tuple[int, int]) -> np.ndarray:
+        pixels = decode(_readable(image), self.config.model.in_chans)
         if resize:
             pixels = resize_shorter(pixels, resize)
-        if crop:
-            pixels = center_crop(pixels, (crop, crop) if isinstance(crop, int) else crop)
+        if any(crop):
+            pixels = center_crop(pixels, crop)
         mean, std = (np.asarray(values, np.float32) for values in (self.config.data.mean, self.config.data.std))
         return (pixels.astype(np.float32) / 255 - mean) / std
 
@@ -141,12 +157,17 @@ class Model:
         """Features of each image in order, [n, D] float32: CLS after the final norm (ResNet: the pooled map).
 
         Args:
-          images: float [h, w, c] as `preprocess` gives them, of any sizes, or [n, h, w, c]; anything else is
-            preprocessed first, at its own size. Pixels beyond the last whole patch, at the right and the bottom, are
-            cut off; for a ViT they still decide whether positions are resized (see `ViT.any_size`).
+          images: float [h, w, c] as `preprocess` gives them, of any sizes, or [n, h, w, c]; anything else that
+            `preprocess` takes is preprocessed first, at its own size. Pixels beyond the last whole patch, at the right
+            and the bottom, are cut off; for a ViT they still decide whether positions are resized (`ViT.any_size`).
           patches: also return the last block's patch tokens after the final norm, a list of [rows, columns, D].
           progress: show a progress bar on stderr.
+
+        Raises:
+          UserError: no images, one image instead of a list, or an image that cannot be used.
         """
+        if isinstance(images, str | os.PathLike | bytes | Image.Image) or getattr(images, "ndim", 4) != 4:
+            raise UserError("features: one image where a list of images is expected: give [image]")
         done: dict[int, tuple[np.ndarray, np.ndarray | None]] = {}
         waiting: dict[Any, list[tuple[int, Packed]]] = {}
         flying: list[tuple[Any, list[tuple[int, Packed]]]] = []
@@ -179,14 +200,24 @@ class Model:
         return (cls, [tokens for _, tokens in outputs if tokens is not None]) if patches else cls
 
     def check(self, image: ImageLike) -> np.ndarray:
-        """The normalized image, float32 [h, w, c], preprocessed if it is not; `UserError` if its shape does not fit."""
-        if not (isinstance(image, np.ndarray | jax.Array) and np.issubdtype(image.dtype, np.floating)):
+        """The normalized image, float32 [h, w, c], preprocessed if it is not floating-point.
+
+        Raises:
+          UserError: its shape does not fit, it holds NaN, or values that no normalized image has.
+        """
+        if not (isinstance(image, np.ndarray | jax.Array) and jnp.issubdtype(image.dtype, np.floating)):
             image = self.preprocess(image)
         image = np.asarray(image, np.float32)
         channels, patch = self.config.model.in_chans, self.backbone.patch_size or 1
         if image.ndim != 3 or image.shape[-1] != channels or min(image.shape[:2]) < patch:
             expected = f"[h, w, {channels}] with h, w >= {patch}"
             raise UserError(f"features: an image of shape {image.shape}; expected {expected}")
+        largest = float(np.abs(image).max())
+        if not largest <= LARGEST / min(self.std):
+            raise UserError(
+                f"features: a floating-point image with values up to {largest:g}: it is taken as normalized; give "
+                "uint8 pixels, or use `preprocess`"
+            )
         return image
 
     @functools.cached_property
@@ -235,11 +266,14 @@ def write_features(
 
     The file holds `features` [n, D] float32, `labels` [n] (-1: unknown) and `names` [n]; with `patches` also the patch
     tokens of all images concatenated, `patches` [sum of rows * columns, D], and `grids` [n, 2]. `resize` and
-    `crop`: as for `Model.preprocess`. Unreadable images are skipped and named.
+    `crop`: as for `Model.preprocess`. Unreadable images are skipped, logged and listed in `unreadable`, each by its
+    name and the reason.
 
     Returns the number of `images` written and of `unreadable` ones.
     """
-    ensure_writable(absolute(out).parent, f"--out={out}")
+    if absolute(out).suffix not in (".npz", ""):
+        raise UserError(f"--out={out}: features are written as .npz: give such a name")
+    ensure_new_file(out, f"--out={out}")
     model, source = load(ckpt, heads=heads), open_source(images)
     names, labels, bad = [], [], []
 
@@ -248,24 +282,44 @@ def write_features(
             name = f"{images}[{index}]"
             try:
                 _, label, name = example = source[index]
-                pixels = model.check(model.preprocess(example.image, resize=resize or 0, crop=crop or 0))
+                pixels = model.check(model._normalized(example.image, resize or 0, (crop or 0,) * 2))
             except (BadImage, UserError) as error:
-                bad.append(f"{name}: {error}")
+                name = getattr(error, "name", "") or name
+                bad.append(printable(f"{name}: {error}"))
                 continue
             names.append(name)
             labels.append(label)
             yield pixels
 
-    found = model.features(readable(), patches=patches)
-    arrays: dict[str, Any] = {"names": np.array(names), "labels": np.array(labels, np.int64)}
+    try:
+        found = model.features(readable(), patches=patches)
+    except UserError:
+        if names or not bad:
+            raise
+        raise UserError(f"{images}: none of the {len(bad)} images can be read, first {bad[0]}") from None
+    finally:
+        for line in bad:
+            log.warning("skipped: %s", line)
+    arrays: dict[str, Any] = {
+        "names": np.array(names, np.str_),
+        "labels": np.array(labels, np.int64),
+        "unreadable": np.array(bad, np.str_),
+    }
     if patches:
         arrays["features"], grids = found
         arrays["patches"] = np.concatenate([grid.reshape(-1, model.embed_dim) for grid in grids])
         arrays["grids"] = np.array([grid.shape[:2] for grid in grids])
     else:
         arrays["features"] = found
-    for line in bad:
-        log.warning("skipped: %s", line)
     with new_file(absolute(out)) as local, local.open("wb") as file:
         np.savez(file, **arrays)
     return {"images": len(names), "unreadable": len(bad)}
+
+
+def _readable(image: Any) -> bytes | Image.Image | np.ndarray:
+    """What `decode` takes: the bytes of a path, or an array of anything else that is like one."""
+    if isinstance(image, str | os.PathLike):
+        return read_bytes(image)
+    if isinstance(image, bytes | bytearray | memoryview):
+        return bytes(image)
+    return image if isinstance(image, Image.Image) else np.asarray(image)

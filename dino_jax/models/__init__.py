@@ -10,6 +10,7 @@ import dataclasses
 from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
@@ -133,11 +134,16 @@ def build_network(config: ConfigDict) -> Network:
     run = config.run
     whole = run.attention != "auto" or run.mesh.model == 1  # `model` axis: it would have to sum gradients
     backbone = build_backbone(config.model, config.crops.global_size, run.remat, run.attention if whole else "plain")
+    if backbone.patch_size is not None and config.crops.local_count:
+        height, width = config.crops.local_size
+        patch_grid(height, width, backbone.patch_size)
     return Network(backbone, build_head(config), build_patch_head(config))
 
 
 def _numerics(model: ConfigDict) -> dict:
     dtypes = {name: jnp.dtype(name) for name in ("float32", "bfloat16", "float64")}
+    if model.dtype == "float64" and jax.dtypes.canonicalize_dtype(jnp.float64) != jnp.float64:
+        raise UserError("model.dtype=float64 would compute in float32: set JAX_ENABLE_X64=1 in the environment")
     precisions = {"default": None, "high": "high", "highest": "highest"}  # None: JAX's own setting
     return {
         "dtype": _choice("model.dtype", model.dtype, dtypes),

@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 from dino_jax import config_io
 from dino_jax.data.decode import BadImage, decode
 from dino_jax.data.sources import open_source
-from dino_jax.data.storage import absolute, is_remote
+from dino_jax.data.storage import absolute, is_remote, read_text
 from dino_jax.errors import UserError
 from dino_jax.tools import machine
 from dino_jax.tools.machine import Check, within
@@ -148,13 +148,15 @@ def _workdir(workdir: str, config: ConfigDict | None, launch: str | None) -> Che
         saved = absolute(workdir) / "config.json"
         if config is None or not saved.exists():
             return Check("workdir", "ok", f"{workdir}: writable")
-        if differences := config_io.differences(config_io.from_json(saved.read_text(), str(saved)), config):
+        if differences := config_io.differences(config_io.from_json(read_text(saved), str(saved)), config):
             other = f"{workdir} belongs to a run of another configuration: {machine.few(differences)}"
             return Check("workdir", "missing", other, "give another --workdir, or the same values to resume")
         return Check("workdir", "ok", f"{workdir}: writable; its run would resume")
 
     try:
         return within(STORE_SECONDS, write)
+    except UserError as error:
+        return Check("workdir", "missing", str(error), "or give another --workdir")
     except Exception as error:  # storage clients raise their own
         return Check("workdir", "missing", f"{workdir}: cannot be written: {machine.line(error)}", fix)
 
@@ -189,7 +191,10 @@ def _data(name: str, spec: str, config: ConfigDict | None, launch: str | None = 
         if config is not None and name == "data" and size < config.batch_size:
             fix = f"--config.batch_size={2 ** int(math.log2(size))}, or more images"
             return Check(name, "missing", f"{found}: less than one batch of {config.batch_size}", fix)
-        return Check(name, "ok", f"{found}; the first: {' x '.join(map(str, pixels.shape))}")
+        found = f"{found}; the first: {' x '.join(map(str, pixels.shape))}"
+        if left_out := getattr(source, "left_out", ""):
+            return Check(name, "warn", f"{found}; left out: {left_out}", "to use them, convert them to JPEG or PNG")
+        return Check(name, "ok", found)
 
     try:
         return within(DATA_SECONDS, read)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from dino_jax.cli import CONFIG, Verb, config_argument
+from dino_jax.cli import CONFIG, Verb, config_argument, whole
 from dino_jax.errors import UserError
 
 
@@ -12,7 +12,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     config_argument(parser, help=f"{CONFIG}; its data, batch and workdir are checked")
     parser.add_argument("--workdir", metavar="DIR", help="of the run; checked to be writable")
     parser.add_argument("--data", metavar="SOURCE", help="a data set to open; its first image is decoded")
-    parser.add_argument("--devices", type=int, metavar="N", help="number of the run's devices, if on another machine")
+    parser.add_argument(
+        "--devices", type=whole(1), metavar="N", help="number of the run's devices, if on another machine"
+    )
     parser.add_argument(
         "--launch", choices=("tpu", "gke", "slurm", "hosts"), help="how this machine will start the run"
     )

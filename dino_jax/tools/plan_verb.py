@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from dino_jax.cli import Verb, config_argument
+from dino_jax.cli import Verb, config_argument, whole
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     config_argument(parser, required=True)
     parser.add_argument("--topology", required=True, help="v5e:4x4, v5p:4x4x4, cpu:8, gpu; several by commas")
     parser.add_argument(
-        "--images", type=int, metavar="N", help="images in the data set; default: data.train's or ImageNet's"
+        "--images", type=whole(1), metavar="N", help="images in the data set; default: data.train's or ImageNet's"
     )
 
 

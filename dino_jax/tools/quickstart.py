@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import pathlib
 import sys
 import time
@@ -21,16 +20,16 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from dino_jax import config_io
-from dino_jax.cli import config_argument
+from dino_jax.cli import config_argument, prepare, refuse_empty
 from dino_jax.data.arrays_source import ArraySource
 from dino_jax.data.pipeline import make_eval_dataset, steps_per_epoch
 from dino_jax.data.scenes_source import Scenes
 from dino_jax.data.sources import Source, open_source
-from dino_jax.data.storage import writing
 from dino_jax.errors import UserError
 from dino_jax.eval.features import ClsAttention, extract, run
 from dino_jax.eval.protocols import voc
 from dino_jax.eval.protocols.knn import knn_classify
+from dino_jax.eval.results import optional
 from dino_jax.inference.model import Model
 from dino_jax.parallel import sharding
 from dino_jax.show import drawing
@@ -45,14 +44,15 @@ SHOWN = 8  # images in attention.png
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains, evaluates, prints; returns the exit status."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    prepare()
     about = __doc__.split("\n\n")[0]
     parser = argparse.ArgumentParser(prog="dino_jax.tools.quickstart", description=about, allow_abbrev=False)
-    parser.add_argument("--workdir", default="runs/quickstart", type=pathlib.Path, help="default: runs/quickstart")
+    parser.add_argument("--workdir", default="runs/quickstart", help="default: runs/quickstart")
     config_argument(parser, default="quickstart")
     args, overrides = parser.parse_known_args(argv)
     try:
-        figures = quickstart(config_io.load(args.config, overrides), args.workdir)
+        refuse_empty(args)
+        figures = quickstart(config_io.load(args.config, overrides), pathlib.Path(args.workdir))
     except UserError as error:
         print(f"quickstart: error: {error}", file=sys.stderr)
         return 2
@@ -79,7 +79,7 @@ def quickstart(config: ConfigDict, workdir: pathlib.Path) -> dict[str, float]:
         "jaccard_untrained": attention_jaccard(untrained, masked),
         "jaccard_trained": attention_jaccard(trained, masked),
     }
-    with writing(f"{workdir / 'attention.png'}: cannot write"):
+    with optional(str(workdir / "attention.png")):
         Image.fromarray(attention_image(trained, masked)).save(workdir / "attention.png")
     figures = {name: round(value, 1) for name, value in figures.items()}
     figures["seconds"] = round(time.monotonic() - start, 1)

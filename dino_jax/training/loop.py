@@ -15,13 +15,15 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dino_jax import config_io
+from dino_jax.data.identity import data_fingerprint
 from dino_jax.data.pipeline import steps_per_epoch
-from dino_jax.data.sources import Source, fingerprint, open_source
+from dino_jax.data.sources import Source, open_source
 from dino_jax.data.storage import absolute, write_atomically, writing
 from dino_jax.errors import UserError
 from dino_jax.parallel import distributed, sharding
 from dino_jax.progress import Progress
 from dino_jax.training import online
+from dino_jax.training.data_record import claim_data
 from dino_jax.training.metrics import MetricWriter, Throughput
 from dino_jax.training.prefetch import BadFiles, Ready, device_batches
 from dino_jax.training.start import start_from
@@ -67,6 +69,9 @@ def train(config: ConfigDict, workdir: str | epath.Path, *, source: Source | Non
     check_batch(recipe, mesh)
     evaluations = online.Evaluations(config, recipe, steps_per_epoch(len(source), config.batch_size))
     claim(workdir, config)
+    claim_data(
+        workdir, config, {"data.train": source} | evaluations.sources, max(steps(workdir / "checkpoints"), default=0)
+    )
     distributed.check_shared(workdir)
     with StopSignal() as stop, _Session(config, workdir, source, recipe, mesh, evaluations) as session:
         return session.loop(stop)
@@ -91,7 +96,7 @@ def claim(workdir: epath.Path, config: ConfigDict) -> None:
 def facts(config: ConfigDict, workdir: epath.Path, source: Source) -> dict[str, str]:
     """What all processes of a run must agree on, besides the code."""
     settings = {f"config.{key}": repr(value) for key, value in config_io.flatten(config).items()}
-    data = {"images in data.train": str(len(source)), "contents of data.train": fingerprint(source)}
+    data = {"images in data.train": str(len(source)), "contents of data.train": data_fingerprint(source)}
     return settings | data | {"workdir": str(workdir)}
 
 

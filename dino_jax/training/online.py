@@ -9,7 +9,7 @@ import jax
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from dino_jax.data.sources import open_source
+from dino_jax.data.sources import Source, open_source
 from dino_jax.errors import UserError
 from dino_jax.eval.features import source_features
 from dino_jax.eval.masks import open_masks
@@ -33,11 +33,13 @@ class Evaluations:
     def __init__(self, config: ConfigDict, recipe: Recipe, epoch_steps: int):
         self.config, self.recipe = config, recipe
         self.jobs: list[tuple[int, Callable[[Model], Figures]]] = []  # interval in steps, evaluation
+        self.sources: dict[str, Source] = {}  # by configuration key
         options = config.eval
         if options.knn_every:
             _require(options, "knn_every", "knn_train", "knn_test")
             train, test = open_source(options.knn_train), open_source(options.knn_test)
-            self.sources = train, in_classes_of(train, test, f"eval.knn_test={options.knn_test}")
+            test = in_classes_of(train, test, f"eval.knn_test={options.knn_test}")
+            self.sources = {"eval.knn_train": train, "eval.knn_test": test}
             self.jobs.append((options.knn_every * epoch_steps, self.knn))
         if options.voc_every:
             _require(options, "voc_every", "voc_data")
@@ -65,7 +67,7 @@ class Evaluations:
         view = ConfigDict({key: options[key] for key in ("resize", "crop", "batch_size")})
         view.workers = self.config.run.workers
         specs = options.knn_train, options.knn_test
-        train, test = (source_features(model, *pair, view) for pair in zip(self.sources, specs, strict=True))
+        train, test = (source_features(model, *pair, view) for pair in zip(self.sources.values(), specs, strict=True))
         k = min(options.knn_k, len(train[0]))
         top1, top5 = knn_classify(*train, *test, ks=(k,), temperature=options.knn_temperature)[k]
         return {"knn_top1": top1, "knn_top5": top5}

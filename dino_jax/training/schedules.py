@@ -9,6 +9,9 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from dino_jax.config import LARGEST
+from dino_jax.errors import UserError
+
 Schedule = Callable[..., jnp.ndarray]
 
 
@@ -56,8 +59,16 @@ def stairs(start: float, end: float, count: int, each: int) -> Schedule:
 
 
 def make_schedules(config: ConfigDict, steps_per_epoch: int) -> Schedules:
-    """The schedules of a run. The learning rate is scaled by the batch size, its minimum is not."""
+    """The schedules of a run. The learning rate is scaled by the batch size, its minimum is not.
+
+    Raises:
+      UserError: more steps than int32 counts.
+    """
     steps = config.epochs * steps_per_epoch
+    if steps > LARGEST:
+        raise UserError(
+            f"epochs={config.epochs}: {steps} steps are more than the {LARGEST} that can be counted: lower it"
+        )
     optim, teacher = config.optim, config.teacher
     scale = {"linear": config.batch_size / 256, "sqrt": math.sqrt(config.batch_size / 1024)}[optim.lr_scaling]
     warmup = teacher.warmup_temp_epochs

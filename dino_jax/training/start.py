@@ -13,7 +13,7 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 
 from dino_jax import config_io
-from dino_jax.data.storage import absolute, write_atomically
+from dino_jax.data.storage import absolute, ensure_writable, write_atomically
 from dino_jax.errors import UserError
 from dino_jax.models.positions import resize_pos_embed
 from dino_jax.training.step import TrainState, make_recipe, state_from_student, to_items
@@ -140,15 +140,15 @@ def _placed(value: Any, like: jax.Array) -> jax.Array:
 def import_weights(
     file_or_name: epath.PathLike,
     out: epath.PathLike,
-    *,
-    heads: int | None = None,
-    from_file: epath.PathLike | None = None,
+    **options: Any,
 ) -> epath.Path:
     """Writes the weights of a file or of a released model as the checkpoint folder `out`, and returns it.
 
-    See `importer.read` for the arguments and errors.
+    See `importer.read` for the options and errors.
     """
-    return write_checkpoint(importer.read(file_or_name, heads=heads, from_file=from_file), out)
+    _check_new(out)
+    ensure_writable(out, f"--out={out}")
+    return write_checkpoint(importer.read(file_or_name, **options), out)
 
 
 def write_checkpoint(weights: Restored, out: epath.PathLike) -> epath.Path:
@@ -157,15 +157,19 @@ def write_checkpoint(weights: Restored, out: epath.PathLike) -> epath.Path:
     A whole network becomes a whole training state, with the file's optimizer moments or empty ones; a backbone alone
     becomes a teacher without a head.
     """
+    _check_new(out)
     out = absolute(out)
     folder = out / "checkpoints"
-    if checkpoint.steps(folder):
-        raise UserError(f"{out}: there are checkpoints here already; choose another --out")
     text = config_io.to_json(weights.config)
     with checkpoint.Checkpointer(folder, asynchronous=False) as checkpoints:
         checkpoints.save(0, _items(weights), text)
     write_atomically(out / "config.json", text)
     return out
+
+
+def _check_new(out: epath.PathLike) -> None:
+    if checkpoint.steps(absolute(out) / "checkpoints"):
+        raise UserError(f"{out}: there are checkpoints here already; choose another --out")
 
 
 def _items(weights: Restored) -> dict[str, Any]:

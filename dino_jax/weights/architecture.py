@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -22,6 +23,7 @@ from dino_jax.weights import keys
 Tensors = Mapping[str, np.ndarray]
 
 
+MAX_DEPTH = 128  # blocks; building a deeper model takes minutes
 MEMBERS: dict[str, dict[str, Any]] = {name: getattr(make, "keywords", {}) for name, make in BACKBONES.items()}
 
 
@@ -30,6 +32,7 @@ class Hints(NamedTuple):
 
     heads: int | None = None
     image_size: tuple[int, int] | None = None  # height, width of the position table
+    grid: tuple[int, int] | None = None  # its rows and columns, from the user
 
 
 class Format(NamedTuple):
@@ -54,7 +57,7 @@ FORMATS = (  # the first whose marker is present wins
 def rules(config: ConfigDict, name: str) -> keys.Rules:
     """Key rules of the format `official`, `timm` or `hf` for this model; `UserError` if it has no such model.
 
-    With registers, `timm` also needs other tensors: see `containers.timm_prefix`.
+    With registers, `timm` also needs other tensors: see `networks.timm_prefix`.
     """
     family = config.model.name.partition("_")[0].rstrip("0123456789")
     known = {fmt.name: fmt.rules for fmt in reversed(FORMATS) if fmt.family == family}
@@ -85,9 +88,18 @@ def fill_model(config: ConfigDict, fmt: Format, backbone: Tensors, hints: Hints,
     Raises:
       UserError: the number of attention heads is unknown (a hint is needed), or the shapes are inconsistent.
     """
-    try:
+    if hints.grid and fmt.family != "vit":
+        raise UserError(f"{source}: --grid is for the position table of a ViT; this {fmt.family} has none")
+    with _identifying(source):
         fill = {"vit": _fill_vit, "xcit": _fill_xcit, "resnet": _fill_resnet}[fmt.family]
         fill(config, fmt, backbone, hints, source)
+
+
+@contextlib.contextmanager
+def _identifying(source: object) -> Iterator[None]:
+    """Raises the block's errors about absent or misshaped tensors as `UserError`."""
+    try:
+        yield
     except UserError:
         raise
     except (KeyError, ValueError, IndexError) as error:
@@ -97,26 +109,29 @@ def fill_model(config: ConfigDict, fmt: Format, backbone: Tensors, hints: Hints,
 def _fill_vit(config: ConfigDict, fmt: Format, backbone: Tensors, hints: Hints, source: object) -> None:
     embed_dim, chans, patch, _ = backbone[keys.renamed("patch_embed.weight", fmt.rules)].shape
     count = backbone[keys.renamed("pos_embed", fmt.rules)].shape[1] - 1
-    height, width = hints.image_size or (math.isqrt(count) * patch,) * 2
-    if (height // patch) * (width // patch) != count:
-        raise UserError(f"{source}: a position table of {count} patches is not square, so its grid is unknown")
-    depth = _count(backbone, lambda i: keys.renamed(f"blocks.{i}.norm1.weight", fmt.rules))
+    rows, columns = hints.grid or [side // patch for side in hints.image_size or ()] or [math.isqrt(count)] * 2
+    if rows * columns != count:
+        said = f"not {rows} x {columns}" if hints.grid or hints.image_size else "not square, so its grid is unknown"
+        raise UserError(
+            f"{source}: a position table of {count} patches is {said}: give --grid=ROWS,COLUMNS to `import`"
+        )
+    depth = _count(backbone, lambda i: keys.renamed(f"blocks.{i}.norm1.weight", fmt.rules), source)
     if "register_tokens" in backbone:
         config.model.registers = backbone["register_tokens"].shape[1]
     _fill_shape(config, "vit_", {"embed_dim": embed_dim, "depth": depth}, hints.heads, source)
-    _fill_input(config, chans, patch, (height, width))
+    _fill_input(config, chans, patch, (rows * patch, columns * patch))
 
 
 def _fill_xcit(config: ConfigDict, fmt: Format, backbone: Tensors, hints: Hints, source: object) -> None:
-    width, depth = backbone["cls_token"].shape[-1], _count(backbone, "blocks.{}.norm1.weight".format)
+    width, depth = backbone["cls_token"].shape[-1], _count(backbone, "blocks.{}.norm1.weight".format, source)
     heads = backbone["blocks.0.attn.temperature"].shape[0]
-    patch = 2 ** _count(backbone, lambda i: f"patch_embed.proj.{2 * i}.0.weight")
+    patch = 2 ** _count(backbone, lambda i: f"patch_embed.proj.{2 * i}.0.weight", source)
     _fill_shape(config, "xcit_", {"embed_dim": width, "depth": depth}, heads, source)
     _fill_input(config, backbone["patch_embed.proj.0.0.weight"].shape[1], patch, hints.image_size or (224, 224))
 
 
 def _fill_resnet(config: ConfigDict, fmt: Format, backbone: Tensors, hints: Hints, source: object) -> None:
-    stages = tuple(_count(backbone, f"layer{stage}.{{}}.conv1.weight".format) for stage in (1, 2, 3, 4))
+    stages = tuple(_count(backbone, f"layer{stage}.{{}}.conv1.weight".format, source) for stage in (1, 2, 3, 4))
     bottleneck = "layer1.0.conv3.weight" in backbone
     for name, make in MEMBERS.items():
         if make.get("stages") == stages and make["bottleneck"] == bottleneck:
@@ -130,9 +145,12 @@ def _fill_resnet(config: ConfigDict, fmt: Format, backbone: Tensors, hints: Hint
     _fill_input(config, chans, config.model.patch_size, hints.image_size or size)
 
 
-def _count(backbone: Tensors, name: Callable[[int], str]) -> int:
+def _count(backbone: Tensors, name: Callable[[int], str], source: object) -> int:
     """How many of the keys name(0), name(1), ... exist."""
-    return next(i for i in itertools.count() if name(i) not in backbone)
+    count = next(i for i in itertools.count() if name(i) not in backbone)
+    if count > MAX_DEPTH:
+        raise UserError(f"{source}: {count} blocks, {name(0)} and on; more than {MAX_DEPTH} are not read")
+    return count
 
 
 def _fill_shape(config: ConfigDict, family: str, shape: dict[str, int], heads: int | None, source: object) -> None:
@@ -166,9 +184,18 @@ def _fill_input(config: ConfigDict, chans: int, patch: int, size: tuple[int, int
 def fill_head(config: ConfigDict, head: Tensors, train_gain: bool, source: object) -> None:
     """Sets `config.head` from the shapes of a projection head's tensors (`mlp.0.weight`, ...)."""
     if not ("last_layer.weight_v" in head and any(head[f"mlp.{i}.weight"].ndim == 2 for i in _indices(head))):
-        raise UserError(f"{source}: its head lacks mlp.*.weight or last_layer.weight_v; it holds {', '.join(head)}")
+        raise UserError(
+            f"{source}: its head lacks mlp.*.weight or last_layer.weight_v; it holds {', '.join(list(head)[:9])}"
+        )
+    with _identifying(source):
+        _fill_head(config, head, train_gain, source)
+
+
+def _fill_head(config: ConfigDict, head: Tensors, train_gain: bool, source: object) -> None:
     linear = [head[f"mlp.{i}.weight"].shape for i in _indices(head) if head[f"mlp.{i}.weight"].ndim == 2]
     config.head.out_dim, config.head.bottleneck_dim = head["last_layer.weight_v"].shape
+    if len(linear) > MAX_DEPTH:
+        raise UserError(f"{source}: its head has {len(linear)} layers; more than {MAX_DEPTH} are not read")
     config.head.hidden_dim = linear[0][0]
     config.head.layers = len(linear)
     config.head.use_bn = any(key.endswith("running_mean") for key in head)

@@ -11,14 +11,14 @@ import numpy as np
 import safetensors.numpy
 from etils import epath
 
-from dino_jax.data.storage import absolute, ensure_writable, write_atomically
+from dino_jax.data.storage import absolute, ensure_new_file, write_atomically
 from dino_jax.errors import UserError
 from dino_jax.models import build_backbone
 from dino_jax.objectives.objective import make_objectives
-from dino_jax.weights import architecture, keys, programs
-from dino_jax.weights.containers import timm_prefix
-from dino_jax.weights.importer import ARGS, GAIN, Restored
+from dino_jax.weights import architecture, checkpoint, keys, programs
+from dino_jax.weights.importer import ARGS, GAIN, IMAGE_SIZE, Restored
 from dino_jax.weights.load import open_weights
+from dino_jax.weights.networks import timm_prefix
 from dino_jax.weights.pth import write_pth
 
 Tensors = dict[str, np.ndarray]
@@ -55,9 +55,10 @@ def export_weights(
     if out.suffix in (".pth", ".safetensors", ".stablehlo", ".onnx") and out.suffix not in suffixes:
         raise UserError(f"--out={out}: --format={format} writes {' or '.join(suffixes)}: give such a file or a folder")
     path = out if out.suffix in suffixes else out / name
-    if (path.parent / "checkpoints").exists() and (path != out or format == "hf"):  # hf writes config.json, too
+    workdir = (path.parent / "checkpoints").exists()  # one file may lie in it; hf writes config.json, too
+    if checkpoint.belongs_to_run(path.parent) and (not workdir or path != out or format == "hf"):
         raise UserError(f"--out={out}: this is the folder of a run, whose files must stay: choose another")
-    ensure_writable(path.parent, f"--out={out}")
+    ensure_new_file(path, f"--out={out}")
     weights = open_weights(ckpt, heads=heads, everything=format == "official")
     write(weights, path, attention=attention, image_size=image_size or weights.config.crops.global_size)
     return path
@@ -133,7 +134,8 @@ def _write_timm(weights: Restored, path: epath.Path, **_: Any) -> None:
     if path.suffix == ".pth":
         write_pth(path, tensors)
     else:
-        write_atomically(path, safetensors.numpy.save(tensors, metadata={"format": "pt"}))
+        size = ",".join(map(str, weights.config.crops.global_size))
+        write_atomically(path, safetensors.numpy.save(tensors, metadata={"format": "pt", IMAGE_SIZE: size}))
 
 
 def _write_hf(weights: Restored, path: epath.Path, **_: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import math
 import re
@@ -16,15 +15,18 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from dino_jax.config import default
-from dino_jax.errors import UserError
+from dino_jax.data.storage import cause, read_json
+from dino_jax.errors import UserError, printable
 from dino_jax.objectives.objective import make_objectives
-from dino_jax.weights import architecture, keys, names
-from dino_jax.weights.containers import is_tensors, read_weights, regular_names, section
+from dino_jax.weights import architecture, foreign, keys, names, networks
+from dino_jax.weights.containers import is_tensors, metadata, read_weights
+from dino_jax.weights.networks import section
 
 log = logging.getLogger(__name__)
 
 # A classifier's keys outside the backbone, after `regular_names`; logged and skipped.
 CLASSIFIER = re.compile(r"backbone\.(fc|classifier|pooler|pooler\.dense|vit\.pooler\.dense)\.|head\.(weight|bias)$")
+IMAGE_SIZE = "dino_jax.image_size"  # height and width, in the metadata of timm exports
 GAIN = "head.last_layer.weight_g"
 
 # Official command-line argument -> our configuration key.
@@ -69,14 +71,24 @@ class Restored(NamedTuple):
 
 
 def read(
-    file_or_name: epath.PathLike, *, heads: int | None = None, from_file: epath.PathLike | None = None
+    file_or_name: epath.PathLike,
+    *,
+    heads: int | None = None,
+    from_file: epath.PathLike | None = None,
+    key: str | None = None,
+    prefix: str | None = None,
+    grid: tuple[int, int] | None = None,
 ) -> Restored:
     """The weights in a file, or under a released model's name (downloaded once).
 
     Args:
-      file_or_name: a `.pth` or `.safetensors` file, a transformers folder, or a key of `names.PRETRAINED`.
+      file_or_name: a `.pth` or `.safetensors` file, an index of shards, a transformers folder, or a key of
+        `names.PRETRAINED`.
       heads: attention heads, if no named model has this width.
       from_file: a local copy of the named file, instead of a download.
+      key: dotted path of the state dict in the file, such as `model_ema`, if there are several.
+      prefix: what the names of the backbone's tensors begin with; the backbone is then read alone.
+      grid: rows and columns of a ViT's position table, if it is not square and the file does not say.
 
     Raises:
       UserError: one line with the problem, including any missing, unexpected or misshaped keys.
@@ -90,25 +102,17 @@ def read(
         if not path.exists():
             raise UserError(f"{path}: no such file or released model; {names.known(str(file_or_name))}")
     content = read_weights(path)
-    if is_tensors(content):
-        return _from_backbone(content, heads, path)
-    if isinstance(content, Mapping):
-        if "teacher" in content:
-            return _from_checkpoint(content, heads, path)
-        for key in ("state_dict", "model"):
-            if is_tensors(content.get(key)):
-                return _from_backbone(content[key], heads, path)
-    raise UserError(f"{path}: no weights found: neither named tensors nor a `teacher` with them")
+    given = architecture.Hints(heads, grid=grid)
+    if key is None and prefix is None and isinstance(content, Mapping) and "teacher" in content:
+        return _from_checkpoint(content, given, path)
+    network = _regular(networks.find(content, key, prefix, path).tensors(alone=prefix is not None))
+    said = _neighbor(path) if any("embeddings." in key for key in network) else _own(path)
+    if grid and said.image_size:
+        log.warning("%s: --grid is used, not the image size of %s that the file says", path, list(said.image_size))
+    return _weights(default(), network, said._replace(heads=heads or said.heads, grid=grid), path)
 
 
-def _from_backbone(tensors: keys.Tensors, heads: int | None, source: epath.Path) -> Restored:
-    """From a plain state dict of a backbone or a whole network."""
-    network = _regular(tensors)
-    hints = _neighbor(source) if any("embeddings." in key for key in network) else architecture.Hints()
-    return _weights(default(), network, hints._replace(heads=heads or hints.heads), source)
-
-
-def _from_checkpoint(content: Mapping[str, Any], heads: int | None, source: epath.Path) -> Restored:
+def _from_checkpoint(content: Mapping[str, Any], given: architecture.Hints, source: epath.Path) -> Restored:
     """From a full checkpoint of the official code."""
     config, args = default(), _arguments(content.get("args"))
     student, optimizer = content.get("student"), content.get("optimizer")
@@ -116,17 +120,22 @@ def _from_checkpoint(content: Mapping[str, Any], heads: int | None, source: epat
         if not is_tensors(value) and (key == "teacher" or value is not None):
             raise UserError(f"{source}: {key!r} is not a dict of tensors")
     _fill_recipe(config, args)
-    network = _regular(content["teacher"])
-    student = _regular(student) if student else None
+    found = networks.find(content, None, None, source)
+    found = found if found.key == "teacher" else networks.find(content, "teacher", None, source)
+    network = _regular(found.tensors())
+    student = _regular(networks.find(student, None, None, f"{source}: student").tensors()) if student else None
     train_gain = args.get("norm_last_layer") is False or _gain_has_moments(student, optimizer)
-    hints = _hints(heads or args.get("num_heads"), args.get("image_size"))  # our own exports have them
+    said = args.get("num_heads"), args.get("image_size")  # our own exports have them
+    hints = _hints(given.heads or said[0], said[1], f"{source}: args")
+    hints = hints._replace(grid=given.grid)
     weights = _weights(config, network, hints, source, student, train_gain)
     moments = None
     if student is not None and optimizer:
         try:
             moments = _moments(config, student, optimizer, source)
-        except (UserError, KeyError, TypeError, AttributeError, ValueError) as error:
-            log.warning("%s: the optimizer's state does not match (%s) and is skipped", source, error)
+        except Exception as error:  # values of any kind
+            reason = printable(cause(error))
+            log.warning("%s: the optimizer's state does not match (%s) and is skipped", source, reason)
     return weights._replace(objectives=_objectives(config, content, source), moments=moments)
 
 
@@ -139,7 +148,7 @@ def _objectives(config: ConfigDict, content: Mapping[str, Any], source: epath.Pa
         if not found or any(value is None for value in found.values()):
             continue
         for name, value in found.items():
-            array, size = np.asarray(value, np.float32), math.prod(shapes[name].shape)
+            array, size = _numbers(value), math.prod(shapes[name].shape)
             if array.size != size or not np.isfinite(array).all():
                 raise UserError(
                     f"{source}: {term.official[name].path} must have {size} finite values for config.head; it has "
@@ -150,6 +159,12 @@ def _objectives(config: ConfigDict, content: Mapping[str, Any], source: epath.Pa
     return states
 
 
+def _numbers(value: Any) -> np.ndarray:
+    """An array or number as float32; empty for anything else, such as nested lists, which could be endless."""
+    known = isinstance(value, (np.ndarray, np.number, float)) or (type(value) is int and abs(value) < 1 << 60)
+    return np.asarray(value if known else [], np.float32)
+
+
 def _at(content: Any, path: str) -> Any:
     """The value at a dotted path in nested mappings, or None."""
     for part in path.split("."):
@@ -158,11 +173,10 @@ def _at(content: Any, path: str) -> Any:
 
 
 def _regular(tensors: keys.Tensors) -> dict[str, np.ndarray]:
-    regular = regular_names({key.removeprefix("vit."): value for key, value in tensors.items()})
-    classifier = [key for key in regular if CLASSIFIER.match(key)]
+    classifier = {key: value for key, value in tensors.items() if CLASSIFIER.match(key)}
     if classifier:
-        log.info("skipped, not part of the backbone: %s", ", ".join(classifier))
-    return {key: value for key, value in regular.items() if key not in classifier}
+        log.info("skipped, not part of the backbone: %s (a classifier)", ", ".join(classifier))
+    return {key: value for key, value in tensors.items() if key not in classifier}
 
 
 def _weights(
@@ -174,6 +188,26 @@ def _weights(
     train_gain: bool = False,
 ) -> Restored:
     """Fills the configuration from the shapes and converts teacher and student."""
+    try:
+        return _converted(config, network, hints, source, student, train_gain)
+    except UserError as error:
+        name = foreign.name_of(network)
+        if not name:
+            raise
+        reason = str(error).removeprefix(f"{source}: ")
+        raise UserError(f"{source}: these look like {name}; {foreign.READ} ({reason})") from None
+
+
+def _converted(
+    config: ConfigDict,
+    network: dict[str, np.ndarray],
+    hints: architecture.Hints,
+    source: epath.Path,
+    student: dict[str, np.ndarray] | None,
+    train_gain: bool,
+) -> Restored:
+    if empty := [key for key, value in network.items() if value.size == 0]:
+        raise UserError(f"{source}: {empty[0]} is empty: damaged, or one part of weights in several files")
     backbone, head = section(network, "backbone."), section(network, "head.")
     fmt = architecture.recognize(backbone, source)
     architecture.fill_model(config, fmt, backbone, hints, source)
@@ -192,24 +226,34 @@ def _without_gain(state: dict[str, np.ndarray], train_gain: bool) -> dict[str, n
 
 
 def _arguments(args: Any) -> dict[str, Any]:
-    """The checkpoint's `args` as a dict: official files have a Namespace, our exports a dict."""
-    if isinstance(args, argparse.Namespace):
-        return vars(args)
-    return dict(args) if isinstance(args, Mapping) else {}
+    """The numbers, words and short lists of a checkpoint's `args`: a Namespace in official files, a dict in ours."""
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
+
+    def simple(value: Any) -> bool:
+        return isinstance(value, (bool, float, np.integer, np.floating)) or (
+            isinstance(value, (int, str)) and len(str(value) if isinstance(value, str) else bin(value)) < 100
+        )
+
+    return {
+        key: value
+        for key, value in (args.items() if isinstance(args, Mapping) else ())
+        if simple(value) or (isinstance(value, (list, tuple)) and len(value) < 10 and all(map(simple, value)))
+    }
 
 
 def _fill_recipe(config: ConfigDict, args: dict[str, Any]) -> None:
     """Sets configuration keys from the official arguments; values of the wrong type are skipped."""
     wanted = {key: args[word] for word, key in ARGS.items() if args.get(word) is not None}
-    if args.get("batch_size_per_gpu") and args.get("world_size"):
-        wanted["batch_size"] = args["batch_size_per_gpu"] * args["world_size"]
+    sizes = args.get("batch_size_per_gpu"), args.get("world_size")
+    if all(type(size) is int and size > 0 for size in sizes):
+        wanted["batch_size"] = math.prod(sizes)
     for key, value in wanted.items():
         group, _, name = key.rpartition(".")
         owner = config[group] if group else config
         value = tuple(value) if isinstance(value, list) else value
         try:
             owner[name] = type(owner[name])(value) if isinstance(owner[name], (int, float)) else value
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             log.info("the checkpoint's args: %s=%r does not fit %s, which keeps its default", key, value, key)
 
 
@@ -233,7 +277,13 @@ def _trained(student: dict[str, np.ndarray], optimizer: Any) -> dict[int, str]:
 def _gain_has_moments(student: dict[str, np.ndarray] | None, optimizer: Any) -> bool:
     try:
         return GAIN in _trained(student or {}, optimizer).values()
-    except (KeyError, TypeError, ValueError):  # no optimizer state, or one that does not match
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        IndexError,
+    ):  # no optimizer state, or one that does not match
         return False
 
 
@@ -248,7 +298,7 @@ def _moments(config: ConfigDict, student: dict[str, np.ndarray], optimizer: Any,
         def value(key: str) -> np.ndarray:
             entry = optimizer["state"].get(index_of[key])
             shape = student[key].shape
-            return np.zeros(shape, np.float32) if entry is None else np.broadcast_to(entry[field], shape)
+            return np.zeros(shape, np.float32) if entry is None else np.broadcast_to(_numbers(entry[field]), shape)
 
         return keys.from_torch(table, {key: value(key) for key in index_of}, f"{source} (optimizer)")["params"]
 
@@ -259,16 +309,28 @@ def _moments(config: ConfigDict, student: dict[str, np.ndarray], optimizer: Any,
 def _neighbor(source: epath.Path) -> architecture.Hints:
     """Hints from a transformers `config.json` next to the weights."""
     path = (source if source.is_dir() else source.parent) / "config.json"
-    try:
-        described = json.loads(path.read_text())
-        return _hints(described.get("num_attention_heads"), described.get("image_size"))
-    except (OSError, ValueError, AttributeError):
+    if not path.exists():
         return architecture.Hints()
+    described = read_json(path)
+    return _hints(described.get("num_attention_heads"), described.get("image_size"), path)
 
 
-def _hints(heads: Any, size: Any) -> architecture.Hints:
-    """Hints from a file's values; invalid ones are ignored."""
-    size = (size, size) if isinstance(size, int) else size
-    is_size = isinstance(size, list | tuple) and len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size)
-    is_heads = isinstance(heads, int) and heads > 0
-    return architecture.Hints(heads if is_heads else None, tuple(size) if is_size else None)
+def _own(source: epath.Path) -> architecture.Hints:
+    """Hints that our own timm export leaves in a safetensors file."""
+    size = metadata(source).get(IMAGE_SIZE)
+    return _hints(None, None if size is None else [int(n) for n in re.findall(r"\d{1,6}", str(size))], source)
+
+
+def _hints(heads: Any, size: Any, source: object) -> architecture.Hints:
+    """Hints from a file's values.
+
+    Raises:
+      UserError: they are not numbers of heads and pixels.
+    """
+    size = (size, size) if type(size) is int else size
+    is_size = isinstance(size, list | tuple) and len(size) == 2 and all(type(n) is int and n > 0 for n in size)
+    if size is not None and not is_size:
+        raise UserError(f"{source}: its image size is not one or two positive whole numbers")
+    if heads is not None and not (type(heads) is int and heads > 0):
+        raise UserError(f"{source}: its number of attention heads is not a positive whole number")
+    return architecture.Hints(heads, None if size is None else (size[0], size[1]))

@@ -1,31 +1,41 @@
-"""Reads and writes torch's zip-format `.pth` files without torch, and never runs code from a file.
+"""Reads and writes torch's `.pth` files without torch, and never runs code from a file.
 
 The file is a zip archive of uncompressed members: `<name>/data.pkl` pickles the object, with each tensor as a call of
 `torch._utils._rebuild_tensor_v2(storage, offset, size, stride, ...)`, and `<name>/data/<key>` holds the bytes of one
-storage. `unpickle.Unpickler` accepts only the names in `ALLOWED`. Sizes are checked before anything is allocated.
+storage. Before torch 1.6 it was a sequence of pickles and then the storages. Objects other than tensors, containers and
+numbers become `unpickle.StandIn`. Sizes are checked before anything is allocated.
 """
 
 from __future__ import annotations
 
-import _codecs
 import argparse
 import collections
 import dataclasses
 import io
 import math
 import pickle
-import re
 import zipfile
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, BinaryIO, ClassVar
 
 import ml_dtypes
 import numpy as np
 from etils import epath
 
-from dino_jax.data.storage import new_file
-from dino_jax.errors import UserError
-from dino_jax.weights.unpickle import CODES, NUMERIC, STATES, RefusedError, Unpickler
+from dino_jax.data.storage import cause, new_file, open_file
+from dino_jax.errors import UserError, printable
+from dino_jax.weights.unpickle import (
+    ARRAYS,
+    CODES,
+    NUMERIC,
+    STATES,
+    DType,
+    RefusedError,
+    StandIn,
+    Unpickler,
+    checked_shape,
+    plain,
+)
 
 STORAGES = {
     "FloatStorage": np.dtype(np.float32),
@@ -39,9 +49,22 @@ STORAGES = {
     "ByteStorage": np.dtype(np.uint8),
     "BoolStorage": np.dtype(np.bool_),
 }
-MAX_PICKLE = 64 << 20  # bytes of data.pkl; a full checkpoint has about 0.2 MB
-MAX_EXPANDED = 1 << 24  # elements of a tensor whose strides repeat its storage
-LEGACY_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # magic number of torch < 1.6
+OTHER_STORAGES = {  # of tensors that are no weights: complex and quantized ones
+    "ComplexFloatStorage": "c8",
+    "ComplexDoubleStorage": "c16",
+    "QInt8Storage": "i1",
+    "QUInt8Storage": "u1",
+    "QInt32Storage": "i4",
+}
+DTYPES = {  # of tensors in untyped storages
+    **{name: np.dtype(name) for name in ("uint16", "uint32", "uint64")},
+    "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
+    "float8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
+}
+MAX_PICKLE = 32 << 20  # bytes of data.pkl; a full checkpoint has about 0.2 MB
+MAX_DIRECTORY = 2 << 20  # bytes of the zip's list of members, about 25,000
+VIEWS = 4  # how many times the size of the file its tensors may have together; they can share storages
+LEGACY_MAGIC = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")  # torch < 1.6, in a pickle of its own
 PythonPickler: Any = pickle._Pickler  # the pure-Python pickler, missing from type stubs
 ALIGNMENT = 64  # bytes; torch aligns storages so that they can be memory-mapped
 
@@ -49,22 +72,46 @@ ALIGNMENT = 64  # bytes; torch aligns storages so that they can be memory-mapped
 def read_pth(path: epath.PathLike) -> Any:
     """The object in a `.pth` file: dicts, lists, numbers, and read-only NumPy arrays instead of tensors.
 
-    Arrays keep the tensor's dtype (bfloat16 by `ml_dtypes`) and strides. Torch's legacy format is read by torch itself
-    with `weights_only`, if installed.
+    Arrays keep the tensor's dtype (bfloat16 and float8 by `ml_dtypes`) and strides. Objects of other kinds are
+    `StandIn`s: nothing is imported or run for them.
 
     Raises:
-      UserError: the file is missing, truncated, not a checkpoint, or uses a name not in the allow-list.
+      UserError: the file is missing, truncated, not a checkpoint, a program or a whole pickled object instead of
+        tensors, uses a name that only hostile files use, or claims more memory than its size justifies.
     """
     path = epath.Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    with path.open("rb") as file:
-        start = file.read(1024)
-        if start.startswith(LEGACY_MAGIC):
-            return _read_legacy(path)
-        if not start.startswith(b"PK\x03\x04"):
-            raise UserError(f"{path}: {_describe(start)}")
-        return _read_zip(path, file)
+    try:
+        with open_file(path) as file:
+            start = file.read(1024)
+            if start.startswith(b"\x80") and LEGACY_MAGIC in start[:32]:
+                file.seek(0)
+                content = _read_legacy(file.read())
+            elif start.startswith(b"PK\x03\x04"):
+                content = _read_zip(path, file)
+            else:
+                raise UserError(f"{path}: {_describe(start)}")
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except RefusedError as refused:
+        raise UserError(
+            f"{path}: its pickle uses {printable(str(refused))}, which weights never need; it may be hostile, and "
+            "nothing was run"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {cause(error)}") from None
+    except Exception as error:  # damaged or hostile pickles raise anything
+        raise UserError(
+            f"{path}: damaged, hostile or not a torch checkpoint ({type(error).__name__}: {printable(cause(error))}); "
+            "download or save it again"
+        ) from None
+    if isinstance(content, StandIn):
+        raise UserError(
+            f"{path}: holds a whole pickled object, {printable(content.name)}, which only its own code can open; "
+            "there, save torch.save(model.state_dict(), FILE)"
+        )
+    return content
 
 
 def _describe(start: bytes) -> str:
@@ -76,41 +123,106 @@ def _describe(start: bytes) -> str:
         return "a web page (HTML or XML) saved under this name, not a checkpoint; check the address and download again"
     if text.startswith(b"version https://git-lfs"):
         return "a Git LFS pointer, not the weights; fetch the file itself (git lfs pull)"
+    for magic, what in MAGIC.items():
+        if start.startswith(magic):
+            return f"{what}, not weights that this package reads; give a .pth or .safetensors file"
     if start.startswith(b"\x80"):
         return "a bare pickle, not a torch checkpoint; save the weights with torch.save(model.state_dict(), ...)"
     return "not a torch checkpoint (.pth); expected a zip archive written by torch.save"
 
 
-def _read_zip(path: epath.Path, file: Any) -> Any:
+MAGIC = {
+    b"\x89HDF\r\n": "an HDF5 file (Keras)",
+    b"GGUF": "a GGUF file",
+    b"\x93NUMPY": "a NumPy array",
+    b"\x1f\x8b": "a gzip archive: unpack it first",
+    b"7z\xbc\xaf": "a 7z archive: unpack it first",
+    b"Rar!": "a RAR archive: unpack it first",
+}
+
+
+def _read_zip(path: epath.Path, file: BinaryIO) -> Any:
     size = file.seek(0, io.SEEK_END)
+    capped = _Capped(file)
     try:
-        with zipfile.ZipFile(file) as archive:
-            members = {info.filename: info for info in archive.infolist()}
-            pickles = [name for name in members if name.count("/") == 1 and name.endswith("/data.pkl")]
+        with zipfile.ZipFile(capped) as archive:
+            capped.most = size
+            infos = archive.infolist()
+            names = {info.filename for info in infos}
+            pickles = [name for name in names if name.count("/") == 1 and name.endswith("/data.pkl")]
             if len(pickles) != 1:
-                raise UserError(f"{path}: a zip archive, but not a torch checkpoint (it holds no data.pkl)")
+                arrays = "; it is a NumPy archive (.npz)" if names and all(n.endswith(".npy") for n in names) else ""
+                raise UserError(f"{path}: a zip archive, but not a torch checkpoint (it holds no data.pkl{arrays})")
             prefix = pickles[0].removesuffix("data.pkl")
-            if any(info.compress_type != zipfile.ZIP_STORED for info in members.values()):
+            if any(name.startswith(f"{prefix}code/") for name in names):
+                raise UserError(f"{path}: a TorchScript program; save torch.save(model.state_dict(), FILE) instead")
+            if any(info.compress_type != zipfile.ZIP_STORED for info in infos):
                 raise UserError(f"{path}: its members are compressed, which torch.save never does: refused")
-            if sum(info.file_size for info in members.values()) > size or members[pickles[0]].file_size > MAX_PICKLE:
+            if sum(info.file_size for info in infos) > size or archive.getinfo(pickles[0]).file_size > MAX_PICKLE:
                 raise UserError(f"{path}: its members claim more bytes than the file has: refused")
-            if f"{prefix}byteorder" in members and archive.read(f"{prefix}byteorder") != b"little":
+            if f"{prefix}byteorder" in names and archive.read(f"{prefix}byteorder") != b"little":
                 raise UserError(f"{path}: written on a big-endian machine; load and save it once with torch elsewhere")
-            storages = _Storages(lambda key: archive.read(f"{prefix}data/{key}"))
-            return Unpickler(archive.read(pickles[0]), ALLOWED, TAKES, load=storages).load()
-    except UserError:
-        raise
-    except RefusedError as refused:
-        raise UserError(
-            f"{path}: its pickle uses {refused}, which weights never need; it may be hostile, and nothing was run"
-        ) from None
+            storages = _Storages(lambda key: archive.read(f"{prefix}data/{key}"), VIEWS * size)
+            return storages.unpickled(archive.read(pickles[0]))
     except zipfile.BadZipFile as error:
         if "CRC" in str(error):
-            raise UserError(f"{path}: damaged ({error}); download it again") from None
+            raise UserError(f"{path}: damaged ({printable(str(error))}); download it again") from None
         raise UserError(f"{path}: truncated or damaged at {size} bytes; download it again") from None
-    except Exception as error:  # damaged or hostile pickles raise anything
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: damaged or not a torch checkpoint ({type(error).__name__}: {reason})") from None
+
+
+def _read_legacy(data: bytes) -> Any:
+    """Torch's format before 1.6: pickles of a magic number, a version, facts, the object, and the storages' keys.
+
+    Then each storage: its number of elements, and their bytes.
+    """
+    kinds: dict[str, np.dtype] = {}
+
+    def note(pid: Any) -> Any:
+        if pid[0] == "module":
+            return pid[1]
+        key, kind, _ = _storage_id(pid)
+        if not isinstance(kind, StandIn):
+            kinds[key] = kind.dtype
+        return StandIn("a storage")
+
+    place = 0
+    for _ in range(3):
+        place += _end(Unpickler(data[place : place + (1 << 12)], {}, {}))
+    start = place
+    types = {name: kind for name, kind in ALLOWED.items() if isinstance(kind, _StorageType)}
+    place += _end(Unpickler(data[place : place + MAX_PICKLE], types, {}, load=note, stand_ins=True))
+    body = data[start:place]
+    listed = Unpickler(data[place : place + MAX_PICKLE], {}, {})
+    keys = listed.load()
+    place += listed.end
+    found: dict[str, memoryview] = {}
+    for key in keys:
+        count = int.from_bytes(data[place : place + 8], "little")
+        end = place + 8 + count * kinds[key].itemsize
+        if end > len(data):
+            raise EOFError("truncated; download it again")
+        found[key], place = memoryview(data)[place + 8 : end], end
+    return _Storages(found.__getitem__, VIEWS * len(data)).unpickled(body)
+
+
+def _end(pickled: Unpickler) -> int:
+    pickled.load()
+    return pickled.end
+
+
+class _Capped:
+    """A file whose reads are refused beyond `most` bytes: `zipfile` reads its directory whole, as long as it claims."""
+
+    def __init__(self, file: BinaryIO):
+        self._file, self.most = file, MAX_DIRECTORY
+
+    def read(self, size: int = -1) -> bytes:
+        if size > self.most:
+            raise ValueError(f"a list of members of {size} bytes, which no weights need")
+        return self._file.read(size)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,88 +231,105 @@ class _StorageType:
 
 
 class _Storages:
-    """Looks up an archive's storages by persistent id, reading each once."""
+    """Looks up a file's storages by persistent id, reading each once, and makes the tensors.
 
-    def __init__(self, read: Callable[[str], bytes]):
-        self._read = read
+    Args:
+        read: the bytes of a storage by its key.
+        most: bytes that all tensors may have together.
+    """
+
+    def __init__(self, read: Callable[[str], bytes | memoryview], most: int):
+        self._read, self._left = read, most + (1 << 20)
         self._known: dict[str, np.ndarray] = {}
 
-    def __call__(self, pid: Any) -> np.ndarray:
-        kind, storage_type, key, _, count = pid
-        if kind != "storage" or not isinstance(storage_type, _StorageType) or not isinstance(key, str):
-            raise ValueError("a persistent id that is not a storage")
+    def unpickled(self, data: bytes) -> Any:
+        """The object of a pickle."""
+        names = {f"torch._utils._rebuild_tensor{version}": self._tensor for version in ("", "_v2")}
+        names["torch._utils._rebuild_tensor_v3"] = self._typed
+        return plain(Unpickler(data, {**ALLOWED, **names}, TAKES, load=self._storage, stand_ins=True).load())
+
+    def _storage(self, pid: Any) -> Any:
+        if pid[0] == "module":  # in the old format, a class with its source
+            return pid[1]
+        key, kind, count = _storage_id(pid)
+        if isinstance(kind, StandIn):
+            return kind
         if key not in self._known:
             data = self._read(key)
-            if len(data) != count * storage_type.dtype.itemsize:
-                raise ValueError(f"storage {key} has {len(data)} bytes for {count} of {storage_type.dtype}")
-            self._known[key] = np.frombuffer(data, storage_type.dtype)
+            if len(data) != count * kind.dtype.itemsize:
+                raise ValueError(f"storage {key} has {len(data)} bytes for {count} of {kind.dtype}")
+            self._known[key] = np.frombuffer(data, kind.dtype)
         return self._known[key]
 
+    def _tensor(self, storage: Any, offset: int, shape: tuple, strides: tuple, *_: Any) -> Any:
+        """A view of `storage` with these strides (in elements), checked to stay in bounds."""
+        if isinstance(storage, StandIn):
+            return storage
+        shape, strides = checked_shape(shape), checked_shape(strides)
+        if not (isinstance(storage, np.ndarray) and storage.ndim == 1 and len(shape) == len(strides)):
+            raise ValueError("a tensor that is not a view of a storage")
+        (offset,) = checked_shape((offset,))
+        count = math.prod(shape)
+        if not count:
+            return np.zeros(shape, storage.dtype)
+        if offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) >= storage.size:
+            raise ValueError(f"a tensor of shape {shape} lies outside its storage of {storage.size}")
+        step = storage.itemsize
+        self._left -= count * step + 64
+        if self._left < 0:
+            raise ValueError("its tensors together claim far more bytes than the file has")
+        return np.lib.stride_tricks.as_strided(storage[offset:], shape, [n * step for n in strides], writeable=False)
 
-def _rebuild_tensor(storage: np.ndarray, offset: int, shape: tuple, strides: tuple, *_: Any) -> np.ndarray:
-    """A view of `storage` with these strides (in elements), checked to stay in bounds."""
-    if not (isinstance(storage, np.ndarray) and storage.ndim == 1 and len(shape) == len(strides)):
-        raise ValueError("a tensor that is not a view of a storage")
-    if min(offset, *shape, *strides, 0) < 0:
-        raise ValueError(f"a tensor with negative size or stride: {shape}, {strides}")
-    count = math.prod(shape)
-    last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
-    if count and (last >= storage.size or count > max(storage.size, MAX_EXPANDED)):
-        raise ValueError(f"a tensor of shape {tuple(shape)} lies outside its storage of {storage.size}")
-    step = storage.itemsize
-    view = np.lib.stride_tricks.as_strided(storage[offset:], shape, [n * step for n in strides], writeable=False)
-    return view if count else np.zeros(shape, storage.dtype)
+    def _typed(self, storage: Any, offset: int, shape: tuple, strides: tuple, grad: Any, hooks: Any, *rest: Any) -> Any:
+        """A tensor in an untyped storage; the dtype is the first of `rest`."""
+        if isinstance(rest[0], StandIn):
+            return rest[0]
+        return self._tensor(storage.view(rest[0].value), offset, shape, strides)
+
+
+def _storage_id(pid: Any) -> tuple[str, Any, int]:
+    """Key, type and number of elements in a persistent id."""
+    word, kind, key, _, count = pid[:5]  # the old format adds a view, which torch no longer writes
+    known = word == "storage" and isinstance(kind, (_StorageType, StandIn)) and isinstance(key, str)
+    if not known or type(count) is not int or any(view is not None for view in pid[5:]):
+        raise ValueError("a persistent id that is not a storage")
+    return key, kind, count
+
+
+@dataclasses.dataclass(frozen=True)
+class _DType:
+    value: np.dtype
+
+
+def _ordered(pairs: Any = ()) -> collections.OrderedDict[str, Any]:
+    if not all(isinstance(key, str) for key, _ in pairs):
+        raise ValueError("an OrderedDict with a key that is not text")
+    return collections.OrderedDict(pairs)
+
+
+def _of_code(code: Any, *_: Any) -> Any:
+    return DType(code) if code in CODES else StandIn(f"numpy.dtype {str(code)[:20]}")  # text, dates, objects
 
 
 ALLOWED = {
     **{f"torch.{name}": _StorageType(dtype) for name, dtype in STORAGES.items()},
+    **{f"torch.{place}UntypedStorage": _StorageType(np.dtype(np.uint8)) for place in ("", "storage.")},
+    **{f"torch.{name}": _StorageType(np.dtype(code)) for name, code in OTHER_STORAGES.items()},
+    **{f"torch.{name}": _DType(dtype) for name, dtype in DTYPES.items()},
     **NUMERIC,
-    "collections.OrderedDict": collections.OrderedDict,
+    **ARRAYS,
+    "numpy.dtype": _of_code,
+    "collections.OrderedDict": _ordered,
+    "collections.defaultdict": lambda *_: {},
     "argparse.Namespace": argparse.Namespace,
-    "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
     "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
+    "torch._utils._rebuild_parameter_with_state": lambda tensor, *_: tensor,
 }
 TAKES = {
     **STATES,
     argparse.Namespace: lambda namespace, state: namespace.__dict__.update(state),
     collections.OrderedDict: lambda *_: None,  # its `_metadata` is dropped
 }
-
-
-def _read_legacy(path: epath.Path) -> Any:
-    """Torch's format before 1.6, by torch under `weights_only` with the same allow-list."""
-    try:
-        import torch
-    except ImportError:
-        raise UserError(
-            f"{path}: in torch's old format (before 1.6), which only torch reads: pip install torch, or save it again "
-            "elsewhere with a newer torch"
-        ) from None
-    from numpy._core.multiarray import scalar
-
-    dtypes = [type(np.dtype(code)) for code in CODES]
-    safe: list[Any] = [argparse.Namespace, np.dtype, *dtypes, (_codecs.encode, "_codecs.encode")]
-    safe += [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
-    try:
-        with path.open("rb") as file, torch.serialization.safe_globals(safe):
-            return _to_numpy(torch.load(file, map_location="cpu", weights_only=True))
-    except Exception as error:
-        refused = re.search(r"GLOBAL (\S+) (was|whose)", str(error))
-        reason = f"its pickle uses {refused[1]}" if refused else str(error).partition("\n")[0]
-        raise UserError(f"{path}: damaged or hostile: torch refuses it ({reason})") from None
-
-
-def _to_numpy(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _to_numpy(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_to_numpy(item) for item in value)
-    if not hasattr(value, "detach"):
-        return value
-    value = value.detach()
-    if str(value.dtype) == "torch.bfloat16":
-        return value.float().numpy().astype(ml_dtypes.bfloat16)
-    return value.numpy()
 
 
 class _Pickler(PythonPickler):

@@ -11,6 +11,7 @@ import pytest
 from dino_jax.data.scenes_render import TEXTURES, coverage, render
 from dino_jax.data.scenes_shapes import SHAPES, Dice, moments, normalize
 from dino_jax.data.scenes_source import CLASSES, Scenes
+from dino_jax.data.sources import open_source
 from dino_jax.errors import UserError
 
 
@@ -208,3 +209,22 @@ def test_bad_input():
     for arguments in ({"frames": 0}, {"objects": 0}, {"objects": 256}):
         with pytest.raises(UserError, match="scenes"):
             scenes.clip(0, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("scenes:trian", "scenes:trian: no such split, only train, val, test; did you mean 'train'?"),
+        ("scenes:train?size=0", "size must be at least 1"),
+        ("scenes:train?size=-5", "size must be a whole number"),
+        ("scenes:train?size=99999999999", "size must be at most 2147483647"),
+        ("scenes:train?size=" + "9" * 5000, "size must be a whole number"),
+        ("scenes:train?image_size=1000000", "image_size must be at most 4096"),
+        ("scenes:train?seed=abc", "seed must be a whole number"),
+        ("scenes:train?colour=1", "unknown option 'colour'"),
+    ],
+)
+def test_specs_that_name_nothing_are_refused(spec, message):
+    with pytest.raises(UserError) as caught:
+        open_source(spec)
+    assert message in str(caught.value)

@@ -10,6 +10,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from dino_jax.config import default
+from dino_jax.data.sources import open_source
 from dino_jax.errors import UserError
 from dino_jax.eval import features
 from dino_jax.inference.model import Model
@@ -68,22 +69,56 @@ def test_progress_counts_images_and_an_empty_set_is_an_error(model):
         features.extract(model, [])
 
 
-def test_dataset_features_are_kept_and_found_again(model, tmp_path):
+def test_features_of_a_source_are_kept_and_found_again(model, tmp_path):
     images = np.random.default_rng(2).integers(256, size=(11, 9, 7, 3), dtype=np.uint8)
     np.savez(tmp_path / "set.npz", images=images, labels=np.arange(11) % 3)
     config = ConfigDict({"resize": 0, "crop": 7, "batch_size": 4, "workers": 0})
-    first = features.dataset_features(model, str(tmp_path / "set.npz"), config, workdir=str(tmp_path / "work"))
+    first = features.source_features(
+        model, open_source(str(tmp_path / "set.npz")), str(tmp_path / "set.npz"), config, workdir=str(tmp_path / "work")
+    )
     (tmp_path / "set.npz").touch()
     (kept,) = (tmp_path / "work").glob("*.npz")
     stamp = kept.stat().st_mtime_ns
-    again = features.dataset_features(model, str(tmp_path / "set.npz"), config, workdir=str(tmp_path / "work"))
+    again = features.source_features(
+        model, open_source(str(tmp_path / "set.npz")), str(tmp_path / "set.npz"), config, workdir=str(tmp_path / "work")
+    )
     assert kept.stat().st_mtime_ns == stamp
     np.testing.assert_array_equal(first[0], again[0])
     np.testing.assert_array_equal(first[1], np.arange(11) % 3)
     other = dataclasses.replace(model, variables=jax.tree.map(lambda x: x + 1, model.variables))
     assert not np.allclose(
-        features.dataset_features(other, str(tmp_path / "set.npz"), config, workdir=str(tmp_path / "work"))[0], first[0]
+        features.source_features(
+            other,
+            open_source(str(tmp_path / "set.npz")),
+            str(tmp_path / "set.npz"),
+            config,
+            workdir=str(tmp_path / "work"),
+        )[0],
+        first[0],
     )
+
+
+def test_features_of_data_that_changed_are_computed_again(model, tmp_path):
+    images = np.random.default_rng(2).integers(256, size=(11, 9, 7, 3), dtype=np.uint8)
+    config = ConfigDict({"resize": 0, "crop": 7, "batch_size": 4, "workers": 0})
+    found = []
+    for pixels in (images, images[::-1]):
+        np.savez(tmp_path / "set.npz", images=pixels, labels=np.arange(11) % 3)
+        source = open_source(str(tmp_path / "set.npz"))
+        found.append(features.source_features(model, source, "set", config, workdir=str(tmp_path / "work"))[0])
+    np.testing.assert_array_equal(found[0], found[1][::-1])
+
+
+def test_a_cache_that_cannot_be_written_costs_nothing(model, tmp_path, monkeypatch, caplog):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(features, "save_arrays", full)
+    np.savez(tmp_path / "set.npz", images=np.zeros((3, 8, 8, 3), np.uint8), labels=np.arange(3))
+    config = ConfigDict({"resize": 0, "crop": 8, "batch_size": 4, "workers": 0})
+    source = open_source(str(tmp_path / "set.npz"))
+    assert len(features.source_features(model, source, "set", config, workdir=str(tmp_path))[0]) == 3
+    assert "not written: No space left on device" in caplog.text
 
 
 def test_too_many_unreadable_images_are_an_error_that_names_one(model, tmp_path):
@@ -95,7 +130,7 @@ def test_too_many_unreadable_images_are_an_error_that_names_one(model, tmp_path)
     (tmp_path / "a" / "2.png").write_bytes(b"broken")
     config = ConfigDict({"resize": 8, "crop": 8, "batch_size": 4, "workers": 0})
     with pytest.raises(UserError, match=r"2\.png"):
-        features.dataset_features(model, str(tmp_path), config)
+        features.source_features(model, open_source(str(tmp_path)), str(tmp_path), config)
 
 
 def test_linear_input_order():

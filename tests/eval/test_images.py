@@ -61,7 +61,7 @@ def test_batches_hold_one_size_each_and_every_image_once():
 
 def test_broken_and_absent_files_are_named(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"\x89PNG nothing")
-    Image.new("RGB", (4, 4)).save(tmp_path / "colour.png")
+    Image.new("RGB", (4, 4), (200, 10, 10)).save(tmp_path / "colour.png")
     for read in (images.read_image, images.read_labels):
         with pytest.raises(UserError, match=r"broken\.png: cannot be read"):
             read(tmp_path / "broken.png")

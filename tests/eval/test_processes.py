@@ -22,7 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from dino_jax.eval.protocols import finetune, knn, linear
 from dino_jax.config import default
-from dino_jax.eval.features import dataset_features
+from dino_jax.data.sources import open_source
+from dino_jax.eval.features import source_features
 from dino_jax.inference.model import Model
 from dino_jax.models import ViT
 
@@ -36,7 +37,7 @@ figures = {}
 config = knn.PROTOCOL.default_config()
 config.update(small | {"k": (3, 9)})
 figures |= knn.evaluate(model, folder, config)
-features, labels = dataset_features(model, folder + "/train", config)
+features, labels = source_features(model, open_source(folder + "/train"), "train", config)
 figures |= {"features": float(np.abs(features).sum()), "labels": labels.tolist()}
 config = linear.PROTOCOL.default_config()
 config.update(small | {"features": ("1+avg",), "lrs": (0.1,), "epochs": 2})

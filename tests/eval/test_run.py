@@ -91,6 +91,31 @@ def test_numbers_that_no_protocol_can_use_are_named_before_anything_is_loaded(na
         verb.evaluate(name, "absent", "absent", overrides=[f"--config.{setting}"])
 
 
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("knn", "resize=100 crop=112", "--config.crop=112 --config.resize=100: each image would get a black frame"),
+        ("knn", "temperature=inf", "--config.temperature=inf: must be finite"),
+        ("knn", "k=(5,5)", "--config.k=(5, 5): the values must differ"),
+        ("all", "linear.resize=100", "--config.linear.crop=224 --config.linear.resize=100: each image"),
+        ("finetune", "epochs=3", "--config.warmup_epochs=5 --config.epochs=3: the warm-up is longer"),
+        (
+            "finetune",
+            "lr=1e-6",
+            "--config.min_lr=1e-05 --config.lr=1e-06 --config.batch_size=1024: the rate would rise",
+        ),
+        ("dense", "scale=(1.0,0.5)", "--config.scale=(1.0, 0.5): low, then high"),
+        ("vos", "threads=100000", "--config.threads=100000: must be at most 1024"),
+        ("lowshot", "shares=(1e999,)", "--config.shares=(inf,): must be finite"),
+        ("linear", "lrs=(0.0,)", "--config.lrs=(0.0,): must be greater than 0"),
+    ],
+)
+def test_settings_that_make_no_sense_are_named_before_anything_is_loaded(name, settings, message):
+    with pytest.raises(UserError) as caught:
+        verb.evaluate(name, "absent", "absent", overrides=[f"--config.{setting}" for setting in settings.split()])
+    assert str(caught.value).startswith(message)
+
+
 def test_sizes_that_the_patches_do_not_divide_are_named_by_their_key(loaded, monkeypatch, tmp_path):
     protocol_that(monkeypatch, lambda *_: {"top1": 7.0})
     assert verb.evaluate("knn", "c", "d", overrides=["--config.crop=32"]) == {"top1": 7.0}

@@ -200,3 +200,110 @@ def test_an_output_that_cannot_be_written_is_named_before_the_work(tmp_path):
     for out in (tmp_path / "file" / "f.npz", "/proc/nowhere/f.npz"):
         with pytest.raises(UserError, match=rf"^--out={out}: cannot be written"):
             write_features("absent", "absent", out)
+
+
+def forms():
+    """PIL images of many kinds by name: mode, transparency, EXIF, 16 bits."""
+    rng = np.random.default_rng(5)
+    color = Image.fromarray(rng.integers(0, 256, (16, 24, 3), np.uint8))
+    palette = color.quantize(16)
+    palette.info["transparency"] = 3
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    alpha = color.copy()
+    alpha.putalpha(Image.fromarray(rng.integers(0, 256, (16, 24), np.uint8)))
+    return {
+        "color.png": (color, {}),
+        "gray.png": (color.convert("L"), {}),
+        "gray alpha.png": (alpha.convert("LA"), {}),
+        "binary.png": (color.convert("1"), {}),
+        "alpha.png": (alpha, {}),
+        "palette.png": (palette, {"transparency": 3}),
+        "sixteen.png": (Image.fromarray(rng.integers(0, 65536, (16, 24), np.uint16)), {}),
+        "float.tif": (Image.fromarray(rng.random((16, 24), np.float32)), {}),
+        "cmyk.jpg": (color.convert("CMYK"), {}),
+        "turned.jpg": (color, {"exif": turned}),
+        "turned.png": (color, {"exif": turned}),
+        "lossy.jpg": (color, {}),
+        "indexed.gif": (color.quantize(8), {}),
+    }
+
+
+@pytest.mark.parametrize("name", forms())
+def test_a_pil_image_is_what_its_file_is(vit, name, tmp_path):
+    image, options = forms()[name]
+    image.save(tmp_path / name, **options)
+    expected = vit.preprocess(tmp_path / name)
+    with Image.open(tmp_path / name) as opened:
+        np.testing.assert_array_equal(vit.preprocess(opened), expected)
+    with Image.open(tmp_path / name) as opened:
+        opened.load()
+        np.testing.assert_array_equal(vit.preprocess(opened.copy()), expected)
+    if name.endswith(".png") and "turned" not in name:
+        np.testing.assert_array_equal(vit.preprocess(image), expected)
+    assert vit.preprocess(tmp_path / name, resize=8).shape == ((12, 8, 3) if "turned" in name else (8, 12, 3))
+
+
+def test_images_of_any_form_and_size_are_features(vit, monkeypatch):
+    monkeypatch.setattr(type(vit), "_run", lambda self, inputs, patches: (np.zeros((len(inputs), 4)), None))
+    images = [Image.new("P", (16, 24)), np.zeros((8, 8), np.uint8), np.zeros((9, 30, 1), bool), np.ones((8, 8, 3))]
+    assert vit.features([*images, jax.numpy.zeros((8, 8, 3), np.uint8), png(np.zeros((8, 8, 3), np.uint8))]).shape == (
+        6,
+        4,
+    )
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ("a.png", "one image where a list of images is expected"),
+        (Image.new("L", (8, 8)), "one image where a list of images is expected"),
+        (np.zeros((8, 8, 3)), "one image where a list of images is expected"),
+        ([None], r"an image \(NoneType\): "),
+        ([3], r"an image \(int\): "),
+        ([{}], r"an image \(dict\): "),
+        ([np.zeros((8, 8, 3), np.int64)], "pixels of type int64 are not supported"),
+        ([np.zeros((8, 8, 3), object)], "pixels of type object are not supported"),
+        ([np.full((8, 8, 3), 200.0)], "values up to 200: it is taken as normalized"),
+        ([np.full((8, 8, 3), np.nan)], "values up to nan"),
+        ([Image.new("RGB", (0, 8))], "has no pixels"),
+        (["a\0b"], "a\\\\x00b: "),
+    ],
+)
+def test_what_is_no_image_is_said(vit, images, message):
+    with pytest.raises(UserError, match=message):
+        vit.features(images)
+
+
+@pytest.mark.parametrize("options", [{"resize": -1}, {"crop": -5}, {"crop": (8, -8)}, {"crop": (8,)}, {"resize": 1.5}])
+def test_sizes_that_are_none(vit, options):
+    with pytest.raises(UserError, match="sizes in pixels are needed"):
+        vit.preprocess(np.zeros((8, 8, 3), np.uint8), **options)
+
+
+def test_an_output_that_is_no_file_is_named_before_the_work(tmp_path):
+    (tmp_path / "folder").mkdir()
+    for out, message in (
+        (tmp_path / "folder", "this is a folder: name a file in it"),
+        (f"{tmp_path}/new/", "this is a folder"),
+        (tmp_path / "f.csv", "features are written as .npz"),
+        ("/dev/null", "not a regular file, which would be replaced"),
+    ):
+        with pytest.raises(UserError, match=f"^--out={out}: .*{message}"):
+            write_features("absent", "absent", out)
+
+
+def test_every_unreadable_image_is_named_and_none_readable_is_an_error(vit, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(features, "load", lambda *_, **__: vit)
+    monkeypatch.setattr(type(vit), "_run", lambda self, inputs, patches: (np.zeros((len(inputs), 4)), None))
+    for number in range(309):
+        (tmp_path / f"{number:03d}\n.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"none of the 309 images can be read, first .*000\\n\.png: "):
+        write_features("c", str(tmp_path), tmp_path.parent / "f.npz", progress=False)
+    (tmp_path / "good.png").write_bytes(png(np.zeros((8, 8, 3), np.uint8)))
+    count = write_features("c", str(tmp_path), tmp_path.parent / "f.npz", progress=False)
+    assert count == {"images": 1, "unreadable": 309}
+    with np.load(tmp_path.parent / "f.npz") as file:
+        lines = file["unreadable"].tolist()
+    assert len(lines) == 309 and all(line.startswith(f"{i:03d}\\n.png: not an image") for i, line in enumerate(lines))
+    assert all(f"skipped: {number:03d}\\n.png: " in caplog.text for number in range(309))

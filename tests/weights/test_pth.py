@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import argparse
 import collections
+import datetime
+import decimal
 import io
 import os
+import pathlib
 import pickle
+import random
+import re
 import zipfile
 
 import ml_dtypes
@@ -15,6 +20,7 @@ import pytest
 
 from dino_jax.errors import UserError
 from dino_jax.weights.pth import read_pth, write_pth
+from dino_jax.weights.unpickle import StandIn
 
 
 def archive(path, data: bytes, members: dict[str, bytes] | None = None, compression=zipfile.ZIP_STORED):
@@ -250,8 +256,51 @@ def test_every_truncation_is_an_error_not_a_crash(tmp_path):
             read_pth(tmp_path / "cut.pth")
 
 
-def test_old_format_without_torch_says_what_to_do(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "torch", None)
-    (tmp_path / "old.pth").write_bytes(b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19." + bytes(50))
-    with pytest.raises(UserError, match="pip install torch"):
-        read_pth(tmp_path / "old.pth")
+def old_format(tensors: dict[str, np.ndarray]) -> bytes:
+    """What torch before 1.6 wrote for a dict of float32 tensors."""
+    parts = [pickle.dumps(part, 2) for part in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})]
+    body = b"}"
+    for key, (name, array) in enumerate(tensors.items()):
+        strides = [n // 4 for n in array.strides]
+        one = tensor_pickle(array.shape, strides, array.size, key=str(key))
+        one = one.replace(b"cpu\nI%d\ntQ" % array.size, b"cpu\nI%d\nNtQ" % array.size)  # no view
+        body += f"V{name}\n".encode() + one[:-1] + b"s"
+    parts += [body + b".", pickle.dumps([str(key) for key in range(len(tensors))], 2)]
+    return b"".join(parts) + b"".join(x.size.to_bytes(8, "little") + x.tobytes() for x in tensors.values())
+
+
+def test_the_old_format(tmp_path):
+    tensors = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(1, np.float32)}
+    whole = old_format(tensors)
+    (tmp_path / "old.pth").write_bytes(whole)
+    read = read_pth(tmp_path / "old.pth")
+    for name, array in tensors.items():
+        np.testing.assert_array_equal(read[name], array)
+    for size in range(len(pickle.dumps(0x1950A86A20F9469CFC6C, 2)), len(whole), 7):
+        (tmp_path / "cut.pth").write_bytes(whole[:size])
+        with pytest.raises(UserError):
+            read_pth(tmp_path / "cut.pth")
+
+
+def test_other_objects_become_stand_ins(tmp_path):
+    content = {
+        "args": argparse.Namespace(path=pathlib.PurePosixPath("/a"), when=datetime.datetime(2020, 1, 1), lr=0.5),
+        "rng": random.Random(0).getstate(),
+        "scores": {(0, 1): 2, frozenset({3}): decimal.Decimal(1)},
+        "set": {1, (2, 3)},
+        "names": np.array(["x", "y"]),
+        "mean": np.array([0.5, 0.25], np.float32),
+        "history": collections.defaultdict(list, {"loss": [1.0, 2.0]}),
+        "counter": collections.Counter("aab"),
+        "flag": re.IGNORECASE,
+    }
+    for protocol in range(2, 6):
+        data = pickle.dumps(content, protocol)
+        read = read_pth(archive(tmp_path / "a.pth", data))
+        assert read["args"].lr == 0.5
+        assert isinstance(read["args"].path, StandIn)
+        assert read["args"].path.name.startswith("pathlib")
+        assert read["history"] == {"loss": [1.0, 2.0]}
+        np.testing.assert_array_equal(read["mean"], [0.5, 0.25])
+        assert isinstance(read["names"], StandIn)
+        assert 2 in read["scores"].values()

@@ -18,7 +18,7 @@ from etils import epath
 from ml_collections import ConfigDict
 from PIL import Image
 
-from dino_jax.config import Key
+from dino_jax.config import MOST_PIXELS, Key
 from dino_jax.errors import UserError
 from dino_jax.eval.features import run
 from dino_jax.eval.images import batches_by_size, list_images, parallel, read_image, resize
@@ -30,7 +30,7 @@ DEPTH = 20
 PREFIX = 4  # leading characters of a file name that a copy shares with its original
 
 KEYS = {
-    "size": Key(320, "side of the square that images are resized to, bicubic", "[1, inf)"),
+    "size": Key(320, "side of the square that images are resized to, bicubic", "[1, inf)", most=MOST_PIXELS),
     "whitening": Key(str, "folder of images to fit the whitening on (paper: 20k of YFCC100M)"),
     "distractors": Key(str, "folder of images added to the database (paper: 10k of YFCC100M)"),
     "batch_size": Key(32, "images per batch", "[1, inf)"),

@@ -22,26 +22,27 @@ from etils import epath
 from ml_collections import ConfigDict
 from PIL import Image
 
-from dino_jax.config import Key
+from dino_jax.config import MOST_PIXELS, Key
 from dino_jax.errors import UserError
 from dino_jax.eval.batches import cut, data_mesh, draw_crop, rounded
 from dino_jax.eval.draw import SHOWN, palette, save_rows, tile, tinted
 from dino_jax.eval.features import Patches, run, whole_patches
 from dino_jax.eval.images import grouped, linear_matrix, nearest, parallel, resize
-from dino_jax.eval.masks import IGNORE, Masked, MaskedImages, train_test_masks, voc_root
+from dino_jax.eval.masks import IGNORE, Masked, MaskedImages, check_masks, train_test_masks, voc_root
 from dino_jax.eval.protocol import SEED, THREADS, Data, Protocol
+from dino_jax.eval.results import optional
 from dino_jax.inference.model import Forward, Model
 from dino_jax.parallel.sharding import process_rows, replicated, to_devices
 
 _log = logging.getLogger(__name__)
 
 KEYS = {
-    "size": Key(480, "side of the square input, rounded down to whole patches", "[1, inf)"),
+    "size": Key(480, "side of the square input, rounded down to whole patches", "[1, inf)", most=MOST_PIXELS),
     "epochs": Key(20, "passes over the training images", "[1, inf)"),
     "batch_size": Key(16, "images per step, over all devices", "[1, inf)"),
     "lr": Key(1e-3, "initial learning rate, with a cosine schedule", "(0, inf)"),
     "weight_decay": Key(1e-4, "of the head", "[0, inf)"),
-    "scale": Key((0.25, 1.0), "area of a training crop as a share of the image, low and high", "(0, 1]"),
+    "scale": Key((0.25, 1.0), "area of a training crop as a share of the image, low and high", "(0, 1]", ordered=True),
     "seed": SEED,
     "threads": THREADS,
 }
@@ -52,10 +53,10 @@ def evaluate(model: Model, data: str, config: ConfigDict, workdir: str | None = 
 
     With a `workdir`, `dense.png` there shows some images, ground truth and predictions.
     """
-    if len(config.scale) != 2 or config.scale[0] > config.scale[1]:
-        raise UserError(f"--config.scale={config.scale}: give two shares, the lower first")
     train, test = train_test_masks(data, len(model.mean))
-    classes = train.num_classes or max(_largest(part, config) for part in (train, test)) + 1
+    whole_patches(model, config.size)
+    largest = max(check_masks(part, f"--data={data}", config.threads) for part in (train, test))
+    classes = train.num_classes or largest + 1
     head = fit(model, train, classes, config)
     path = None if workdir is None else epath.Path(workdir) / "dense.png"
     return iou_scores(confusion(model, head, test, classes, config, path))
@@ -173,9 +174,10 @@ def confusion(
         for predicted, masked in zip(np.asarray(predict(tokens)), batch["masked"], strict=True):
             labels, predicted = masked.classes, nearest(predicted, *masked.classes.shape)
             counted = labels != IGNORE
-            if len(shown) < SHOWN:
-                maps = np.where(counted, labels, 0), predicted
-                shown.append([masked.pixels, *(tinted(masked.pixels, map_, palette()) for map_ in maps)])
+            if drawing is not None and len(shown) < SHOWN:
+                with optional(str(drawing)):
+                    maps = np.where(counted, labels, 0), predicted
+                    shown.append([masked.pixels, *(tinted(masked.pixels, map_, palette()) for map_ in maps)])
             if labels[counted].max(initial=0) >= classes:
                 raise UserError(f"a mask has class {labels[counted].max()}, but there are only {classes} classes")
             cells = labels[counted].astype(int) * classes + predicted[counted]
@@ -183,15 +185,6 @@ def confusion(
     if not counts.sum():
         raise UserError("dense: the test masks have no labeled pixels: check --data")
     if drawing is not None:
-        save_rows(drawing, [[tile(panel, 160) for panel in row] for row in shown])
+        with optional(str(drawing)):
+            save_rows(drawing, [[tile(panel, 160) for panel in row] for row in shown])
     return counts
-
-
-def _largest(masked: MaskedImages, config: ConfigDict) -> int:
-    """The largest class number in the masks."""
-
-    def load(row: int) -> int:
-        labels = masked.load(row).classes
-        return int(labels[labels != IGNORE].max(initial=0))
-
-    return max(parallel(load, range(masked.size), config.threads))

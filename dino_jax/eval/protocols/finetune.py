@@ -26,7 +26,7 @@ from etils import epath
 from ml_collections import ConfigDict
 from PIL import Image
 
-from dino_jax.config import Key
+from dino_jax.config import MOST_PIXELS, Key
 from dino_jax.data.sources import Source
 from dino_jax.errors import UserError
 from dino_jax.eval.augment import draw_mix, erase, mix_batch, rand_augment, smoothed
@@ -63,7 +63,7 @@ KEYS = {
         "[1, inf)",
     ),
     "ema": Key(0.0, "momentum of a weight average, which is also tested, e.g. 0.99996; 0: off", "[0, 1)"),
-    "size": Key(224, "side of training crops", "[1, inf)"),
+    "size": Key(224, "side of training crops", "[1, inf)", most=MOST_PIXELS),
     "resize": RESIZE,
     "crop": CROP,
     "eval_every": Key(1, "epochs between evaluations", "[1, inf)"),

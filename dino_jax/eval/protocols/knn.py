@@ -30,6 +30,7 @@ from dino_jax.errors import UserError
 from dino_jax.eval.draw import GREEN, RED, SHOWN, save_rows, tile
 from dino_jax.eval.features import source_features
 from dino_jax.eval.protocol import CROP, RESIZE, WORKERS, Protocol
+from dino_jax.eval.results import optional
 from dino_jax.eval.splits import CLASSES, check_labels, open_splits
 from dino_jax.inference.model import Model
 from dino_jax.models.layers import unit
@@ -58,6 +59,8 @@ def evaluate(model: Model, data: str, config: ConfigDict, workdir: str | None = 
     green if of the same class.
     """
     train_spec, train, test_spec, test = open_splits(data)
+    if min(config.k) > len(train):
+        raise UserError(f"--config.k={config.k}: there are only {len(train)} training images: lower it")
     features, labels = source_features(model, train, train_spec, config, workdir=workdir)
     test_features, test_labels = source_features(model, test, test_spec, config, workdir=workdir)
     num_classes = check_labels(labels, test_labels, data)
@@ -66,7 +69,8 @@ def evaluate(model: Model, data: str, config: ConfigDict, workdir: str | None = 
         features, labels, test_features, test_labels, ks=ks, temperature=config.temperature, num_classes=num_classes
     )
     if workdir is not None and jax.process_index() == 0:
-        _draw(epath.Path(workdir) / "knn.png", (train, features, labels), (test, test_features, test_labels))
+        with optional(f"{workdir}/knn.png"):
+            _draw(epath.Path(workdir) / "knn.png", (train, features, labels), (test, test_features, test_labels))
     return {f"top{n}_k{k}": value for k, pair in scores.items() for n, value in zip((1, 5), pair, strict=True)}
 
 

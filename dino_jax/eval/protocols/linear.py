@@ -24,16 +24,17 @@ import optax
 from etils import epath
 from ml_collections import ConfigDict
 
-from dino_jax.config import Key
+from dino_jax.config import MOST_PIXELS, Key
 from dino_jax.data.sources import Source, open_source
 from dino_jax.errors import UserError
 from dino_jax.eval.batches import Subset, crop_and_flip, data_mesh, test_batches, train_batches
 from dino_jax.eval.features import Pooled, fingerprint, linear_input
 from dino_jax.eval.protocol import RESIZE, SEED, THREADS, Protocol
-from dino_jax.eval.results import load_arrays, save_arrays
+from dino_jax.eval.results import load_arrays, optional, save_arrays
 from dino_jax.eval.splits import CLASSES, class_count, open_splits, train_test
 from dino_jax.inference.model import Forward, Model
 from dino_jax.parallel.sharding import replicated
+from dino_jax.weights.containers import is_tensors
 from dino_jax.weights.names import PRETRAINED, fetch
 from dino_jax.weights.pth import read_pth
 
@@ -54,7 +55,7 @@ KEYS = {
     "holdout": Key(0.0, "share of training images held out to select head and epoch; 0: use the test set", "[0, 1)"),
     "head": Key(str, "test this linear head (.pth, or a released model's name) instead of training"),
     "resize": RESIZE,
-    "crop": Key(224, "side of training crops and of the center crop of test images", "[1, inf)"),
+    "crop": Key(224, "side of training crops and of the center crop of test images", "[1, inf)", most=MOST_PIXELS),
     "seed": SEED,
     "threads": THREADS,
 }
@@ -81,7 +82,8 @@ def evaluate(model: Model, data: str, config: ConfigDict, workdir: str | None = 
             history.append(np.concatenate([np.full((1, scores[0].shape[1]), epoch), *scores]))  # [3 or 5, heads]
             _log.info("epoch %d of %d: best head %.2f%%", epoch, config.epochs, scores[-1][0].max())
             if path is not None and jax.process_index() == 0:
-                _save(path, epoch, heads, momentum, history)
+                with optional(str(path)):
+                    _save(path, epoch, heads, momentum, history)
     names = [f"{choice} lr={lr:g}" for choice in heads for lr in config.lrs]
     return _report(np.stack(history), names)
 
@@ -126,6 +128,10 @@ def _hold_out(train: Source, config: ConfigDict) -> tuple[Source, Source | None]
         return train, None
     order = np.random.default_rng(config.seed).permutation(len(train))
     count = max(1, round(config.holdout * len(train)))
+    if count >= len(train):
+        raise UserError(
+            f"--config.holdout={config.holdout}: none of the {len(train)} training images is left: lower it"
+        )
     return Subset(train, np.sort(order[count:])), Subset(train, np.sort(order[:count]))
 
 
@@ -261,8 +267,11 @@ def _restore(path: epath.Path | None, heads: Heads, momentum: Heads) -> tuple[in
     """Epochs done, heads, momentum and scores so far, from an interrupted run if any."""
     if path is None or not path.exists():
         return 0, heads, momentum, []
-    saved = load_arrays(path)
     leaves, structure = jax.tree.flatten((heads, momentum))
+    shapes = {f"leaf_{i}": ("f", leaf.ndim) for i, leaf in enumerate(leaves)}
+    saved = load_arrays(path, {"epoch": ("i", 0), "history": ("f", 3), **shapes})
+    if any(saved[f"leaf_{i}"].shape != leaf.shape for i, leaf in enumerate(leaves)):
+        raise UserError(f"{path}: its heads have other shapes: remove the file")
     heads, momentum = jax.tree.unflatten(structure, [saved[f"leaf_{i}"] for i in range(len(leaves))])
     return int(saved["epoch"]), heads, momentum, list(saved["history"])
 
@@ -287,7 +296,12 @@ def read_head(path: str) -> tuple[np.ndarray, np.ndarray]:
     """
     content = read_pth(fetch(path, head=True) if path in PRETRAINED else path)
     tensors = content.get("state_dict", content) if isinstance(content, dict) else {}
+    tensors = tensors if is_tensors(tensors) else {}
     found = {key.rpartition("linear.")[2]: value for key, value in tensors.items() if "linear." in key}
-    if set(found) != {"weight", "bias"}:
+    if (
+        set(found) != {"weight", "bias"}
+        or found["weight"].ndim != 2
+        or found["bias"].shape != found["weight"].shape[:1]
+    ):
         raise UserError(f"{path}: not a linear head: it lacks linear.weight and linear.bias")
     return np.asarray(found["weight"], np.float32).T, np.asarray(found["bias"], np.float32)

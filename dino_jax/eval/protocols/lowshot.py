@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from dino_jax.config import Key
 from dino_jax.data.folder_source import Files
 from dino_jax.data.sources import Source, open_source
+from dino_jax.data.storage import read_text
 from dino_jax.errors import UserError
 from dino_jax.eval.features import source_features
 from dino_jax.eval.logistic import fit_logistic
@@ -40,7 +41,11 @@ def evaluate(model: Model, data: str, config: ConfigDict, workdir: str | None = 
 
     `data` is as in `splits.train_test`; features are cached in `workdir`.
     """
+    if len({epath.Path(str(path)).stem for path in config.lists}) < len(config.lists):
+        raise UserError(f"--config.lists={config.lists}: figures are named by the files' names, which must differ")
     train_spec, train, test_spec, test = open_splits(data)
+    for path in config.lists:
+        listed(str(path), train_spec)
     test_features, test_labels = source_features(model, test, test_spec, config, workdir=workdir)
     figures = {}
     for name, (features, labels) in _subsets(model, train, train_spec, config, workdir):
@@ -68,7 +73,10 @@ def _subsets(
 ) -> Iterator[tuple[str, tuple[np.ndarray, np.ndarray]]]:
     """Name, features and labels of each labeled subset."""
     for path in config.lists:
-        yield epath.Path(path).stem, source_features(model, listed(path, spec), path, config, workdir=workdir)
+        yield (
+            epath.Path(str(path)).stem,
+            source_features(model, listed(str(path), spec), str(path), config, workdir=workdir),
+        )
     if config.lists:
         return
     features, labels = source_features(model, train, spec, config, workdir=workdir)
@@ -96,12 +104,11 @@ def listed(path: str, train: str) -> Files:
     Raises:
       UserError: the file cannot be read, is empty, or lists a class without a folder.
     """
-    try:
-        names = [line.strip() for line in epath.Path(path).read_text().splitlines() if line.strip()]
-        root = epath.Path(train.removeprefix("folder:"))
-        classes = list(open_source(train).class_names or ())
-    except OSError as error:
-        raise UserError(f"--config.lists: {path} for {train}: {error}") from None
+    names = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    root = epath.Path(train.removeprefix("folder:"))
+    if not root.is_dir():
+        raise UserError(f"--config.lists: {path}: --data names no folder of training images, but {train}")
+    classes = list(open_source(train).class_names or ())
     names = [name if "/" in name else f"{name.partition('_')[0]}/{name}" for name in names]
     unknown = [name for name in names if name.partition("/")[0] not in classes]
     if unknown or not names:

@@ -14,7 +14,7 @@ from etils import epath
 from ml_collections import ConfigDict
 from PIL import Image
 
-from dino_jax.config import Key
+from dino_jax.config import MOST_PIXELS, Key
 from dino_jax.data.crops import to_pil
 from dino_jax.errors import UserError
 from dino_jax.eval.draw import GRAY, GREEN, RED, SHOWN, save_rows, tile
@@ -23,6 +23,7 @@ from dino_jax.eval.gnd import read_gnd
 from dino_jax.eval.images import batches_by_size, linear_resize, parallel, read_image
 from dino_jax.eval.protocol import THREADS, Data, Protocol
 from dino_jax.eval.ranking import revisited_scores, similarity
+from dino_jax.eval.results import optional
 from dino_jax.inference.model import Model
 
 PAPER = {"roxford5k": (224, False), "rparis6k": (512, True)}  # size, multiscale
@@ -31,7 +32,12 @@ SCALES = (1.0, 2**-0.5, 0.5)
 SIDE = 128  # of a tile in retrieval-*.png, pixels
 
 KEYS = {
-    "size": Key(int, "side of the square that images are shrunk to fit; unset: Oxford 224, Paris 512", "[1, inf)"),
+    "size": Key(
+        int,
+        "side of the square that images are shrunk to fit; unset: Oxford 224, Paris 512",
+        "[1, inf)",
+        most=MOST_PIXELS,
+    ),
     "multiscale": Key(
         bool, "average features at scales 1, 0.71 and 0.5; unset: Oxford False, Paris True, as in the paper"
     ),
@@ -53,13 +59,16 @@ def evaluate(model: Model, data: str, config: ConfigDict, workdir: str | None = 
         size = size if config.size is None else config.size
         scales = SCALES if (multiscale if config.multiscale is None else config.multiscale) else (1.0,)
         paths = {key: [folder / "jpg" / f"{name}.jpg" for name in truth[key]] for key in ("qimlist", "imlist")}
+        _check_files(folder / "jpg", paths)
         queries, database = (multiscale_features(model, p, config, size, scales) for p in paths.values())
         scores = similarity(database, queries)
         for level, level_scores in revisited_scores(scores, truth["gnd"]).items():
             figures[f"{folder.name}_map_{level}"] = 100 * level_scores["map"]
             figures |= {f"{folder.name}_mp@{k}_{level}": 100 * value for k, value in level_scores["mpk"].items()}
         if workdir is not None:
-            _draw(epath.Path(workdir) / f"retrieval-{folder.name}.png", paths, scores, truth["gnd"], len(model.mean))
+            path = epath.Path(workdir) / f"retrieval-{folder.name}.png"
+            with optional(str(path)):
+                _draw(path, paths, scores, truth["gnd"], len(model.mean))
     return figures
 
 
@@ -77,6 +86,14 @@ PROTOCOL = Protocol(
     "with dino_vits16_gldv2 51.5 and 24.3, 75.3 and 51.6",
     order=40,
 )
+
+
+def _check_files(folder: epath.Path, paths: dict[str, list[epath.Path]]) -> None:
+    """Raises `UserError` if the folder lacks an image, before the work."""
+    held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    absent = [path for part in paths.values() for path in part if path.name not in held]
+    if absent:
+        raise UserError(f"{absent[0]}: no such file ({len(absent)} images of the list are missing)")
 
 
 def _draw(path: epath.Path, paths: dict, scores: np.ndarray, truth: list[dict], channels: int) -> None:

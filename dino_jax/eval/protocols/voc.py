@@ -21,19 +21,25 @@ from etils import epath
 from ml_collections import ConfigDict
 from PIL import Image
 
-from dino_jax.config import Key
+from dino_jax.config import MOST_PIXELS, Key
 from dino_jax.errors import UserError
 from dino_jax.eval.draw import GREEN, ORANGE, SHOWN, save_rows, tile, tinted
 from dino_jax.eval.features import ClsAttention, run, whole_patches
 from dino_jax.eval.images import grouped, parallel, resize
-from dino_jax.eval.masks import IGNORE, Masked, MaskedImages, open_masks, voc_root
+from dino_jax.eval.masks import IGNORE, Masked, MaskedImages, check_masks, open_masks, voc_root
 from dino_jax.eval.protocol import THREADS, Data, Protocol
+from dino_jax.eval.results import optional
 from dino_jax.inference.model import Model
 from dino_jax.weights.load import open_weights
 
 KEYS = {
     "masses": Key((0.6, 0.8), "shares of the attention that the attention masks keep", "(0, 1]"),
-    "size": Key(480, "side of the square that images are resized to, rounded down to whole patches", "[1, inf)"),
+    "size": Key(
+        480,
+        "side of the square that images are resized to, rounded down to whole patches",
+        "[1, inf)",
+        most=MOST_PIXELS,
+    ),
     "block": Key(-1, "block to take the attention from; negative: from the end"),
     "split": Key("val", "list in VOC's ImageSets/Segmentation"),
     "random": Key(False, "also score the network with random weights"),
@@ -48,7 +54,16 @@ def evaluate(model: Model, data: str, config: ConfigDict, workdir: str | None = 
 
     `data` is as in `masks.open_masks`. With a `workdir`, `voc.png` there shows some images, truth and attention masks.
     """
+    if len({round(100 * mass) for mass in config.masses}) < len(config.masses):
+        raise UserError(f"--config.masses={config.masses}: figures are named by whole percents, which must differ")
+    side = whole_patches(model, config.size)
     images = open_masks(data, config.split, len(model.mean))
+    jax.eval_shape(  # a block that the model does not have is named before the images are read
+        lambda variables, x: model.forward(variables, x, ClsAttention(config.block)),
+        model.variables,
+        jax.ShapeDtypeStruct((1, side, side, len(model.mean)), jnp.uint8),
+    )
+    check_masks(images, f"--data={data}", config.threads)
     references = _references(model, config)
     figures = _score(model, images, config, None if workdir is None else epath.Path(workdir) / "voc.png")
     for name, reference in references.items():
@@ -102,11 +117,13 @@ def _score(model: Model, images: MaskedImages, config: ConfigDict, path: epath.P
                 masks = enlarge(masks, *masked.objects.shape)
                 scores[mass].append(image_jaccard(masks, masked.objects))
             if path is not None and len(shown) < SHOWN:
-                shown.append(_row(masked, masks))
+                with optional(str(path)):
+                    shown.append(_row(masked, masks))
     if np.isnan(scores[config.masses[0]]).all():
         raise UserError("voc: no mask has an object: check --data")
-    if shown and path is not None:
-        save_rows(path, shown)
+    if path is not None:
+        with optional(str(path)):
+            save_rows(path, shown)
     return {f"jaccard_{round(100 * mass)}": 100 * float(np.nanmean(values)) for mass, values in scores.items()}
 
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +22,7 @@ from etils import epath
 from ml_collections import ConfigDict
 from PIL import Image
 
-from dino_jax.config import Key
+from dino_jax.config import MOST_PIXELS, Key
 from dino_jax.data.scenes_source import Scenes
 from dino_jax.data.sources import open_source
 from dino_jax.errors import UserError
@@ -29,6 +30,7 @@ from dino_jax.eval import davis
 from dino_jax.eval.draw import SHOWN, palette, save_rows, tile, tinted
 from dino_jax.eval.features import Patches, fingerprint, run
 from dino_jax.eval.images import (
+    check_all,
     grouped,
     linear_resize,
     list_images,
@@ -38,20 +40,22 @@ from dino_jax.eval.images import (
     read_image,
     read_labels,
 )
+from dino_jax.eval.masks import as_objects, is_binary
 from dino_jax.eval.propagation import hard_labels, propagate
 from dino_jax.eval.protocol import THREADS, Data, Protocol
-from dino_jax.eval.results import save_json
+from dino_jax.eval.results import optional, save_json
 from dino_jax.inference.model import Model
 
 STD = (0.228, 0.224, 0.225)  # as in the official script; ImageNet's first value is 0.229
+CLIP = 12  # frames of a `scenes:` clip
 LABELS = 4  # round the number of labels up to a multiple of this, so videos share compiled programs
 
 _log = logging.getLogger(__name__)
 
 KEYS = {
-    "size": Key(480, "shorter side of the frames", "[1, inf)"),
+    "size": Key(480, "shorter side of the frames", "[1, inf)", most=MOST_PIXELS),
     "multiple": Key(64, "the longer side is rounded down to a multiple of this", "[1, inf)"),
-    "context": Key(7, "previous frames used besides the first", "[0, inf)"),
+    "context": Key(7, "previous frames used besides the first", "[0, inf)", most=1024),
     "radius": Key(12, "window radius in patches, in rows and columns; 0: the whole frame", "[0, inf)"),
     "topk": Key(5, "number of most similar patches whose labels are averaged", "[1, inf)"),
     "temperature": Key(0.1, "temperature of the softmax over similarities", "(0, inf)"),
@@ -73,6 +77,8 @@ class Video(NamedTuple):
 def evaluate(model: Model, data: str, config: ConfigDict, workdir: str | None = None) -> dict[str, float]:
     """J&F, and mean, recall and decay of J and F, in percent over all objects.
 
+    A video with an annotation of just its first frame is segmented, not scored: `unscored_videos` counts them.
+
     With a `workdir`, label maps go to `vos-<settings>/VIDEO/*.png` with a palette, and finished videos are not
     recomputed. `objects.json` there has each object's figures, and `vos.png` in `workdir` shows some videos.
     """
@@ -83,25 +89,38 @@ def evaluate(model: Model, data: str, config: ConfigDict, workdir: str | None = 
     folder = None
     if workdir is not None:
         folder = epath.Path(workdir) / f"vos-{_settings(model, data, config)}"
+    videos = open_videos(data, config.split, len(model.mean))
+    if not data.startswith("scenes:"):
+        check_all(lambda i: _check(videos[i], model, config, folder is not None), len(videos), config.threads)
     objects: dict[str, Any] = {}
     shown: list[list[np.ndarray]] = []
-    for video in open_videos(data, config.split, len(model.mean)):
+    unscored = 0
+    for video in videos:
         truth = video.truth()
-        labels = None if folder is None else _load(folder / video.name, video.stems, truth.shape)
+        labels = None if folder is None else _load(folder / video.name, video.stems, truth)
         if labels is None:
             labels = segment(model, video, truth[0], config)
             if folder is not None and jax.process_index() == 0:
-                _save(folder / video.name, video.stems, labels)
-        if len(shown) < SHOWN:
-            chosen = np.linspace(0, len(labels) - 1, 4).astype(int)
-            shown.append([tile(tinted(video.frame(t), labels[t], palette()), 200) for t in chosen])
+                with optional(str(folder / video.name)):
+                    _save(folder / video.name, video.stems, labels)
+        if folder is not None and len(shown) < SHOWN:
+            with optional(f"{workdir}/vos.png"):
+                chosen = np.linspace(0, len(labels) - 1, 4).astype(int)
+                shown.append([tile(tinted(video.frame(t), labels[t], palette()), 200) for t in chosen])
+        if len(truth) < len(labels):
+            unscored += 1
+            _log.warning("%s: not scored: only the first frame is annotated", video.name)
+            continue
         scores = davis.score_video(labels, truth, video.name)
         objects |= {f"{video.name}_{number}": entry for number, entry in enumerate(scores, 1)}
         _log.info("%s: J&F %.1f over %d objects", video.name, davis.summarize(scores)["J&F_mean"], len(scores))
     if folder is not None and jax.process_index() == 0:
-        save_json(folder / "objects.json", objects)
-        save_rows(epath.Path(folder.parent) / "vos.png", shown)
-    return davis.summarize(objects.values())
+        with optional(str(folder / "objects.json")):
+            save_json(folder / "objects.json", objects)
+        with optional(f"{workdir}/vos.png"):
+            save_rows(epath.Path(folder.parent) / "vos.png", shown)
+    figures = davis.summarize(objects.values()) if objects else {}
+    return figures | ({"unscored_videos": unscored} if unscored else {})
 
 
 PROTOCOL = Protocol(
@@ -125,12 +144,7 @@ def _settings(model: Model, data: str, config: ConfigDict) -> str:
 def segment(model: Model, video: Video, first: np.ndarray, config: ConfigDict) -> np.ndarray:
     """Label maps uint8 [T, H, W] of all frames, from the first one's annotation uint8 [H, W], included unchanged."""
     patch = model.backbone.patch_size
-    height, width = frame_size(first.shape[0], first.shape[1], config.size, config.multiple)
-    if height % patch or width % patch:
-        raise UserError(
-            f"--config.size={config.size}: frames of {height} x {width} are not whole patches of {patch}: change it "
-            "or --config.multiple"
-        )
+    height, width = _size(first.shape, patch, config)
 
     def load(t: int) -> np.ndarray:
         pixels = linear_resize(video.frame(t), height, width)  # as OpenCV: no antialiasing, rounded
@@ -178,40 +192,92 @@ def frame_size(height: int, width: int, size: int, multiple: int) -> tuple[int, 
     return (longer, size) if height > width else (size, longer)
 
 
-def open_videos(data: str, split: str, channels: int = 3) -> Iterator[Video]:
-    """The videos of `data`, a DAVIS folder or `scenes:` spec. Raises `UserError` if a part is missing."""
+def _size(shape: tuple[int, ...], patch: int, config: ConfigDict) -> tuple[int, int]:
+    """Height and width of the network's input. Raises `UserError` if they are not whole patches."""
+    height, width = frame_size(shape[0], shape[1], config.size, config.multiple)
+    if not height or not width or height % patch or width % patch:
+        raise UserError(
+            f"--config.size={config.size}: frames of {height} x {width} are not whole patches of {patch}: change it "
+            f"or --config.multiple={config.multiple}"
+        )
+    return height, width
+
+
+def open_videos(data: str, split: str, channels: int = 3) -> list[Video]:
+    """The videos of `data`, a DAVIS folder or `scenes:` spec; their frames are not read yet.
+
+    Raises:
+      UserError: a list or folder is missing, or the first annotation of a video.
+    """
     if data.startswith("scenes:"):
         source = open_source(data)
         if not isinstance(source, Scenes):
             raise UserError(f"{data}: not scenes")
-        yield from (_clip(source, index) for index in range(len(source)))
-        return
+        clip = functools.lru_cache(2)(source.clip)
+        return [_clip(clip, source.split, index) for index in range(len(source))]
     root = epath.Path(data)
     names = listed(root / "ImageSets" / "2017" / f"{split}.txt", "give the DAVIS 2017 folder as --data")
-    yield from (_davis(root, name, channels) for name in names)
+    return [_davis(root, name, channels) for name in names]
 
 
-def _clip(source: Scenes, index: int) -> Video:
-    frames, masks = source.clip(index)
-    stems = [f"{t:05d}" for t in range(len(frames))]
-    return Video(f"{source.split}-{index:03d}", stems, frames.__getitem__, lambda: masks)
+def _clip(clip: Callable[[int], tuple[np.ndarray, np.ndarray]], split: str, index: int) -> Video:
+    stems = [f"{t:05d}" for t in range(CLIP)]
+    return Video(f"{split}-{index:03d}", stems, lambda t: clip(index)[0][t], lambda: clip(index)[1])
 
 
 def _davis(root: epath.Path, name: str, channels: int) -> Video:
     frames = list_images(root / "JPEGImages" / "480p" / name)
-    masks = [root / "Annotations" / "480p" / name / f"{path.stem}.png" for path in frames]
-    return Video(
-        name,
-        [path.stem for path in frames],
-        lambda t: read_image(frames[t], channels),
-        lambda: _stacked(name, [read_labels(path) for path in masks]),
-    )
+    stems = [path.stem for path in frames]
+    if twice := [stem for stem in stems if stems.count(stem) > 1]:
+        raise UserError(f"{frames[0].parent}: two frames are named {twice[0]}: keep one of them")
+    masks = [root / "Annotations" / "480p" / name / f"{stem}.png" for stem in stems]
+    if not masks[0].exists():
+        raise UserError(f"{masks[0]}: no such file: the first frame needs an annotation")
+    if not any(path.exists() for path in masks[1:]):
+        masks = masks[:1]
+
+    @functools.cache
+    def size() -> tuple[int, ...]:
+        return read_labels(masks[0]).shape
+
+    def frame(t: int) -> np.ndarray:
+        pixels = read_image(frames[t], channels)
+        if pixels.shape[:2] != size():
+            raise UserError(f"{frames[t]}: {_pixels(pixels)}, but {masks[0]} has {_pixels(size())}: resize it")
+        return pixels
+
+    return Video(name, stems, frame, lambda: _annotations(masks))
 
 
-def _stacked(name: str, maps: list[np.ndarray]) -> np.ndarray:
-    if len({labels.shape for labels in maps}) != 1:
-        raise UserError(f"{name}: annotations differ in size")
-    return np.stack(maps)
+def _annotations(paths: list[epath.Path]) -> np.ndarray:
+    """Label maps [T, H, W]; 255 is an object if no other number occurs."""
+    maps = [read_labels(path) for path in paths]
+    for path, labels in zip(paths, maps, strict=True):
+        if labels.shape != maps[0].shape:
+            raise UserError(f"{path}: {_pixels(labels)}, but {paths[0]} has {_pixels(maps[0])}: resize it")
+    return as_objects(np.stack(maps), all(map(is_binary, maps)))
+
+
+def _pixels(image: np.ndarray | tuple[int, ...]) -> str:
+    height, width = (image.shape if isinstance(image, np.ndarray) else image)[:2]
+    return f"{height} x {width} pixels"
+
+
+def _check(video: Video, model: Model, config: ConfigDict, kept: bool) -> None:
+    """Reads a whole video; `UserError` for what would end its segmentation or its scoring, with the frame's name."""
+    truth, count = video.truth(), len(video.stems)
+    _size(truth.shape[1:], model.backbone.patch_size, config)
+    if not np.isin(truth[0], (0, davis.VOID), invert=True).any():
+        raise UserError(f"{video.name}: the first annotation has no object")
+    if len(truth) == 1 < count and not kept:
+        raise UserError(
+            f"{video.name}: only the first frame is annotated, so there is nothing to score; --workdir=DIR keeps the "
+            "label maps"
+        )
+    if count < 3 and (count < 2 or len(truth) == count):
+        raise UserError(f"{video.name}: {count} annotated frames; at least 3 are needed: first and last do not count")
+    for t in range(count):
+        video.frame(t)
 
 
 def _save(folder: epath.Path, stems: Sequence[str], labels: np.ndarray) -> None:
@@ -226,11 +292,15 @@ def _save(folder: epath.Path, stems: Sequence[str], labels: np.ndarray) -> None:
     partial.rename(folder)
 
 
-def _load(folder: epath.Path, stems: Sequence[str], shape: tuple[int, ...]) -> np.ndarray | None:
-    """The label maps of an earlier run, or None."""
+def _load(folder: epath.Path, stems: Sequence[str], truth: np.ndarray) -> np.ndarray | None:
+    """The label maps of an earlier run on the same first annotation, or None."""
     if not folder.exists():
         return None
-    labels = np.stack([read_labels(folder / f"{stem}.png") for stem in stems])
-    if labels.shape != shape:
-        raise UserError(f"{folder}: label maps of {labels.shape} for a video of {shape}: remove the folder")
-    return labels
+    maps = [read_labels(folder / f"{stem}.png") for stem in stems]
+    if any(labels.shape != truth.shape[1:] for labels in maps):
+        raise UserError(f"{folder}: label maps of another size than the video's {truth.shape[1:]}: remove the folder")
+    if (maps[0] != truth[0]).any():
+        _log.warning("%s: made from another first annotation: made again", folder)
+        folder.rmtree()
+        return None
+    return np.stack(maps)

@@ -282,7 +282,9 @@ KEYS: Keys = {
             "bottleneck_dim": Key(int, "its bottleneck; unset: head.bottleneck_dim", "[1, inf)"),
             "layers": Key(int, "its linear layers; unset: head.layers", "[1, inf)"),
             "mask_prob": Key(0.5, "share of the global crops that have a mask", "(0, 1]"),
-            "mask_ratio": Key((0.1, 0.5), "share of a crop's patches that are masked, low and high", "(0, 1)"),
+            "mask_ratio": Key(
+                (0.1, 0.5), "share of a crop's patches that are masked, low and high", "(0, 1)", ordered=True
+            ),
             "mask_shape": Key(
                 "block",
                 "rectangles of 4 patches and more (DINOv2), of a ninth of the grid and more (iBOT), or single patches",
@@ -351,12 +353,18 @@ KEYS: Keys = {
     },
 }
 
+
+def lr_scale(batch_size: int, how: str) -> float:
+    """The factor by which a batch scales the learning rate; `how`: `optim.lr_scaling`."""
+    return {"linear": batch_size / 256, "sqrt": math.sqrt(batch_size / 1024)}[how]
+
+
 RULES = (
     Rule(("optim.warmup_epochs", "epochs"), lambda warmup, run: warmup > run, "the warm-up is longer than the run"),
     Rule(
-        ("optim.min_lr", "optim.lr", "batch_size"),
-        lambda low, peak, batch: low > peak * batch / 256,
-        "the rate would rise to the end: optim.min_lr is above the peak, optim.lr * batch_size / 256",
+        ("optim.min_lr", "optim.lr", "batch_size", "optim.lr_scaling"),
+        lambda low, lr, batch, how: low > lr * lr_scale(batch, how),
+        "the rate would rise to the end: optim.min_lr is above the peak, optim.lr scaled with the batch",
     ),
     Rule(
         ("teacher.warmup_temp_epochs", "epochs", "teacher.warmup_temp", "teacher.temp"),

@@ -112,6 +112,13 @@ def draw(masking: Masking, rng: np.random.Generator, slot: int) -> np.ndarray:
     return blocks(rng, masking.grid, asked, (min(masking.grid) // 3) ** 2, math.inf).ravel()
 
 
+def example_masks(masking: Masking, images: int) -> np.ndarray:
+    """Masks for a benchmark, bool [images, 2, N]."""
+    places = slots(masking, np.arange(images), (0,))
+    rng = np.random.default_rng(0)
+    return np.array([[draw(masking, rng, int(slot)) for slot in pair] for pair in places])
+
+
 def blocks(
     rng: np.random.Generator, grid: tuple[int, int], asked: float, smallest: float, largest: float
 ) -> np.ndarray:

@@ -18,6 +18,7 @@ A batch is a dict. b: rows of this process; n: `crops.local_count`; C = 2 + n cr
               gray bool [b, C], blur float32 [b, C], solarize bool [b, C]
 in both
     label     int32 [b]            -1: unknown
+    masked    bool [b, 2, N]       only with `objective.ibot`: the masked patches of the global crops (`data.masking`)
     index     int64 [b]            the example that was read
     bad       list of (index, name, reason): images of this batch that could not be read and were replaced; plain
               Python, so take it out (`batch.pop("bad")`) before sending the rest to a device
@@ -52,6 +53,7 @@ from absl import flags
 from dino_jax.data import workers
 from dino_jax.data.crops import CropParams, crop_resize, draw_many, render_crops, to_pil
 from dino_jax.data.decode import BadImage
+from dino_jax.data.masking import Masking, draw, make_masking, slots
 from dino_jax.data.memory import BatchMemory, Pixels
 from dino_jax.data.reader import Reader, mixed_word, shuffled
 from dino_jax.data.sources import Source
@@ -99,7 +101,7 @@ def make_dataset(
     reader.probe()
     rows = np.arange(config.batch_size)[batch_slice]
     memory = BatchMemory(layout, len(rows), math.ceil(len(rows) / CHUNK), together=not config.run.workers)
-    chunks = TrainChunks(reader, memory, rows, config, steps, salt, position // config.batch_size)
+    chunks = TrainChunks(reader, memory, rows, config, steps, salt, position // config.batch_size, make_masking(config))
     return Batches(chunks, config.run.workers, config.run.threads, "run.workers")
 
 
@@ -216,6 +218,7 @@ class TrainChunks(Chunks):
     steps: int  # per epoch
     salt: int
     start: int  # batches before element 0
+    masking: Masking | None
 
     def __len__(self) -> int:
         return sys.maxsize - self.start * self.memory.parts
@@ -239,7 +242,9 @@ class TrainChunks(Chunks):
                 waiting.clear()
         sizes, labels, indices, met = zip(*rows, strict=True)
         size = np.array(sizes, np.int32)
-        drawn = {"size": size, "params": self._draw(epoch, wanted, size)} if "canvas" in pixels else {}
+        drawn: Batch = {"size": size, "params": self._draw(epoch, wanted, size)} if "canvas" in pixels else {}
+        if self.masking is not None:
+            drawn["masked"] = self._masks(self.masking, self.start + batch, part, wanted)
         return {
             "batch": batch,
             "pixels": pixels,
@@ -248,6 +253,19 @@ class TrainChunks(Chunks):
             "index": np.array(indices, np.int64),
             "bad": list(itertools.chain.from_iterable(met)),
         }
+
+    def _masks(self, masking: Masking, step: int, part: int, indices: Sequence[int]) -> np.ndarray:
+        """The masks of a chunk's global crops, bool [rows, 2, N]; the order of the examples does not matter."""
+        epoch, seed = step // self.steps, self.config.seed % 2**64
+        masked = np.zeros((len(indices), 2, masking.patches), bool)
+        if epoch < masking.start_epoch:
+            return masked
+        places = slots(masking, self.rows[self.memory.part_rows(part)], (seed, self.salt, step))
+        for row, index in enumerate(indices):
+            rng = example_rng(seed, self.salt, epoch, index, stream=1)
+            for view in range(2):
+                masked[row, view] = draw(masking, rng, int(places[row, view]))
+        return masked
 
     def _draw(self, epoch: int, indices: Sequence[int], size: np.ndarray) -> CropParams:
         rngs = [example_rng(self.config.seed, self.salt, epoch, index) for index in indices]
@@ -324,9 +342,9 @@ def epoch_order(count: int, seed: int, epoch: int, places: Iterable[int]) -> lis
     return [shuffled(int(place), count, key) for place in places]
 
 
-def example_rng(seed: int, salt: int, epoch: int, index: int) -> np.random.Generator:
-    """The generator of one example's draws in one epoch."""
-    return np.random.Generator(np.random.Philox(key=[seed % 2**64, salt], counter=[0, 0, index, epoch]))
+def example_rng(seed: int, salt: int, epoch: int, index: int, stream: int = 0) -> np.random.Generator:
+    """The generator of one example's draws in one epoch. Streams: 0 for crops, 1 for masks."""
+    return np.random.Generator(np.random.Philox(key=[seed % 2**64, salt], counter=[0, stream, index, epoch]))
 
 
 def resize_shorter(pixels: np.ndarray, shorter: int) -> np.ndarray:

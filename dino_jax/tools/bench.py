@@ -18,15 +18,16 @@ from PIL import Image
 from dino_jax import config_io
 from dino_jax.config import default
 from dino_jax.data.example import Example
+from dino_jax.data.masking import example_masks
 from dino_jax.data.pipeline import make_dataset, steps_per_epoch
 from dino_jax.data.reader import Reader
 from dino_jax.data.sources import Source, open_source
 from dino_jax.errors import UserError
-from dino_jax.models.network import Outputs
+from dino_jax.models.network import Outputs, Views
 from dino_jax.objectives.objective import total_loss
 from dino_jax.parallel import sharding
 from dino_jax.training.prefetch import Ready, device_batches
-from dino_jax.training.step import check_batch, jit_init_state, jit_train_step, make_recipe
+from dino_jax.training.step import abstract_inputs, check_batch, jit_init_state, jit_train_step, make_recipe
 
 Results = dict[str, float | str]
 Work = Generator[int, None, None]  # yields the number of images since the last yield
@@ -146,16 +147,12 @@ def bench_step(config: ConfigDict, steps: int = 10) -> Results:
     recipe = make_recipe(config, 1000)
     check_batch(recipe, mesh)
     state, train_step = jit_init_state(recipe, mesh), jit_train_step(recipe, mesh)
-    groups = [(2, config.crops.global_size), (config.crops.local_count, config.crops.local_size)]
     rng = np.random.default_rng(0)  # not zeros, on which a GPU clocks higher
-    crops = [
-        rng.standard_normal((config.batch_size, count, *size, config.model.in_chans), np.float32).astype(
-            jnp.dtype(config.model.dtype)
-        )
-        for count, size in groups
-        if count
-    ]
-    batches = itertools.repeat(Ready(sharding.to_devices(crops, mesh, config.batch_size), []))
+    shapes = abstract_inputs(recipe)
+    crops = [rng.standard_normal(x.shape, np.float32).astype(x.dtype) for x in shapes.crops]
+    masked = None if recipe.masking is None else example_masks(recipe.masking, config.batch_size)
+    inputs = Views(*sharding.to_devices((crops, masked), mesh, config.batch_size))
+    batches = itertools.repeat(Ready(inputs, []))
     begin = time.perf_counter()
     state, _ = _timed(train_step, state, batches, 1)
     first = time.perf_counter() - begin
@@ -180,9 +177,16 @@ def bench_loss(config: ConfigDict, steps: int = 10) -> Results:
     def outputs(seed: int, count: int) -> Outputs:
         features, logits = jax.random.split(jax.random.key(seed))
         rows, dtype = (config.batch_size, count), config.model.dtype
-        return Outputs(
+        outputs = Outputs(
             cls=jax.random.normal(features, (*rows, recipe.network.backbone.embed_dim), dtype),
             logits=jax.random.normal(logits, (*rows, config.head.out_dim), dtype),
+        )
+        if recipe.masking is None:
+            return outputs
+        chosen = recipe.chosen(example_masks(recipe.masking, config.batch_size))
+        width = (recipe.network.patch_head or recipe.network.head).out_dim
+        return outputs._replace(
+            patch_logits=jax.random.normal(logits, (len(chosen.index), width), dtype), chosen=chosen
         )
 
     def loss(student: Outputs, teacher: Outputs, states: dict[str, Any], step: jax.Array) -> jax.Array:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from dino_jax.config import LARGEST
+from dino_jax.config import LARGEST, lr_scale
 from dino_jax.errors import UserError
 
 Schedule = Callable[..., jnp.ndarray]
@@ -70,7 +70,7 @@ def make_schedules(config: ConfigDict, steps_per_epoch: int) -> Schedules:
             f"epochs={config.epochs}: {steps} steps are more than the {LARGEST} that can be counted: lower it"
         )
     optim, teacher = config.optim, config.teacher
-    scale = {"linear": config.batch_size / 256, "sqrt": math.sqrt(config.batch_size / 1024)}[optim.lr_scaling]
+    scale = lr_scale(config.batch_size, optim.lr_scaling)
     warmup = teacher.warmup_temp_epochs
     count, each = {"epoch": (warmup, steps_per_epoch), "step": (warmup * steps_per_epoch, 1)}[teacher.warmup_temp_by]
     ibot = config.objective.ibot

@@ -90,6 +90,11 @@ class Recipe(NamedTuple):
         asked = {term.patches for term in self.objectives}
         return max(asked, key=["", "masked", "all"].index)
 
+    def chosen(self, masked: jax.Array) -> Chosen:
+        """The patches that the terms read, for masks [B, 2, N] of one device and microbatch."""
+        assert self.masking is not None
+        return choose(masked, None if self.patches == "all" else self.masking.capacity(masked.shape[0]))
+
 
 def make_recipe(config: ConfigDict, steps_per_epoch: int) -> Recipe:
     """Builds network, optimizer, teacher, schedules and objective terms from a configuration.
@@ -223,10 +228,7 @@ def _microbatch(
     """Gradients and `Measured` of one microbatch; `stats` are (student's, teacher's) batch statistics before it."""
     student_stats, teacher_stats = stats
     network, objectives = recipe.network, recipe.objectives
-    chosen = None
-    if recipe.patches:
-        rows = views.masked.shape[0]
-        chosen = choose(views.masked, None if recipe.patches == "all" else recipe.masking.capacity(rows))
+    chosen = recipe.chosen(views.masked) if recipe.patches else None
     teacher, teacher_stats = _forward(
         network, {"params": state.ema.teacher, "batch_stats": teacher_stats}, Views(views.crops[:1]), chosen
     )

@@ -93,7 +93,7 @@ def override(config: ConfigDict, overrides: Iterable[str]) -> ConfigDict:
         except (flags.Error, TypeError, ValueError) as error:
             owner, name = _place(config, key)
             kind = type(known[key]).__name__ if known[key] is not None else owner.get_type(name).__name__
-            raise UserError(f"--config.{key}={value}: this key takes a value of type {kind}") from error
+            raise UserError(f"--config.{key}={value[:200]}: this key takes a value of type {kind}") from error
     return config
 
 

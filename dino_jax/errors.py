@@ -15,6 +15,9 @@ class UserError(ValueError):
     def __init__(self, message: str):
         super().__init__(printable(message))
 
+    def __str__(self) -> str:
+        return printable(super().__str__())  # names in it may hold anything
+
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The end of a message about an unknown word: `; did you mean 'optim.lr'?`, or "" if no known word is near.

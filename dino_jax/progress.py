@@ -83,6 +83,7 @@ class Progress:
         line = printable(line)
         if self._bar.disable:
             return
+        line = printable(line)
         if self._live:
             self._bar.write(line, file=self._stream)
         else:

@@ -23,7 +23,7 @@ from etils import epath
 from dino_jax.data.decode import BadImage
 from dino_jax.data.example import Example, Kind
 from dino_jax.data.storage import cause, is_remote, open_file, read_json
-from dino_jax.errors import UserError
+from dino_jax.errors import UserError, printable
 
 MANIFEST = "manifest.json"
 FORMAT, VERSION = "dino-jax", 1
@@ -141,7 +141,8 @@ class PackedSource:
 
     def __getitem__(self, index: int) -> Example:
         try:
-            return decode_record(self._records[index])
+            example = decode_record(self._records[index])
+            return example._replace(name=printable(example.name))
         except Exception as error:  # whatever the reader raises for a damaged shard
             shard = bisect.bisect_right(self._ends, index)
             bad = BadImage(f"a damaged record ({cause(error)}); {REPAIR}")

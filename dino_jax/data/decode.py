@@ -28,6 +28,7 @@ from etils import epath
 from PIL import Image, UnidentifiedImageError
 
 from dino_jax.data.storage import cause, read_file
+from dino_jax.errors import printable
 
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "JPEG2000", "GIF", "BMP", "TIFF", "PPM")  # PIL's names; no others are opened
 FILE_BYTES = 512 << 20  # of the file of one image
@@ -54,6 +55,9 @@ class BadImage(Exception):
     """An image that cannot be used. The message is a short reason; `name` is the image's, if known."""
 
     name: str = ""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 _one_large = threading.Lock()

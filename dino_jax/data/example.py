@@ -28,6 +28,7 @@ def whole_labels(values: Any, where: str) -> np.ndarray:
       UserError: another value, such as 0.7 or NaN, which no class has; the message begins with `where`.
     """
     labels = np.asarray(values)
+    labels = labels.astype(np.int32) if labels.dtype == np.bool_ else labels
     if labels.dtype.kind in "iuf":
         inside = (labels == np.floor(labels)) & (labels >= -1) & (labels < 2**31)
         if inside.all():

@@ -118,7 +118,8 @@ class _Scan:
 
     def entries(self, path: str, prefix: str) -> tuple[list[str], list[str]]:
         """Names of the sub-folders and of the images in a folder, without hidden ones."""
-        folders, names = [], []
+        folders: list[str] = []
+        names: list[str] = []
         try:  # of a bucket, is_dir is a request: skipped for names of images
             found = list(epath.Path(path).iterdir() if is_remote(path) else os.scandir(path))
         except OSError as error:

@@ -7,7 +7,9 @@ finished folder checks it and makes damaged shards again.
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
+import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,10 +17,10 @@ from typing import Any
 from etils import epath
 
 from dino_jax.data.arrayrecord_source import FORMAT, MANIFEST, VERSION, read_manifest
-from dino_jax.data.shards import Shards, Summary, intact, merged
+from dino_jax.data.shards import Shards, Summary, begin_worker, intact, make_in_worker, merged
 from dino_jax.data.sources import open_source
 from dino_jax.data.storage import read_json, write_atomically
-from dino_jax.data.workers import Pool
+from dino_jax.data.workers import shielded
 from dino_jax.errors import UserError
 from dino_jax.progress import Progress
 
@@ -188,8 +190,17 @@ def _make(shards: Shards, wanted: Sequence[int], workers: int) -> Iterator[tuple
         for shard in wanted:
             yield shard, shards.make(shard)
         return
-    pool = Pool(shards, workers, 1, "--workers")
+    pool = concurrent.futures.ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), initializer=begin_worker, initargs=(shards,)
+    )
     try:
-        yield from pool.results(wanted, workers, ordered=False)
+        with shielded():  # the pool starts its processes here
+            futures = {pool.submit(make_in_worker, shard): shard for shard in wanted}
+        for future in concurrent.futures.as_completed(futures):
+            yield futures[future], future.result()
+    except concurrent.futures.process.BrokenProcessPool as error:
+        raise UserError(
+            f"{shards.out}: a worker process was killed (out of memory?): lower --workers and run it again: it resumes"
+        ) from error
     finally:
-        pool.close()
+        pool.shutdown(cancel_futures=True)

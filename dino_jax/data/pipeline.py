@@ -1,4 +1,4 @@
-"""The input pipeline: turns a source into batches, the same ones with any number of workers.
+"""The input pipeline, with grain: turns a source into batches, the same ones with any number of workers.
 
 The data position is the number of examples that the whole run has consumed. An epoch is `N // batch_size` steps; its
 order is a permutation drawn from (seed, epoch); its last `N % batch_size` examples are skipped. Every random
@@ -30,25 +30,35 @@ the last batch, or an unreadable image) and bad.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import itertools
 import logging
 import math
+import multiprocessing
+import os
+import re
+import shutil
 import sys
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import grain
 import numpy as np
+from absl import flags
 
+from dino_jax.data import workers
 from dino_jax.data.crops import CropParams, crop_resize, draw_many, render_crops, to_pil
 from dino_jax.data.decode import BadImage
 from dino_jax.data.memory import BatchMemory, Pixels
 from dino_jax.data.reader import Reader, mixed_word, shuffled
 from dino_jax.data.sources import Source
-from dino_jax.data.workers import Pool
 from dino_jax.errors import UserError
 
 WAITING_BYTES = 64 << 20  # of images whose crops are drawn together
+PATIENCE = 3.0  # seconds that closing waits for reads in progress
 CHUNK = 16  # examples that one thread prepares at a time; a batch is made of such chunks
 
 Batch = dict[str, Any]
@@ -88,7 +98,7 @@ def make_dataset(
     reader = Reader(source, config.model.in_chans, limit, config.seed, config.data.max_bad_share, config.data.train)
     reader.probe()
     rows = np.arange(config.batch_size)[batch_slice]
-    memory = BatchMemory(layout, len(rows), math.ceil(len(rows) / CHUNK))
+    memory = BatchMemory(layout, len(rows), math.ceil(len(rows) / CHUNK), together=not config.run.workers)
     chunks = TrainChunks(reader, memory, rows, config, steps, salt, position // config.batch_size)
     return Batches(chunks, config.run.workers, config.run.threads, "run.workers")
 
@@ -114,36 +124,73 @@ def make_eval_dataset(
     size = (crop, crop) if isinstance(crop, int) else crop
     chosen = np.arange(batch_size)[rows]
     layout = {"image": (*size, channels)}
-    memory = BatchMemory(layout, len(chosen), math.ceil(len(chosen) / CHUNK))
+    memory = BatchMemory(layout, len(chosen), math.ceil(len(chosen) / CHUNK), together=not workers)
     return Batches(EvalChunks(reader, memory, chosen, resize, batch_size), workers, threads, "workers")
 
 
 class Batches(Iterator[Batch]):
-    """Batches of chunks made in threads, or in processes with threads. About two batches are ready ahead.
+    """Batches of chunks, made by grain in threads, or in processes with threads. About two batches are ready ahead.
 
     Counts the unreadable images of all workers. `close` may be called while another thread waits for a batch.
     """
 
-    def __init__(self, chunks: Chunks, workers: int, threads: int, name: str):
-        self._chunks = chunks
-        self._pool = Pool(chunks, workers, threads, name)
-        ahead = max(2 * chunks.memory.parts, (workers or 1) * (threads + 1))
-        self._values = self._pool.results(range(len(chunks)), ahead)
+    def __init__(self, chunks: Chunks, processes: int, threads: int, setting: str):
+        self._reader, self._setting = chunks.reader, setting
+        parts = chunks.memory.parts
+        share = math.ceil(parts / max(processes, 1))  # chunks of a batch for each process
+        options = grain.ReadOptions(threads, max(threads, share if processes else 2 * share))
+        dataset = grain.MapDataset.source(chunks).to_iter_dataset(options)
+        if processes:
+            _require_shared_memory(processes * (share + 2) * CHUNK * chunks.memory.row_bytes)
+            if not flags.FLAGS.is_parsed():  # grain reads absl flags, which nothing else parses here
+                flags.FLAGS.mark_as_parsed()
+            dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(processes, share), workers.begin)
+        merged = dataset.batch(parts, batch_fn=functools.partial(_merge, chunks.memory))
+        self._batches = iter(merged)
+        self._starting = processes > 0
 
     def __next__(self) -> Batch:
-        memory = self._chunks.memory
-        chunks = [chunk for _, chunk in itertools.islice(self._values, memory.parts)]
-        if len(chunks) < memory.parts:
-            self.close()
-            raise StopIteration
-        batch = {key: _joined([chunk[key] for chunk in chunks]) for key in chunks[0] if key != "batch"}
+        try:
+            with workers.shielded() if self._starting else contextlib.nullcontext():
+                batch = next(self._batches)
+            self._starting = False
+        except RuntimeError as error:
+            status = re.search(r"terminated unexpectedly with exit code (-?\d+)", str(error))
+            if status is None:
+                raise
+            raise workers.died(self._setting, int(status[1])) from error
         for entry in batch["bad"]:
-            self._chunks.reader.note(*entry)
-        return memory.whole(chunks[0]["batch"]) | batch
+            self._reader.note(*entry)
+        return batch
 
     def close(self) -> None:
-        """Ends the threads and processes."""
-        self._pool.close()
+        """Ends the threads and processes. A process that does not end by itself is killed: it holds nothing to lose."""
+        processes = [child for child in multiprocessing.active_children() if child.name.startswith("grain-")]
+        closing = threading.Thread(target=self._batches.close, daemon=True)
+        closing.start()
+        closing.join(PATIENCE)
+        if closing.is_alive():
+            for child in processes:
+                child.kill()
+            closing.join(PATIENCE)
+
+
+def _require_shared_memory(needed: int) -> None:
+    """Raises `UserError` unless /dev/shm has `needed` bytes free: worker processes pass chunks through it."""
+    if not os.path.isdir("/dev/shm"):
+        return
+    free = shutil.disk_usage("/dev/shm").free
+    if needed > free:
+        raise UserError(
+            f"run.workers: they need {needed >> 20} MiB of shared memory and /dev/shm has {free >> 20} free; "
+            "lower run.workers (0 needs none) or enlarge it (docker run --shm-size)"
+        )
+
+
+def _merge(memory: BatchMemory, chunks: Sequence[Batch]) -> Batch:
+    """Chunks of one batch -> the batch."""
+    rest = {key: _joined([chunk[key] for chunk in chunks]) for key in chunks[0] if key not in ("batch", "pixels")}
+    return memory.whole(chunks[0]["batch"], [chunk["pixels"] for chunk in chunks]) | rest
 
 
 def _joined(values: Sequence[Any]) -> Any:
@@ -154,26 +201,11 @@ def _joined(values: Sequence[Any]) -> Any:
 
 @dataclasses.dataclass
 class Chunks:
-    """Element k is part k % parts of this process's rows of batch k // parts. A `workers.Task`."""
+    """Element k is part k % parts of this process's rows of batch k // parts."""
 
     reader: Reader
     memory: BatchMemory
     rows: np.ndarray  # of the global batch
-
-    def __len__(self) -> int:
-        raise NotImplementedError
-
-    def __getitem__(self, element: int) -> Batch:
-        raise NotImplementedError
-
-    def work(self, element: int) -> tuple[Batch, list[np.ndarray]]:
-        """The chunk without its pixels, and these in the order of `room`."""
-        chunk = self[element]
-        return chunk, list(chunk.pop("pixels").values())
-
-    def room(self, element: int) -> list[np.ndarray]:
-        """Where the pixels of the chunk belong in their batch."""
-        return list(self.memory.chunk(*divmod(element, self.memory.parts)).values())
 
 
 @dataclasses.dataclass

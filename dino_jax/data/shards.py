@@ -15,6 +15,7 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
+from dino_jax.data import workers
 from dino_jax.data.arrayrecord_source import WRITER_OPTIONS, encode_record
 from dino_jax.data.decode import BadImage, decode, resize, strips
 from dino_jax.data.example import Example
@@ -25,6 +26,9 @@ from dino_jax.errors import UserError
 JPEG_QUALITY = 95  # of JPEGs that were shrunk
 
 Summary = dict[str, Any]  # of a shard, as JSON
+
+
+_shards: Shards  # of a worker process
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,14 +78,6 @@ class Shards:
             reason = " ".join(str(error).split())
             raise UserError(f"{path}: cannot be written: {reason}; fix that and run it again: it resumes") from error
         return summary
-
-    def work(self, shard: int) -> tuple[Summary, list[np.ndarray]]:
-        """`make`, as a `workers.Task`."""
-        return self.make(shard), []
-
-    def room(self, shard: int) -> list[np.ndarray]:
-        """No arrays come with a summary."""
-        return []
 
     def _records(self, shard: int, tally: Tally) -> Iterator[bytes]:
         for index in self.indices(shard):
@@ -225,3 +221,15 @@ def merged(summaries: Sequence[Summary]) -> Summary:
         "bad": [entry for summary in summaries for entry in summary["bad"]],
         "shards": [{key: summary[key] for key in ("file", "count", "bytes", "crc32")} for summary in summaries],
     }
+
+
+def begin_worker(shards: Shards) -> None:
+    """Prepares a worker process for `make_in_worker`."""
+    global _shards
+    _shards = shards
+    workers.begin()
+
+
+def make_in_worker(shard: int) -> Summary:
+    """`Shards.make` in a worker process."""
+    return _shards.make(shard)

@@ -103,7 +103,7 @@ def read_json(path: epath.PathLike, kind: type = dict) -> Any:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON: {cause(error)}") from error
     if not isinstance(value, kind):
-        expected = {dict: "an object", list: "a list"}[kind]
+        expected = "an object" if kind is dict else "a list"
         raise UserError(f"{path}: holds {type(value).__name__} where {expected} is expected")
     return value
 

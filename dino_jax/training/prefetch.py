@@ -14,7 +14,8 @@ from ml_collections import ConfigDict
 
 from dino_jax.data.pipeline import make_dataset
 from dino_jax.data.sources import Source
-from dino_jax.data.storage import write_atomically, writing
+from dino_jax.data.storage import read_file, write_atomically, writing
+from dino_jax.errors import printable
 from dino_jax.parallel import sharding
 from dino_jax.render.renderer import make_renderer
 
@@ -29,23 +30,30 @@ class Ready(NamedTuple):
 
 
 class BadFiles:
-    """`WORKDIR/bad_files.txt`: each unreadable image once, with the reason; one file per process."""
+    """`WORKDIR/bad_files.txt`: each unreadable image once, its name, a tab and the reason; one file per process.
+
+    Names are written as `printable` gives them. Lines that are already there are kept as they are, whatever they hold.
+    """
 
     def __init__(self, workdir: epath.Path):
         name = "bad_files.txt" if jax.process_index() == 0 else f"bad_files-{jax.process_index()}.txt"
         self._path, self._known = workdir / name, set()
         with writing(f"{self._path}: cannot be read"):
             if self._path.exists():
-                self._known = {line.split("\t")[0] for line in self._path.read_text().splitlines()}
+                lines = read_file(self._path).decode("utf-8", "replace").split("\n")
+                self._known = {line.split("\t")[0] for line in lines}
 
     def note(self, bad: list[tuple[int, str, str]]) -> None:
         """Adds those (index, name, reason) that are new."""
-        new = {name: reason for _, name, reason in bad if name not in self._known}
+        named = {printable(name): printable(reason) for _, name, reason in bad}
+        new = {name: reason for name, reason in named.items() if name not in self._known}
         if new:
             self._known.update(new)
             with writing(f"{self._path}: cannot write"):
-                before = self._path.read_text() if self._path.exists() else ""
-                write_atomically(self._path, before + "".join(f"{name}\t{reason}\n" for name, reason in new.items()))
+                before = read_file(self._path) if self._path.exists() else b""
+                lines = "".join(f"{name}\t{reason}\n" for name, reason in new.items())
+                gap = b"" if before.endswith(b"\n") or not before else b"\n"
+                write_atomically(self._path, before + gap + lines.encode())
 
 
 def device_batches(

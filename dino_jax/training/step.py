@@ -45,7 +45,7 @@ class TrainState(flax.struct.PyTreeNode):
 
     def __repr__(self) -> str:
         """One line, for a notebook that shows what `train` returns."""
-        count = sum(leaf.size for leaf in jax.tree.leaves(self.student["params"]))
+        count = sum(getattr(leaf, "size", 0) for leaf in jax.tree.leaves(self.student["params"]))  # or shardings
         return f"TrainState(step={self.step}, parameters={count:,})"
 
     @property

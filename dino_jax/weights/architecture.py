@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -89,9 +90,16 @@ def fill_model(config: ConfigDict, fmt: Format, backbone: Tensors, hints: Hints,
     """
     if hints.grid and fmt.family != "vit":
         raise UserError(f"{source}: --grid is for the position table of a ViT; this {fmt.family} has none")
-    try:
+    with _identifying(source):
         fill = {"vit": _fill_vit, "xcit": _fill_xcit, "resnet": _fill_resnet}[fmt.family]
         fill(config, fmt, backbone, hints, source)
+
+
+@contextlib.contextmanager
+def _identifying(source: object) -> Iterator[None]:
+    """Raises the block's errors about absent or misshaped tensors as `UserError`."""
+    try:
+        yield
     except UserError:
         raise
     except (KeyError, ValueError, IndexError) as error:
@@ -176,7 +184,14 @@ def _fill_input(config: ConfigDict, chans: int, patch: int, size: tuple[int, int
 def fill_head(config: ConfigDict, head: Tensors, train_gain: bool, source: object) -> None:
     """Sets `config.head` from the shapes of a projection head's tensors (`mlp.0.weight`, ...)."""
     if not ("last_layer.weight_v" in head and any(head[f"mlp.{i}.weight"].ndim == 2 for i in _indices(head))):
-        raise UserError(f"{source}: its head lacks mlp.*.weight or last_layer.weight_v; it holds {', '.join(head)}")
+        raise UserError(
+            f"{source}: its head lacks mlp.*.weight or last_layer.weight_v; it holds {', '.join(list(head)[:9])}"
+        )
+    with _identifying(source):
+        _fill_head(config, head, train_gain, source)
+
+
+def _fill_head(config: ConfigDict, head: Tensors, train_gain: bool, source: object) -> None:
     linear = [head[f"mlp.{i}.weight"].shape for i in _indices(head) if head[f"mlp.{i}.weight"].ndim == 2]
     config.head.out_dim, config.head.bottleneck_dim = head["last_layer.weight_v"].shape
     if len(linear) > MAX_DEPTH:

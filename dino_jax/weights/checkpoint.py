@@ -4,7 +4,7 @@
       1200/                         a step; valid only when complete (renamed or, on gs://, committed)
         student/ teacher/ rest/     one item each, so evaluation reads only the teacher
         config/                     the run's configuration as JSON
-        format/                     the format version of the items (see `dino_jax.migrations`)
+        format/                     the format version of the items (see `dino_jax.migrations`); its and config's CRC
         checksums/                  one number per array, to detect damaged steps
 
 Saving and restoring are collective: every process must make the same calls.
@@ -15,6 +15,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
+import pathlib
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -25,7 +28,7 @@ from etils import epath
 from flax import traverse_util
 from jax.experimental import multihost_utils
 
-from dino_jax.data.storage import absolute, cause, unwritable
+from dino_jax.data.storage import absolute, cause, is_remote, unwritable
 from dino_jax.errors import UserError
 from dino_jax.migrations import FORMAT_VERSION, migrate
 from dino_jax.weights import quiet
@@ -33,6 +36,7 @@ from dino_jax.weights.trees import by_path, checksums, map_by_path
 
 PyTree = Any
 T = TypeVar("T")
+MAX_RATIO = 40_000  # the most that the compression gains, for zeros
 CONFIG, CHECKSUMS, FORMAT = "config", "checksums", "format"
 log = logging.getLogger(__name__)
 
@@ -79,7 +83,8 @@ class Checkpointer:
             return False
         args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
         args[CONFIG] = ocp.args.JsonSave(json.loads(config_json))
-        args[FORMAT] = ocp.args.JsonSave({"format_version": FORMAT_VERSION})
+        signed = {"format_version": FORMAT_VERSION}
+        args[FORMAT] = ocp.args.JsonSave(signed | {"config_crc32": _signature(signed, json.loads(config_json))})
         args[CHECKSUMS] = ocp.args.JsonSave({name: checksums(tree) for name, tree in items.items()})
         self._write(lambda: self._open().save(step, args=ocp.args.Composite(**args), force=True))
         return True
@@ -145,6 +150,13 @@ def steps(directory: epath.PathLike) -> list[int]:
     return sorted(metadata.step for metadata in found)
 
 
+def belongs_to_run(path: epath.PathLike) -> bool:
+    """Whether a folder is a run's workdir, a folder of its steps, or one of them, whatever else lies in it."""
+    path = absolute(path)
+    some = [path / "checkpoints", *(path / str(step) / CONFIG for step in steps(path)[-1:])]
+    return any(place.exists() for place in some) or (path.name.isdigit() and (path / CONFIG).is_dir())
+
+
 def resolve(path: epath.PathLike) -> tuple[epath.Path, int]:
     """`(directory, step)` of a CKPT: a run's workdir or its checkpoints folder (latest step), or one step's folder.
 
@@ -199,8 +211,8 @@ def abstract(directory: epath.PathLike, step: int, item: str) -> PyTree:
 
 
 def restore_config(directory: epath.PathLike, step: int) -> str:
-    """The saved configuration, as JSON."""
-    return json.dumps(_read(absolute(directory) / str(step), CONFIG, _json))
+    """The saved configuration, as JSON. Raises `UserError` if it is damaged."""
+    return json.dumps(_config(absolute(directory) / str(step)))
 
 
 @dataclasses.dataclass
@@ -240,7 +252,7 @@ def _newest_whole(directory: epath.Path, deep: bool = True) -> int | None:
 def _damage(folder: epath.Path, deep: bool) -> str | None:
     """What is wrong with a step, in one line, or None. `deep`: also read the data, in this process only."""
     try:
-        _read(folder, CONFIG, _json)
+        _config(folder)
         if _format_version(folder) > FORMAT_VERSION:
             return None  # not damaged; reading it says why it cannot be used
         for name, recorded in _read(folder, CHECKSUMS, _json).items():
@@ -282,10 +294,29 @@ def _json(path: epath.Path) -> Any:
     return ocp.JsonCheckpointHandler().restore(path)  # the bare handler does not wait for other processes
 
 
+def _config(folder: epath.Path) -> Any:
+    """The saved configuration, verified by its CRC if the step has one."""
+    config = _read(folder, CONFIG, _json)
+    signed = _read(folder, FORMAT, _json) if (folder / FORMAT).exists() else {}
+    if not (isinstance(config, dict) and isinstance(signed, dict)):
+        raise UserError(f"{folder}: damaged: its configuration is not an object")
+    crc = signed.pop("config_crc32", None)
+    if crc is not None and crc != _signature(signed, config):
+        raise UserError(f"{folder / CONFIG}: checksum mismatch")
+    return config
+
+
+def _signature(*values: Any) -> int:
+    return zlib.crc32(json.dumps(values, sort_keys=True).encode())
+
+
 def _format_version(folder: epath.Path) -> int:
     if folder.exists() and not (folder / FORMAT).exists():
         return 1  # the first version did not record it
-    return _read(folder, FORMAT, _json)["format_version"]
+    version = _read(folder, FORMAT, _json)
+    if not (isinstance(version, dict) and type(version.get("format_version")) is int):
+        raise UserError(f"{folder / FORMAT}: damaged: it has no version")
+    return version["format_version"]
 
 
 def _places(folder: epath.Path, item: str, saved: PyTree) -> dict[str, str]:
@@ -305,15 +336,32 @@ def _read_item(folder: epath.Path, item: str, wanted: PyTree, alone: bool = Fals
     if alone and jax.process_count() > 1:
         mine = jax.process_index()
         processes = ocp.options.MultiprocessingOptions(mine, {mine}, barrier_sync_key_prefix="alone")
-    handler = ocp.StandardCheckpointHandler(multiprocessing_options=processes)
+    _check_size(folder / item, wanted)
+    handlers = ocp.type_handlers.create_type_handler_registry(
+        (np.ndarray, ocp.type_handlers.NumpyHandler()),
+        (jax.Array, ocp.type_handlers.ArrayHandler(array_metadata_store=None)),  # a second description, not needed
+    )
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=processes, type_handler_registry=handlers)
     reader = ocp.Checkpointer(handler, multiprocessing_options=processes)
     target = jax.tree.map(lambda leaf: leaf if leaf.sharding else np.empty(leaf.shape, leaf.dtype), wanted)
-    tree = _read(folder, item, lambda path: reader.restore(path, args=ocp.args.StandardRestore(target)))
+    kinds = ocp.checkpoint_utils.construct_restore_args(target)
+    args = ocp.args.PyTreeRestore(target, restore_args=kinds)
+    tree = _read(folder, item, lambda path: reader.restore(path, args=args))
     recorded = _read(folder, CHECKSUMS, _json)[item]
     changed = [key for key, value in checksums(tree).items() if recorded[key] != value]
     if changed:
         raise UserError(f"{folder / item}: checksum mismatch in {_first(changed)}")
     return tree
+
+
+def _check_size(path: epath.Path, tree: PyTree) -> None:
+    """Raises `UserError` if an item's metadata claims far more than its files can hold (local ones)."""
+    if is_remote(path):
+        return  # listing a bucket takes many requests
+    claimed = sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
+    stored = sum(file.lstat().st_size for file in pathlib.Path(path).rglob("*"))
+    if claimed > MAX_RATIO * stored:
+        raise UserError(f"{path}: damaged: {stored} bytes cannot hold arrays of {claimed}")
 
 
 def _read_as(folder: epath.Path, item: str, saved: PyTree, places: Mapping[str, str], wanted: PyTree) -> PyTree:

@@ -15,7 +15,7 @@ from dino_jax.data.storage import absolute, ensure_new_file, write_atomically
 from dino_jax.errors import UserError
 from dino_jax.models import build_backbone
 from dino_jax.objectives.objective import make_objectives
-from dino_jax.weights import architecture, keys, programs
+from dino_jax.weights import architecture, checkpoint, keys, programs
 from dino_jax.weights.importer import ARGS, GAIN, IMAGE_SIZE, Restored
 from dino_jax.weights.load import open_weights
 from dino_jax.weights.networks import timm_prefix
@@ -55,7 +55,8 @@ def export_weights(
     if out.suffix in (".pth", ".safetensors", ".stablehlo", ".onnx") and out.suffix not in suffixes:
         raise UserError(f"--out={out}: --format={format} writes {' or '.join(suffixes)}: give such a file or a folder")
     path = out if out.suffix in suffixes else out / name
-    if (path.parent / "checkpoints").exists() and (path != out or format == "hf"):  # hf writes config.json, too
+    workdir = (path.parent / "checkpoints").exists()  # one file may lie in it; hf writes config.json, too
+    if checkpoint.belongs_to_run(path.parent) and (not workdir or path != out or format == "hf"):
         raise UserError(f"--out={out}: this is the folder of a run, whose files must stay: choose another")
     ensure_new_file(path, f"--out={out}")
     weights = open_weights(ckpt, heads=heads, everything=format == "official")

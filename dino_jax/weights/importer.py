@@ -15,8 +15,8 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from dino_jax.config import default
-from dino_jax.data.storage import read_json
-from dino_jax.errors import UserError
+from dino_jax.data.storage import cause, read_json
+from dino_jax.errors import UserError, printable
 from dino_jax.objectives.objective import make_objectives
 from dino_jax.weights import architecture, foreign, keys, names, networks
 from dino_jax.weights.containers import is_tensors, metadata, read_weights
@@ -107,6 +107,8 @@ def read(
         return _from_checkpoint(content, given, path)
     network = _regular(networks.find(content, key, prefix, path).tensors(alone=prefix is not None))
     said = _neighbor(path) if any("embeddings." in key for key in network) else _own(path)
+    if grid and said.image_size:
+        log.warning("%s: --grid is used, not the image size of %s that the file says", path, list(said.image_size))
     return _weights(default(), network, said._replace(heads=heads or said.heads, grid=grid), path)
 
 
@@ -131,8 +133,9 @@ def _from_checkpoint(content: Mapping[str, Any], given: architecture.Hints, sour
     if student is not None and optimizer:
         try:
             moments = _moments(config, student, optimizer, source)
-        except (UserError, KeyError, TypeError, AttributeError, ValueError) as error:
-            log.warning("%s: the optimizer's state does not match (%s) and is skipped", source, error)
+        except Exception as error:  # values of any kind
+            reason = printable(cause(error))
+            log.warning("%s: the optimizer's state does not match (%s) and is skipped", source, reason)
     return weights._replace(objectives=_objectives(config, content, source), moments=moments)
 
 
@@ -145,7 +148,7 @@ def _objectives(config: ConfigDict, content: Mapping[str, Any], source: epath.Pa
         if not found or any(value is None for value in found.values()):
             continue
         for name, value in found.items():
-            array, size = np.asarray(value, np.float32), math.prod(shapes[name].shape)
+            array, size = _numbers(value), math.prod(shapes[name].shape)
             if array.size != size or not np.isfinite(array).all():
                 raise UserError(
                     f"{source}: {term.official[name].path} must have {size} finite values for config.head; it has "
@@ -154,6 +157,12 @@ def _objectives(config: ConfigDict, content: Mapping[str, Any], source: epath.Pa
             found[name] = array.reshape(shapes[name].shape)
         states[term.name] = found
     return states
+
+
+def _numbers(value: Any) -> np.ndarray:
+    """An array or number as float32; empty for anything else, such as nested lists, which could be endless."""
+    known = isinstance(value, (np.ndarray, np.number, float)) or (type(value) is int and abs(value) < 1 << 60)
+    return np.asarray(value if known else [], np.float32)
 
 
 def _at(content: Any, path: str) -> Any:
@@ -268,7 +277,13 @@ def _trained(student: dict[str, np.ndarray], optimizer: Any) -> dict[int, str]:
 def _gain_has_moments(student: dict[str, np.ndarray] | None, optimizer: Any) -> bool:
     try:
         return GAIN in _trained(student or {}, optimizer).values()
-    except (KeyError, TypeError, ValueError):  # no optimizer state, or one that does not match
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        IndexError,
+    ):  # no optimizer state, or one that does not match
         return False
 
 
@@ -283,7 +298,7 @@ def _moments(config: ConfigDict, student: dict[str, np.ndarray], optimizer: Any,
         def value(key: str) -> np.ndarray:
             entry = optimizer["state"].get(index_of[key])
             shape = student[key].shape
-            return np.zeros(shape, np.float32) if entry is None else np.broadcast_to(entry[field], shape)
+            return np.zeros(shape, np.float32) if entry is None else np.broadcast_to(_numbers(entry[field]), shape)
 
         return keys.from_torch(table, {key: value(key) for key in index_of}, f"{source} (optimizer)")["params"]
 

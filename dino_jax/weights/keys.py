@@ -119,6 +119,10 @@ def from_torch(table: Sequence[Entry], tensors: Tensors, source: object) -> Vari
     if any(complaints.values()):
         lines = [f"{what}: {_listed(keys)}" for what, keys in complaints.items() if keys]
         raise UserError(f"{source}: the weights do not fit this model; {'; '.join(lines)}")
+    if whole := [key for key in expected if np.asarray(tensors[key]).dtype.kind in "iubc"]:
+        raise UserError(
+            f"{source}: {_listed(whole)} of whole or complex numbers, such as quantized weights, which are not read"
+        )
     if broken := [key for key in expected if not np.isfinite(np.asarray(tensors[key], np.float32)).all()]:
         raise UserError(f"{source}: NaN or infinity in {_listed(broken)}; use an earlier file")
     flat = {}

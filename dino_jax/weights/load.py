@@ -28,7 +28,7 @@ def open_weights(
       UserError: one line with the problem.
     """
     path = epath.Path(ckpt)
-    is_run = path.is_dir() and ((path / "checkpoints").exists() or weight_file(path) is None)
+    is_run = path.is_dir() and (checkpoint.belongs_to_run(path) or weight_file(path) is None)
     if str(ckpt) in names.PRETRAINED or not is_run:
         return importer.read(ckpt, heads=heads, **choice)
     if given := [name for name, value in choice.items() if value is not None]:

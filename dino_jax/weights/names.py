@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import urllib.error
 import urllib.request
@@ -59,7 +60,7 @@ def known(name: str = "") -> str:
 
 def cache_folder() -> epath.Path:
     """Where downloads are kept: `$DINO_JAX_CACHE`, or `~/.cache/dino-jax`."""
-    return absolute(os.environ.get(CACHE, "~/.cache/dino-jax"))
+    return absolute(os.environ.get(CACHE) or "~/.cache/dino-jax")
 
 
 def fetch(name: str, head: bool = False) -> epath.Path:
@@ -111,7 +112,7 @@ def download(address: str, target: epath.Path) -> None:
             raise UserError(f"{target.name}: the server answered {error.code} {error.reason}; {fix}") from None
         partial.unlink()  # the partial file is larger than the whole: not this file
         raise UserError(f"{target.name}: the partial download did not fit and was removed; {fix}") from None
-    except (OSError, TypeError, ValueError) as error:
+    except (OSError, TypeError, ValueError, http.client.HTTPException) as error:
         raise UserError(f"{target.name}: the download failed ({error}); {fix}") from None
     if (got := partial.stat().length) != total:
         raise UserError(f"{target.name}: the download was interrupted after {got} of {total} bytes; {fix}")

@@ -16,7 +16,7 @@ import numpy as np
 from dino_jax.errors import UserError, printable
 from dino_jax.weights import foreign
 from dino_jax.weights.architecture import FORMATS
-from dino_jax.weights.unpickle import StandIn
+from dino_jax.weights.unpickle import MAX_NAME, StandIn
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class Network(NamedTuple):
 
     def __str__(self) -> str:
         options = [f"--key={self.key}" if self.key else "", f"--prefix={self.prefix}" if self.prefix else ""]
-        return printable(" ".join(filter(None, options)) or "the file itself")
+        return printable(" ".join(filter(None, options))[:MAX_NAME] or "the file itself")
 
     @property
     def rank(self) -> int:
@@ -92,9 +92,11 @@ def find(content: Any, key: str | None, prefix: str | None, source: object) -> N
         ]
         if not found:
             raise UserError(f"{source}: no backbone under --prefix={printable(prefix)}; {offered}")
-    best = [one for one in found if one.rank == max(one.rank for one in found)]
+    top = max(one.rank for one in found)
+    best = [one for one in found if one.rank == top]
     if len(best) > 1:
-        name = foreign.name_of(key for one in best for key in one.state)
+        states = {id(one.state): one.state for one in best}.values()
+        name = foreign.name_of(key for state in states for key in state)
         what = f"several networks ({name})" if name else "several networks"
         raise UserError(f"{source}: {what}; choose with `import`: {_listed(map(str, best), ' or ')}")
     others = [one for one in found if one is not best[0]]
@@ -117,11 +119,13 @@ def unwrapped(value: Mapping[str, Any], source: object) -> dict[str, np.ndarray]
     """The arrays of a dict, under names without wrappers.
 
     Raises:
-      UserError: two names become one.
+      UserError: two names become one, or one is too long or not printable.
     """
     state: dict[str, np.ndarray] = {}
     for key, item in value.items():
         if isinstance(key, str) and isinstance(item, np.ndarray):
+            if len(key) > MAX_NAME or not key.isprintable():
+                raise UserError(f"{source}: damaged: the name {printable(key[:50])}... is too long or not printable")
             name = WRAPPERS.sub("", key)
             if name in state:
                 raise UserError(

@@ -49,6 +49,13 @@ STORAGES = {
     "ByteStorage": np.dtype(np.uint8),
     "BoolStorage": np.dtype(np.bool_),
 }
+OTHER_STORAGES = {  # of tensors that are no weights: complex and quantized ones
+    "ComplexFloatStorage": "c8",
+    "ComplexDoubleStorage": "c16",
+    "QInt8Storage": "i1",
+    "QUInt8Storage": "u1",
+    "QInt32Storage": "i4",
+}
 DTYPES = {  # of tensors in untyped storages
     **{name: np.dtype(name) for name in ("uint16", "uint32", "uint64")},
     "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
@@ -57,7 +64,7 @@ DTYPES = {  # of tensors in untyped storages
 MAX_PICKLE = 32 << 20  # bytes of data.pkl; a full checkpoint has about 0.2 MB
 MAX_DIRECTORY = 2 << 20  # bytes of the zip's list of members, about 25,000
 VIEWS = 4  # how many times the size of the file its tensors may have together; they can share storages
-LEGACY_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # magic number of torch < 1.6
+LEGACY_MAGIC = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")  # torch < 1.6, in a pickle of its own
 PythonPickler: Any = pickle._Pickler  # the pure-Python pickler, missing from type stubs
 ALIGNMENT = 64  # bytes; torch aligns storages so that they can be memory-mapped
 
@@ -76,7 +83,7 @@ def read_pth(path: epath.PathLike) -> Any:
     try:
         with open_file(path) as file:
             start = file.read(1024)
-            if start.startswith(LEGACY_MAGIC):
+            if start.startswith(b"\x80") and LEGACY_MAGIC in start[:32]:
                 file.seek(0)
                 content = _read_legacy(file.read())
             elif start.startswith(b"PK\x03\x04"):
@@ -96,7 +103,8 @@ def read_pth(path: epath.PathLike) -> Any:
         raise UserError(f"{path}: cannot be read: {cause(error)}") from None
     except Exception as error:  # damaged or hostile pickles raise anything
         raise UserError(
-            f"{path}: damaged, hostile or not a torch checkpoint ({type(error).__name__}: {printable(cause(error))})"
+            f"{path}: damaged, hostile or not a torch checkpoint ({type(error).__name__}: {printable(cause(error))}); "
+            "download or save it again"
         ) from None
     if isinstance(content, StandIn):
         raise UserError(
@@ -146,10 +154,10 @@ def _read_zip(path: epath.Path, file: BinaryIO) -> Any:
                 arrays = "; it is a NumPy archive (.npz)" if names and all(n.endswith(".npy") for n in names) else ""
                 raise UserError(f"{path}: a zip archive, but not a torch checkpoint (it holds no data.pkl{arrays})")
             prefix = pickles[0].removesuffix("data.pkl")
-            if any(info.compress_type != zipfile.ZIP_STORED for info in infos):
-                raise UserError(f"{path}: its members are compressed, which torch.save never does: refused")
             if any(name.startswith(f"{prefix}code/") for name in names):
                 raise UserError(f"{path}: a TorchScript program; save torch.save(model.state_dict(), FILE) instead")
+            if any(info.compress_type != zipfile.ZIP_STORED for info in infos):
+                raise UserError(f"{path}: its members are compressed, which torch.save never does: refused")
             if sum(info.file_size for info in infos) > size or archive.getinfo(pickles[0]).file_size > MAX_PICKLE:
                 raise UserError(f"{path}: its members claim more bytes than the file has: refused")
             if f"{prefix}byteorder" in names and archive.read(f"{prefix}byteorder") != b"little":
@@ -169,7 +177,9 @@ def _read_legacy(data: bytes) -> Any:
     """
     kinds: dict[str, np.dtype] = {}
 
-    def note(pid: Any) -> StandIn:
+    def note(pid: Any) -> Any:
+        if pid[0] == "module":
+            return pid[1]
         key, kind, _ = _storage_id(pid)
         if not isinstance(kind, StandIn):
             kinds[key] = kind.dtype
@@ -239,6 +249,8 @@ class _Storages:
         return plain(Unpickler(data, {**ALLOWED, **names}, TAKES, load=self._storage, stand_ins=True).load())
 
     def _storage(self, pid: Any) -> Any:
+        if pid[0] == "module":  # in the old format, a class with its source
+            return pid[1]
         key, kind, count = _storage_id(pid)
         if isinstance(kind, StandIn):
             return kind
@@ -302,6 +314,7 @@ def _of_code(code: Any, *_: Any) -> Any:
 ALLOWED = {
     **{f"torch.{name}": _StorageType(dtype) for name, dtype in STORAGES.items()},
     **{f"torch.{place}UntypedStorage": _StorageType(np.dtype(np.uint8)) for place in ("", "storage.")},
+    **{f"torch.{name}": _StorageType(np.dtype(code)) for name, code in OTHER_STORAGES.items()},
     **{f"torch.{name}": _DType(dtype) for name, dtype in DTYPES.items()},
     **NUMERIC,
     **ARRAYS,

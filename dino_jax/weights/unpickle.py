@@ -22,6 +22,7 @@ import numpy as np
 PythonUnpickler: Any = pickle._Unpickler  # the pure-Python unpickler, missing from type stubs
 CODES = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")
 MAX_OPCODES = 300_000  # a full checkpoint of 1,000 parameters has about 100,000
+MAX_NAME = 300  # characters
 COPIES = 4  # how many times the size of the data may be copied by calls
 
 # Names that no data needs: modules that run code, and functions elsewhere that do. The second part is exempt.
@@ -115,13 +116,15 @@ class Unpickler(PythonUnpickler):
     def find_class(self, module: str, name: str) -> Any:
         self.charge(module, name)
         full = f"{module}.{name}"
+        if len(full) > MAX_NAME:
+            raise ValueError(f"a name of {len(full)} characters")
         if full in self._allowed:
             return self._allowed[full]
         if self._stand_ins and full == "builtins.getattr":  # enum members in Python 3.11
             return _attribute
         if not self._stand_ins or (HOSTILE.fullmatch(full) and not HARMLESS.fullmatch(full)):
-            raise RefusedError(full[:200])
-        return StandIn(full[:200])
+            raise RefusedError(full)
+        return StandIn(full)
 
     def call(self, function: Any, args: Any) -> Any:
         """The result of an allowed function, or a new `StandIn` for a stand-in's."""
@@ -280,7 +283,7 @@ def _size(value: Any) -> int:
 def _attribute(owner: Any, name: Any) -> StandIn:
     if not (isinstance(owner, StandIn) and isinstance(name, str)):
         raise RefusedError("builtins.getattr")
-    return StandIn(f"{owner.name}.{name}"[:200])
+    return StandIn(f"{owner.name}.{name[:MAX_NAME]}"[:MAX_NAME])
 
 
 class DType:

@@ -250,6 +250,13 @@ def test_errors_of_workers_reach_the_user(config, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_too_little_shared_memory_for_the_workers_is_said_at_once(source, config, monkeypatch):
+    config.run.workers = 2
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    with pytest.raises(UserError, match=r"run.workers: they need .*shm-size"):
+        make_dataset(source, config)
+
+
 def png(level: int) -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (9, 8), (level, level, level)).save(buffer, "PNG")

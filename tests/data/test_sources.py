@@ -357,7 +357,7 @@ def test_hugging_face_datasets(tmp_path, monkeypatch):
     datasets.Dataset.from_dict(rows).cast_column("img", datasets.Image()).save_to_disk(tmp_path / "w")
     source = open_source(f"hf:{tmp_path}/w:train?label=kind")
     assert source.class_names == ("cat", "dog") and labels(source) == [1, 0, -1] * 2
-    with pytest.raises(UserError, match=r"w:train, row 0: the label 0\.7 is not a class number"):
+    with pytest.raises(UserError, match=r"w:train, column score: the label 0\.7 is not a class number"):
         open_source(f"hf:{tmp_path}/w:train?label=score")[0]
     for spec, message in [
         (f"hf:{tmp_path}/d:test", "no split 'test'"),
@@ -366,6 +366,47 @@ def test_hugging_face_datasets(tmp_path, monkeypatch):
     ]:
         with pytest.raises(UserError, match=message):
             open_source(spec)
+
+
+@pytest.mark.extra
+@pytest.mark.filterwarnings("ignore")
+def test_hugging_face_folders_and_odd_columns(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    for k in range(4):
+        write(tmp_path / "folder" / "train" / "ab"[k % 2] / f"{k}.png", k)
+    source = open_source(f"hf:{tmp_path}/folder:train")
+    assert source.class_names == ("a", "b") and sorted(labels(source)) == [0, 0, 1, 1]
+    image = [{"bytes": image_bytes(k), "path": None} for k in range(3)]
+    plain = datasets.Dataset.from_dict({"image": image, "label": [True, False, None]})  # without the type of images
+    (tmp_path / "parquet").mkdir()
+    plain.to_parquet(str(tmp_path / "parquet" / "train-0.parquet"))
+    source = open_source(f"hf:{tmp_path}/parquet:train")
+    assert [level(source[k]) for k in range(3)] == [0, 1, 2] and labels(source) == [1, 0, -1]
+
+    def saved(name: str, **columns) -> str:
+        datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image()).save_to_disk(tmp_path / name)
+        return f"hf:{tmp_path}/{name}:train"
+
+    source = open_source(saved("holes", image=[image[0], None]))
+    assert names_or_bad(source) == [
+        "train-0000000",
+        "train-0000001: there is no image in this row",
+    ]
+    spec = saved("score", image=image, label=[0.2, 0.7, 1.3])
+    assert labels(open_source(spec)) == [-1] * 3
+    assert "the label 0.2 is not a class number" in caplog.text and "the images are unlabeled" in caplog.text
+    with pytest.raises(UserError, match=r"column label: the label 0\.2 is not a class number"):
+        open_source(f"{spec}?label=label")
+    assert labels(open_source(saved("lists", image=image, label=[[1], [2], []]))) == [-1] * 3
+    two = datasets.Dataset.from_dict({"left": image, "right": image})
+    for side in ("left", "right"):
+        two = two.cast_column(side, datasets.Image())
+    two.save_to_disk(tmp_path / "two")
+    with pytest.raises(UserError, match=r"images in left, right: say which: \?image=left"):
+        open_source(f"hf:{tmp_path}/two:train")
+    assert len(open_source(f"hf:{tmp_path}/two:train?image=right")) == 3
 
 
 def test_specs_are_split_by_kind_not_by_url_scheme(tmp_path):

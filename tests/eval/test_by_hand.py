@@ -16,7 +16,7 @@ import scipy.optimize
 from PIL import Image
 
 from dino_jax.eval.masks import open_masks
-from dino_jax.eval.protocols import copydetection, knn, linear, lowshot, retrieval, voc, vos
+from dino_jax.eval.protocols import copydetection, dense, knn, linear, lowshot, retrieval, voc, vos
 from dino_jax.eval.protocols.vos import open_videos
 
 IMAGENET = np.array([(0.485, 0.456, 0.406), (0.229, 0.224, 0.225)])
@@ -202,7 +202,7 @@ def test_linear(vit, plain_splits, holdout):
                 scores.append((right(test_inputs, test[1]), right(inputs[held], train[1][held]) if holdout else 0.0))
             history[f"{choice} lr={lr:g}"] = scores
     by = 1 if holdout else 0  # 0: the test images decide
-    best = {head: max(range(3), key=lambda i: (scores[i][by], -i)) for head, scores in history.items()}  # noqa: B023
+    best = {head: max(range(3), key=lambda i: (scores[i][by], -i)) for head, scores in history.items()}
     head = max(history, key=lambda name: history[name][best[name]][by])
     for name, scores in history.items():
         assert figures[f"top1_{name}"] == pytest.approx(scores[best[name]][0], abs=1e-4), name
@@ -404,3 +404,54 @@ def test_voc(vit):
 
     assert figures == pytest.approx({"jaccard_35": score(0.35), "jaccard_90": score(0.9)}, abs=0.1)
     assert min(abs(score(a) - score(b)) for a, b in ((0.35, 0.65), (0.9, 0.1), (0.35, 0.6), (0.9, 0.8))) > 0.3
+
+
+def test_dense(vit, tmp_path):
+    """Crops of the whole image, and one batch an epoch: only the flips are drawn."""
+    rng, parts = np.random.default_rng(6), []
+    for split in ("train", "val"):
+        images = noise(rng, 6, 32, 32)
+        labels = images.argmax(-1).astype(np.uint8)  # the channel that is brightest
+        parts.append((images, labels))
+        for i, arrays in enumerate(zip(images, labels, strict=True)):
+            for folder, array in zip(("images", "masks"), arrays, strict=True):
+                (tmp_path / split / folder).mkdir(parents=True, exist_ok=True)
+                Image.fromarray(array).save(tmp_path / split / folder / f"{i}.png")
+    (images, labels), (others, truth) = parts
+    config = dense.PROTOCOL.default_config()
+    config.update({"size": 33, "epochs": 4, "batch_size": 8, "lr": 0.3, "weight_decay": 0.9, "seed": 5})
+    config.scale = (1.0, 1.0)
+    figures = dense.evaluate(vit, str(tmp_path), config)
+    places = np.clip((np.arange(32) + 0.5) / 4 - 0.5, 0, 7)
+    large = np.array([np.interp(places, np.arange(8), row) for row in np.eye(8)])  # [8, 32]
+
+    def logits(head, tokens):
+        return np.einsum("iy,jx,bijk->byxk", large, large, tokens @ head[0] + head[1])
+
+    def gradient(head, tokens, labels):
+        """Of the mean cross-entropy, for kernel [D, 3] and bias."""
+        share = np.exp(logits(head, tokens))
+        share = (share / share.sum(-1, keepdims=True) - np.eye(3)[labels]) / labels.size
+        small = np.einsum("iy,jx,byxk->bijk", large, large, share)
+        return np.einsum("bijd,bijk->dk", tokens, small), small.sum((0, 1, 2))
+
+    def score(decay=0.9, lr=0.3, flips=True):
+        head = [np.zeros((16, 3)), np.zeros(3)]
+        m, v = ([0 * x for x in head] for _ in range(2))
+        for epoch in range(4):
+            rngs = [np.random.default_rng((5, epoch, row)) for row in range(6)]
+            turned = [flips and (rng.random((1, 10, 4)), rng.random())[1] < 0.5 for rng in rngs]
+            flip = lambda arrays: np.stack([x[:, ::-1] if t else x for x, t in zip(arrays, turned, strict=True)])  # noqa: B023, E731
+            tokens = patches_of(vit, flip(images))
+            grads = gradient(head, tokens, flip(labels))
+            for i, g in enumerate(grads):
+                m[i], v[i] = 0.9 * m[i] + 0.1 * g, 0.999 * v[i] + 0.001 * g**2
+                step = m[i] / (1 - 0.9 ** (epoch + 1)) / (np.sqrt(v[i] / (1 - 0.999 ** (epoch + 1))) + 1e-8)
+                head[i] = head[i] - lr * (1 + np.cos(np.pi * epoch / 4)) / 2 * (step + decay * head[i])
+        guess = logits(head, patches_of(vit, others)).argmax(-1)
+        shares = [((guess == k) & (truth == k)).sum() / ((guess == k) | (truth == k)).sum() for k in range(3)]
+        return {"miou": 100 * np.mean(shares), "pixel_accuracy": 100 * np.mean(guess == truth)}
+
+    assert figures == pytest.approx(score(), abs=0.05)
+    for mistake in ({"decay": 1e-4}, {"lr": 0.1}, {"flips": False}):
+        assert abs(score(**mistake)["pixel_accuracy"] - figures["pixel_accuracy"]) > 0.1, mistake

@@ -11,7 +11,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from dino_jax.parallel import sharding
 from dino_jax.training import step as train_step

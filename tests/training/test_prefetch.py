@@ -49,8 +49,21 @@ def test_bad_files_are_listed_once_also_after_a_restart(tmp_path):
     again.note([(3, "é.jpg", "empty"), (9, "b.jpg", "damaged: x")])
     assert (tmp_path / "bad_files.txt").read_text() == "é.jpg\tempty\nb.jpg\tdamaged: x\n"
     (tmp_path / "folder" / "bad_files.txt").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"bad_files.txt: cannot be read: Is a directory"):
+    with pytest.raises(UserError, match=r"bad_files.txt: cannot be read: not a regular file but a folder"):
         BadFiles(epath.Path(tmp_path / "folder"))
+
+
+def test_odd_names_are_noted_once_and_what_is_there_already_stays(tmp_path):
+    path = tmp_path / "bad_files.txt"
+    path.write_bytes(b"\xff\xfe\x00\nno tab\nlast without end")
+    odd = "a\nb\tc\x1b[31m\r\u2028.jpg"
+    for _ in range(2):
+        bad_files = BadFiles(epath.Path(tmp_path))
+        for _ in range(2):
+            bad_files.note([(3, odd, "line\nof\ttwo"), (4, "last without end", "x")])
+    kept, line, end = path.read_bytes().rsplit(b"\n", 2)
+    assert kept == b"\xff\xfe\x00\nno tab\nlast without end" and not end
+    assert line == rb"a\nb\tc\x1b[31m\r\u2028.jpg" + b"\t" + rb"line\nof\ttwo"
 
 
 def test_crops_on_the_devices_are_those_of_the_pipeline():

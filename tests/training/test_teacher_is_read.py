@@ -27,7 +27,7 @@ SCENES = "scenes:val?size=5&image_size=32"
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A workdir whose last checkpoint has random weights, others for the student than for the teacher, and its state."""
+    """A workdir whose last checkpoint has random weights, the student's not the teacher's, and its state."""
     config, rng = tiny_config(), np.random.default_rng(0)
     state = jax.eval_shape(lambda: init_state(make_recipe(config, 4), jax.random.key(0)))
     fill = lambda tree: jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(x.dtype), tree)  # noqa: E731

@@ -73,6 +73,7 @@ def pickles() -> dict[str, bytes]:
         + b"h\1)Rh\0b" * 60_000 + b".",
         "repeated tensor": b"(" + tensor([1 << 12, 1 << 12], [0, 0]) * 400 + b"l.",
         "overlapping tensors": b"(" + tensor([4096, 4], [1, 1], 1 << 14) * 10_000 + b"l.",
+        "a name that a pattern reads again": b"cnumpy\ntesting" + b"." * (1 << 20) + b"\n.",
         "empty but wide": tensor([0, 1 << 70], [1, 1]) + b".",
         "many axes": tensor([1] * 1000, [1] * 1000) + b".",
         "a shape that overflows": b"cnumpy.core.multiarray\n_reconstruct\n)R(I1\n" + ints([1 << 62] * 9)

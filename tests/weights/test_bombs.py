@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -45,6 +46,23 @@ def test_a_model_too_deep_is_refused_at_once(tmp_path):
     write_pth(tmp_path / "deep.pth", state | {"patch_embed.proj.weight": np.zeros((192, 3, 2, 2), np.float32)})
     with pytest.raises(UserError, match=r"deep.pth: 3000 blocks.*; more than 128"):
         importer.read(tmp_path / "deep.pth")
+
+
+def test_thousands_of_networks_are_refused_at_once(tmp_path):
+    one, begin = np.zeros((1,), np.float32), time.perf_counter()
+    state = {f"p{i}.blocks.0.attn.qkv.weight": one for i in range(5000)}
+    write_pth(tmp_path / "many.pth", state)
+    with pytest.raises(UserError, match=r"several networks; choose .* and 4992 more"):
+        importer.read(tmp_path / "many.pth")
+    assert time.perf_counter() - begin < 10
+
+
+@pytest.mark.parametrize("name", ["x" * 1000, "a\x1b[31m", "a\nb"])
+def test_names_stay_short_and_printable(tmp_path, name):
+    write_pth(tmp_path / "f.pth", {name: np.zeros(1, np.float32)})
+    with pytest.raises(UserError, match="too long or not printable") as caught:
+        importer.read(tmp_path / "f.pth")
+    assert str(caught.value).isprintable()
 
 
 @pytest.mark.parametrize("name", ["file.pth", "model.safetensors"])

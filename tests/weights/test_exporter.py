@@ -156,17 +156,22 @@ def test_the_files_of_a_run_stay(tiny_vit):
     """A run's folder is no place for an export, and a weight file in it does not stand in for the run."""
     run, _ = tiny_vit
     config = (run / "config.json").read_text()
-    for options in ({"format": "timm", "out": run}, {"format": "hf", "out": run / "model.safetensors"}):
+    steps = run / "checkpoints"
+    inside = [{"format": "timm", "out": folder} for folder in (run, steps, steps / "0", steps / "0" / "a.pth")]
+    for options in (*inside, {"format": "hf", "out": run / "model.safetensors"}):
         with pytest.raises(UserError, match="this is the folder of a run"):
             export_weights(run, **options)
     assert (run / "config.json").read_text() == config and not (run / "model.safetensors").exists()
     other = random_weights("vit_tiny")
     other.teacher["params"]["backbone"]["cls_token"][:] = 7
     export_weights(write_checkpoint(other, run / "other"), run / "model.safetensors", format="timm")
-    try:
-        assert not np.any(open_weights(run).teacher["params"]["backbone"]["cls_token"] == 7)
-    finally:
-        (run / "model.safetensors").unlink()
+    for folder in (run, steps, steps / "0"):
+        stray = folder / "model.safetensors"
+        if folder != run:
+            stray.write_bytes((run / "model.safetensors").read_bytes())
+        assert not np.any(open_weights(folder).teacher["params"]["backbone"]["cls_token"] == 7)
+    for folder in (run, steps, steps / "0"):
+        (folder / "model.safetensors").unlink()
 
 
 def test_formats_and_names_of_files(tiny_vit, tmp_path):

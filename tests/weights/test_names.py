@@ -129,3 +129,8 @@ def test_a_cache_that_cannot_be_written_is_one_line(monkeypatch, tmp_path):
     monkeypatch.setenv("DINO_JAX_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(UserError, match=r"file/cache \(\$DINO_JAX_CACHE, the folder of downloads\): cannot be written"):
         names.fetch("dino_vits16")
+
+
+def test_an_empty_cache_variable_is_no_folder(monkeypatch):
+    monkeypatch.setenv(names.CACHE, "")
+    assert names.cache_folder().parts[-2:] == (".cache", "dino-jax")

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import collections
+import datetime
+import enum
 import json
 import logging
+import pathlib
+import types
 
 import jax
 import ml_dtypes
@@ -145,7 +150,7 @@ def test_precisions(tmp_path, dtype):
     read = read_weights(tmp_path / "a.safetensors")
     assert all(read[key].dtype == dtype and np.array_equal(read[key], state[key]) for key in state)
     (tmp_path / "a.safetensors").write_bytes(data[:-100])
-    with pytest.raises(UserError, match="truncated: .*; download it again"):
+    with pytest.raises(UserError, match=r"truncated: .*; download it again"):
         read_weights(tmp_path / "a.safetensors")
 
 
@@ -274,3 +279,39 @@ def test_a_config_beside_the_weights_is_believed_or_refused(tmp_path, content, w
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(UserError, match=rf"config\.json.*{words}"):
         open_weights(tmp_path)
+
+
+class Mode(enum.Enum):
+    """For `test_objects_beside_the_weights`: pickle finds it by name."""
+
+    A = 1
+
+
+@pytest.mark.extra
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_objects_beside_the_weights(tmp_path, protocol):
+    """Whatever torch.save wrote beside them, in both of its formats."""
+    torch = pytest.importorskip("torch")
+    module = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(module.parameters())
+    weights = {key: torch.from_numpy(value) for key, value in vit(3).items()}
+    others = {
+        "plain": [Mode.A, pathlib.Path("/a"), datetime.datetime(2020, 1, 1), types.SimpleNamespace(a=1), 1 + 2j, ...],
+        "numpy": [np.random.default_rng(0), np.array(["a"]), np.array([None], object), np.float32(3), np.bool_(True)],
+        "sets": {(1, 2): frozenset([(3, 4)]), "big": 10**50, "counter": collections.Counter("ab")},
+        "torch": [torch.float16, torch.device("cpu"), torch.Size([1]), torch.get_rng_state(), torch.nn.Linear],
+        "tensors": [torch.eye(2).to_sparse(), torch.ones(2, dtype=torch.complex64), torch.empty(3, device="meta")],
+        "objects": [optimizer, optimizer.state_dict(), torch.optim.lr_scheduler.StepLR(optimizer, 1), module],
+    }
+    for old in (False, True):
+        options = {"pickle_protocol": protocol, "_use_new_zipfile_serialization": not old}
+        torch.save({"model": weights, **others}, tmp_path / "a.pth", **options)
+        read = importer.read(tmp_path / "a.pth").teacher["params"]["backbone"]
+        assert read["cls_token"].flat[0] == 3
+        for whole in (module, {"epoch": 1, "model": module}):
+            torch.save(whole, tmp_path / "whole.pth", **options)
+            with pytest.raises(UserError, match=r"torch\.nn\.modules\.linear\.Linear.*state_dict"):
+                importer.read(tmp_path / "whole.pth")
+    for kind in (torch.float8_e4m3fn, torch.bfloat16, torch.float64):
+        torch.save({key: torch.nn.Parameter(value.to(kind)) for key, value in weights.items()}, tmp_path / "a.pth")
+        assert importer.read(tmp_path / "a.pth").teacher["params"]["backbone"]["cls_token"].flat[0] == 3

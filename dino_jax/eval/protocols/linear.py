@@ -34,6 +34,7 @@ from dino_jax.eval.results import load_arrays, optional, save_arrays
 from dino_jax.eval.splits import CLASSES, class_count, open_splits, train_test
 from dino_jax.inference.model import Forward, Model
 from dino_jax.parallel.sharding import replicated
+from dino_jax.weights.containers import is_tensors
 from dino_jax.weights.names import PRETRAINED, fetch
 from dino_jax.weights.pth import read_pth
 
@@ -295,7 +296,12 @@ def read_head(path: str) -> tuple[np.ndarray, np.ndarray]:
     """
     content = read_pth(fetch(path, head=True) if path in PRETRAINED else path)
     tensors = content.get("state_dict", content) if isinstance(content, dict) else {}
+    tensors = tensors if is_tensors(tensors) else {}
     found = {key.rpartition("linear.")[2]: value for key, value in tensors.items() if "linear." in key}
-    if set(found) != {"weight", "bias"}:
+    if (
+        set(found) != {"weight", "bias"}
+        or found["weight"].ndim != 2
+        or found["bias"].shape != found["weight"].shape[:1]
+    ):
         raise UserError(f"{path}: not a linear head: it lacks linear.weight and linear.bias")
     return np.asarray(found["weight"], np.float32).T, np.asarray(found["bias"], np.float32)

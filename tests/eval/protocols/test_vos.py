@@ -93,6 +93,9 @@ def test_bad_layouts_are_named(vit, davis_folder, tmp_path):
     config.multiple, config.size = 1, 33
     with pytest.raises(UserError, match="patches of 4"):
         vos.evaluate(vit, str(davis_folder), config)
+    config.multiple, config.size = 64, 32  # the longer side would be rounded down to nothing
+    with pytest.raises(UserError, match=r"frames of 32 x 0 .* --config\.multiple"):
+        vos.evaluate(vit, str(davis_folder), config)
     (davis_folder / "Annotations" / "480p" / "bear" / "00002.png").unlink()
     with pytest.raises(UserError, match=r"00002\.png: no such file"):
         vos.evaluate(vit, str(davis_folder), small())

@@ -196,7 +196,8 @@ def _check_lengths(flat: Mapping[str, Any], prefix: str = "") -> None:
     for key, declared in flat_keys():
         value, channels = flat[key], flat["model.in_chans"]
         if key in PER_CHANNEL and len(value) != channels:
-            raise UserError(f"{prefix}{key}={_short(value)}: one value for each of the {channels} channels is needed")
+            said = f"{prefix}{key}={_short(value)} model.in_chans={channels}"
+            raise UserError(f"{said}: one value for each of the {channels} channels is needed")
         if isinstance(value, tuple) and key not in PER_CHANNEL and len(value) != len(declared.default):
             size = len(declared.default)
             raise UserError(f"{prefix}{key}={_short(value)}: {size} values are needed, such as {declared.default}")

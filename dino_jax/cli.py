@@ -35,7 +35,7 @@ class Verb(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command line; returns the exit status: 0 only on success, 2 for bad input, 130 for Ctrl-C."""
+    """Runs a command line; returns the exit status: 0 only on success, 1 or 2 for an error, 130 for Ctrl-C."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     logging.getLogger("dino_jax").setLevel(logging.INFO)
     parser = _parser()
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.run(args, overrides)
     except UserError as error:
         print(f"dino-jax: error: {error}", file=sys.stderr)
-        return 2
+        return error.status
     except KeyboardInterrupt:
         print("dino-jax: interrupted", file=sys.stderr)
         return 130

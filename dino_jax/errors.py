@@ -9,6 +9,14 @@ from collections.abc import Iterable
 class UserError(ValueError):
     """Bad input. The message is one line that names the file or key and says what to do; the CLI prints just that."""
 
+    status = 2  # of the process that ends with it
+
+
+class Failure(UserError):
+    """A failure that is not the input's fault, such as a stalled disk: the same command may succeed later."""
+
+    status = 1
+
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The end of a message about an unknown word: `; did you mean 'optim.lr'?`, or "" if no known word is near.

@@ -9,6 +9,7 @@ stuck in a read does not keep its process alive.
 from __future__ import annotations
 
 import collections
+import contextlib
 import itertools
 import multiprocessing
 import os
@@ -27,7 +28,7 @@ from typing import Any, NamedTuple, Protocol
 import cloudpickle
 import numpy as np
 
-from dino_jax.errors import UserError
+from dino_jax.errors import Failure, UserError
 
 LOOK = 0.2  # seconds between looks at whether the pool was closed
 PATIENCE = 3.0  # seconds that closing waits for threads
@@ -54,7 +55,7 @@ class Result(NamedTuple):
     error: Exception | None
 
 
-class WorkerDied(UserError):
+class WorkerDied(Failure):
     """A worker process ended by itself, as when the system is out of memory."""
 
 
@@ -220,10 +221,8 @@ def _end(workers: Sequence[_Worker]) -> None:
     for worker in workers:
         worker.process.kill()
     for worker in workers:
-        try:
+        with contextlib.suppress(OSError):
             worker.socket.shutdown(socket.SHUT_RDWR)  # wakes a thread that reads from it
-        except OSError:
-            pass
         worker.process.join(1)
 
 

@@ -189,7 +189,7 @@ class _Processes:
             raise self._died(worker) from None
 
     def received(self, timeout: float) -> Sequence[Result]:
-        by_socket = {worker.socket: worker for worker in self._workers}
+        by_socket: dict[Any, _Worker] = {worker.socket: worker for worker in self._workers}
         return [self._receive(by_socket[one]) for one in connection.wait(list(by_socket), timeout)]
 
     def close(self) -> None:
@@ -255,7 +255,7 @@ def _send_results(readers: _Threads, parent: socket.socket) -> None:
             head = _pickled(result)
             parent.sendall(FRAME.pack(len(head)) + head)
             for array in result.arrays:
-                parent.sendall(memoryview(array).cast("B"))
+                parent.sendall(array.data.cast("B"))
             del result, array  # their memory can be used again
     except OSError:
         os._exit(0)

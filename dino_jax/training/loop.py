@@ -24,6 +24,7 @@ from dino_jax.parallel import distributed, sharding
 from dino_jax.progress import Progress
 from dino_jax.training import online
 from dino_jax.training.metrics import MetricWriter, Throughput
+from dino_jax.training.owner import owning
 from dino_jax.training.prefetch import BadFiles, Ready, Stalled, device_batches
 from dino_jax.training.start import start_from
 from dino_jax.training.step import (
@@ -76,10 +77,11 @@ def train(config: ConfigDict, workdir: str | epath.Path, *, source: Source | Non
     recipe = make_recipe(config, steps_per_epoch(len(source), config.batch_size))
     check_batch(recipe, mesh)
     evaluations = online.Evaluations(config, recipe, steps_per_epoch(len(source), config.batch_size))
-    claim(workdir, config)
-    distributed.check_shared(workdir)
-    with StopSignal() as stop, _Session(config, workdir, source, recipe, mesh, evaluations) as session:
-        return session.loop(stop)
+    with owning(workdir) if distributed.lead() else contextlib.nullcontext():
+        claim(workdir, config)
+        distributed.check_shared(workdir)
+        with StopSignal() as stop, _Session(config, workdir, source, recipe, mesh, evaluations) as session:
+            return session.loop(stop)
 
 
 def claim(workdir: epath.Path, config: ConfigDict) -> None:

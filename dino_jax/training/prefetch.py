@@ -78,7 +78,11 @@ def device_batches(
             crops = render(jax.device_put({key: x for key, x in batch.items() if key not in HOST_ONLY}, here))
             yield Ready([sharding.of_all(x, mesh, config.batch_size) for x in crops], bad)
 
-    return in_thread(produce, config.run.prefetch, limit, lambda: [batches.close() for batches in opened])
+    def end() -> None:
+        for batches in opened:
+            batches.close()
+
+    return in_thread(produce, config.run.prefetch, limit, end)
 
 
 def in_thread(

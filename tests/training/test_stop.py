@@ -12,8 +12,11 @@ import threading
 import time
 
 import pytest
+from etils import epath
 
+from dino_jax.errors import UserError
 from dino_jax.training.metrics import read_metrics
+from dino_jax.training.owner import owning
 from dino_jax.training.stop import Interrupted, StopSignal
 from dino_jax.weights.checkpoint import steps
 
@@ -72,9 +75,15 @@ class Run:
 
     def children(self) -> list[int]:
         """The worker processes."""
-        listed = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True).stdout
-        rows = [line.split(None, 2) for line in listed.splitlines()]
-        return [int(pid) for pid, parent, args in rows if int(parent) == self.process.pid and "spawn_main" in args]
+        found = []
+        for folder in pathlib.Path("/proc").glob("[0-9]*"):
+            try:
+                parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+                if parent == self.process.pid and "spawn_main" in (folder / "cmdline").read_text():
+                    found.append(int(folder.name))
+            except OSError:
+                continue
+        return found
 
     def assert_saved(self) -> None:
         """Everything that was trained is in the checkpoint and in the metrics."""
@@ -82,8 +91,9 @@ class Run:
         assert [record["step"] for record in read_metrics(self.workdir)] == list(range(1, last + 1))
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.extra)])
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.extra)])
+@pytest.mark.extra
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_and_ends_the_run_although_the_input_stalls(tmp_path, workers, number):
     run = Run(tmp_path, workers)
     run.stall.touch()
@@ -104,6 +114,7 @@ def test_ctrl_c_reaches_only_the_run_itself(tmp_path):
     run.assert_saved()
 
 
+@pytest.mark.extra
 def test_after_the_stall_timeout_one_process_saves_and_says_what_it_waited_for(tmp_path):
     run = Run(tmp_path, 0, limit=3)
     run.stall.touch()
@@ -157,3 +168,19 @@ def test_signals_interrupt_waits_but_not_saving():
         os.kill(os.getpid(), signal.SIGHUP)
         assert not stop.number
     signal.signal(signal.SIGHUP, before)
+
+
+def test_a_workdir_has_one_owner_which_a_kill_releases(tmp_path):
+    workdir = epath.Path(tmp_path / "run")
+    script = "import sys, time; from etils import epath; from dino_jax.training.owner import owning\n"
+    script += "with owning(epath.Path(sys.argv[1])): print('owns', flush=True); time.sleep(100)"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    call = [sys.executable, "-c", script, str(workdir)]
+    with subprocess.Popen(call, env=environment, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "owns\n"
+        expected = rf"^--workdir={workdir}: another run is training there .*\"pid\": {other.pid}.*stop it first"
+        with pytest.raises(UserError, match=expected), owning(workdir):
+            pass
+        other.kill()
+    with owning(workdir), pytest.raises(UserError), owning(workdir):
+        pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from collections.abc import Callable, Generator
@@ -80,7 +81,8 @@ def device_batches(
 
     def end() -> None:
         for batches in opened:
-            batches.close()
+            with contextlib.suppress(ValueError):  # a generator that runs in the thread
+                batches.close()
 
     return in_thread(produce, config.run.prefetch, limit, end)
 

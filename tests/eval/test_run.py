@@ -141,7 +141,7 @@ def test_an_output_that_is_a_folder_is_named_before_anything_is_loaded(monkeypat
     for out in (tmp_path, f"{tmp_path}/new/"):
         with pytest.raises(UserError, match=f"^--out={out}: this is a folder: name a file in it"):
             verb.evaluate("knn", "c", "d", out=str(out))
-    with pytest.raises(UserError, match="^--out=/dev/null: .*not a regular file"):
+    with pytest.raises(UserError, match=r"^--out=/dev/null: .*not a regular file"):
         verb.evaluate("knn", "c", "d", out="/dev/null")
 
 

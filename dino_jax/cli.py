@@ -45,7 +45,8 @@ class Verb(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line; returns the exit status.
 
-    0 only on success, 2 for bad input, 130 after Ctrl-C, 141 if the reader of the output went away (`| head`).
+    0 only on success, 2 for bad input, 1 for another failure, 130 after Ctrl-C, 141 if the reader of the output went
+    away (`| head`).
     """
     prepare()
     parser = _parser()
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say("dino-jax: interrupted")
         return 130
     except UserError as error:
-        return _bad(str(error))
+        return _bad(str(error), error.status)
     except OSError as error:
         _log.debug("where it happened", exc_info=True)
         return _bad(f"{error.filename}: {error.strerror}" if error.filename else str(error))
@@ -95,10 +96,10 @@ class _OneLine(logging.Formatter):
         return printable(super().formatMessage(record))
 
 
-def _bad(message: str) -> int:
+def _bad(message: str, status: int = 2) -> int:
     _drop_output()
     _say(f"dino-jax: error: {printable(message)}")
-    return 2
+    return status
 
 
 def _say(line: str) -> None:

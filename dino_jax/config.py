@@ -339,7 +339,7 @@ KEYS: Keys = {
         "keep": Key(2, "latest checkpoints kept", "[1, inf)"),
         "keep_every": Key(20, "epochs between checkpoints that are kept for good; 0: none", "[0, inf)"),
         "async_checkpoint": Key(True, "write checkpoints in the background"),
-        "stall_timeout": Key(600.0, "seconds one of several processes may wait for input; 0: forever", "[0, inf)"),
+        "stall_timeout": Key(600.0, "seconds to wait for input until the run ends; 0: forever", "[0, inf)"),
         "profile_steps": Key((0, 0), "first and last step of an xprof trace; equal: no trace", "[0, inf)"),
         "tensorboard": Key(True, "write TensorBoard files"),
         "wandb": Key("", "Weights & Biases project; empty: off"),

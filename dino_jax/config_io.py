@@ -93,7 +93,7 @@ def override(config: ConfigDict, overrides: Iterable[str]) -> ConfigDict:
         except (flags.Error, TypeError, ValueError) as error:
             owner, name = _place(config, key)
             kind = type(known[key]).__name__ if known[key] is not None else owner.get_type(name).__name__
-            raise UserError(f"--config.{key}={value}: this key takes a value of type {kind}") from error
+            raise UserError(f"--config.{key}={value[:200]}: this key takes a value of type {kind}") from error
     return config
 
 
@@ -196,7 +196,8 @@ def _check_lengths(flat: Mapping[str, Any], prefix: str = "") -> None:
     for key, declared in flat_keys():
         value, channels = flat[key], flat["model.in_chans"]
         if key in PER_CHANNEL and len(value) != channels:
-            raise UserError(f"{prefix}{key}={_short(value)}: one value for each of the {channels} channels is needed")
+            said = f"{prefix}{key}={_short(value)} model.in_chans={channels}"
+            raise UserError(f"{said}: one value for each of the {channels} channels is needed")
         if isinstance(value, tuple) and key not in PER_CHANNEL and len(value) != len(declared.default):
             size = len(declared.default)
             raise UserError(f"{prefix}{key}={_short(value)}: {size} values are needed, such as {declared.default}")

@@ -18,6 +18,14 @@ class UserError(ValueError):
     def __str__(self) -> str:
         return printable(super().__str__())  # names in it may hold anything
 
+    status = 2  # of the process that ends with it
+
+
+class Failure(UserError):
+    """A failure that is not the input's fault, such as a stalled disk: the same command may succeed later."""
+
+    status = 1
+
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The end of a message about an unknown word: `; did you mean 'optim.lr'?`, or "" if no known word is near.

@@ -11,8 +11,10 @@ import sys
 
 import pytest
 
-from dino_jax import cli
+from dino_jax import cli, config_io
+from dino_jax.config import KEYS, build, flat_keys
 from dino_jax.errors import UserError
+from dino_jax.eval.protocol import check, keys_of, names
 
 ROOT = pathlib.Path(__file__).parent.parent
 BAD = (
@@ -127,6 +129,23 @@ def test_errors_are_one_printable_line(error, monkeypatch, capsys):
     assert cli.main(["fail"]) == 2
     said = capsys.readouterr().err
     assert said.startswith("dino-jax: error: ") and said.count("\n") == 1 and said.strip().isprintable()
+
+
+@pytest.mark.parametrize("protocol", [None, *names()])
+def test_any_value_of_any_key_is_taken_or_refused_in_one_line(protocol):
+    keys = KEYS if protocol is None else keys_of(protocol)
+    rng = random.Random(str(protocol))
+    for name, key in flat_keys(keys):
+        for value in rng.sample(BAD, 6):
+            config = build(keys)
+            try:
+                config_io.override(config, [f"--config.{name}={value}"])
+                config_io.check(config) if protocol is None else check(config, keys)
+            except UserError as error:
+                said = str(error)
+                assert name in said and said.isprintable() and len(said) < 600, said
+            else:
+                assert key.error(config_io.flatten(config)[name]) is None, (name, value)
 
 
 STREAMS = """

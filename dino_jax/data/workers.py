@@ -13,12 +13,12 @@ import sys
 import threading
 from collections.abc import Iterator
 
-from dino_jax.errors import UserError
+from dino_jax.errors import Failure
 
 SIGNALS = (signal.SIGINT, signal.SIGHUP)  # sent to a whole process group by terminals
 
 
-class WorkerDied(UserError):
+class WorkerDied(Failure):
     """A worker process ended by itself, as when the system is out of memory."""
 
 

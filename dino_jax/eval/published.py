@@ -11,6 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from dino_jax.config import default
+from dino_jax.errors import printable
 from dino_jax.eval.protocol import Protocol
 
 ARCHITECTURES = {  # the paper's name -> model.name, model.patch_size (None: no patches)
@@ -45,7 +46,7 @@ def table(name: str, protocol: Protocol, figures: Mapping[str, Any], architectur
     lines = [(name, "here", f"published ({architecture})" if known else "")]
     for key, value in figures.items():
         shown = f"{value:.2f}" if isinstance(value, float) else str(value)
-        lines.append((f"  {key}", shown, f"{known[key]:.1f}" if key in known else ""))
+        lines.append((f"  {printable(key)}", shown, f"{known[key]:.1f}" if key in known else ""))
     lines += [(f"  {key}", "", f"{value:.1f}") for key, value in known.items() if key not in figures]
     width = max(len(line[0]) for line in lines)
     text = [f"{first:{width}}  {second:>10}  {third}".rstrip() for first, second, third in lines]

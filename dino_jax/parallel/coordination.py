@@ -70,7 +70,7 @@ class ProcessGroup:
         """
         status, reason = 1, " ".join("".join(traceback.format_exception_only(error)).split())[:500]
         if isinstance(error, UserError):
-            status, reason = 2, str(error)
+            status, reason = error.status, str(error)
         elif isinstance(error, KeyboardInterrupt):
             status, reason = 130, "interrupted"
         elif isinstance(error, SystemExit):

@@ -27,6 +27,7 @@ import contextlib
 import glob
 import importlib.util
 import logging
+import math
 import os
 import re
 import signal
@@ -97,6 +98,18 @@ def _whole(name: str, environ: Mapping[str, str]) -> int | None:
     if not text.strip().isdigit():
         raise UserError(f"{name}={text}: it must be a whole number")
     return int(text)
+
+
+def _seconds(name: str, default: float, environ: Mapping[str, str]) -> float:
+    """A time limit; `UserError` unless it is between 1 second and a week."""
+    text = environ.get(name, "").strip() or str(default)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 1 <= seconds <= 7 * 86400:
+        raise UserError(f"{name}={text}: it must be a number of seconds, 1 to 604800")
+    return seconds
 
 
 def _slurm(environ: Mapping[str, str]) -> Place | None:
@@ -242,8 +255,8 @@ def _join(place: Place | None) -> ProcessGroup | None:
     """Starts JAX's runtime for several processes and returns their group; None: alone."""
     if place.processes == 1 if place else not _on_tpu(os.environ):
         return None
-    patience = float(os.environ.get("DINO_START_TIMEOUT", "300"))
-    heartbeat = float(os.environ.get("DINO_HEARTBEAT_TIMEOUT", "60"))
+    patience = _seconds("DINO_START_TIMEOUT", 300, os.environ)
+    heartbeat = _seconds("DINO_HEARTBEAT_TIMEOUT", 60, os.environ)
     # JAX's preemption service would take SIGTERM for itself; the loop handles it (StopTogether).
     jax.config.update("jax_enable_preemption_service", False)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")

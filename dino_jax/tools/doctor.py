@@ -24,7 +24,7 @@ from dino_jax import config_io
 from dino_jax.data.decode import BadImage, decode
 from dino_jax.data.sources import open_source
 from dino_jax.data.storage import absolute, is_remote, read_text
-from dino_jax.errors import UserError
+from dino_jax.errors import UserError, printable
 from dino_jax.tools import machine
 from dino_jax.tools.machine import Check, within
 
@@ -91,8 +91,8 @@ def report(checks: Iterable[Check], write: Callable[[str], object] = print) -> l
     """Writes one line for each check, then one JSON object; returns the names of failed checks."""
     done = []
     for check in checks:
-        fix = f"\n{'':18}-> {check.fix}" if check.fix else ""
-        write(f"{check.state:8}{check.name:10}{check.found}{fix}")
+        fix = f"\n{'':18}-> {printable(check.fix)}" if check.fix else ""
+        write(f"{check.state:8}{check.name:10}{printable(check.found)}{fix}")
         done.append(check)
     missing = [check.name for check in done if check.state == "missing"]
     write(json.dumps({"ok": not missing, "checks": {check.name: check.state for check in done}}))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import collections
 import contextlib
 import logging
-from collections.abc import Generator
+from collections.abc import Collection, Generator
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -19,13 +20,14 @@ from dino_jax.data.identity import data_fingerprint
 from dino_jax.data.pipeline import steps_per_epoch
 from dino_jax.data.sources import Source, open_source
 from dino_jax.data.storage import absolute, write_atomically, writing
-from dino_jax.errors import UserError
+from dino_jax.errors import Failure, UserError
 from dino_jax.parallel import distributed, sharding
 from dino_jax.progress import Progress
 from dino_jax.training import online
 from dino_jax.training.data_record import claim_data
 from dino_jax.training.metrics import MetricWriter, Throughput
-from dino_jax.training.prefetch import BadFiles, Ready, device_batches
+from dino_jax.training.owner import owning
+from dino_jax.training.prefetch import BadFiles, Ready, Stalled, device_batches
 from dino_jax.training.start import start_from
 from dino_jax.training.step import (
     Metrics,
@@ -39,7 +41,7 @@ from dino_jax.training.step import (
     make_recipe,
     to_items,
 )
-from dino_jax.training.stop import StopSignal
+from dino_jax.training.stop import Interrupted, StopSignal
 from dino_jax.training.trace import Trace
 from dino_jax.training.watch import Watch
 from dino_jax.weights.checkpoint import Checkpointer, restore_config, steps
@@ -49,11 +51,20 @@ log = logging.getLogger(__name__)
 IN_FLIGHT = 2  # maximum steps in flight
 
 
+class InputError(Exception):
+    """The input failed with `cause`; the state can be saved."""
+
+    def __init__(self, cause: UserError):
+        super().__init__(str(cause))
+        self.cause = cause
+
+
 def train(config: ConfigDict, workdir: str | epath.Path, *, source: Source | None = None) -> TrainState:
     """Trains for `config.epochs` epochs, resuming from the latest checkpoint in `workdir` if there is one.
 
-    SIGTERM and Ctrl-C save a checkpoint and return early; the same call resumes, bit for bit as if uninterrupted.
-    `source` replaces `config.data.train`. With several processes (`distributed.session`) each makes the same call.
+    SIGTERM, SIGHUP and Ctrl-C save a checkpoint and return early; the same call resumes, bit for bit as if
+    uninterrupted. `source` replaces `config.data.train`. With several processes (`distributed.session`) each makes the
+    same call.
 
     Raises:
       UserError: a configuration, data set, workdir or checkpoint that cannot be used; a run that keeps diverging.
@@ -68,13 +79,13 @@ def train(config: ConfigDict, workdir: str | epath.Path, *, source: Source | Non
     recipe = make_recipe(config, steps_per_epoch(len(source), config.batch_size))
     check_batch(recipe, mesh)
     evaluations = online.Evaluations(config, recipe, steps_per_epoch(len(source), config.batch_size))
-    claim(workdir, config)
-    claim_data(
-        workdir, config, {"data.train": source} | evaluations.sources, max(steps(workdir / "checkpoints"), default=0)
-    )
-    distributed.check_shared(workdir)
-    with StopSignal() as stop, _Session(config, workdir, source, recipe, mesh, evaluations) as session:
-        return session.loop(stop)
+    with owning(workdir) if distributed.lead() else contextlib.nullcontext():
+        claim(workdir, config)
+        done = max(steps(workdir / "checkpoints"), default=0)
+        claim_data(workdir, config, {"data.train": source} | evaluations.sources, done)
+        distributed.check_shared(workdir)
+        with StopSignal() as stop, _Session(config, workdir, source, recipe, mesh, evaluations) as session:
+            return session.loop(stop)
 
 
 def claim(workdir: epath.Path, config: ConfigDict) -> None:
@@ -124,6 +135,7 @@ class _Session:
         self.stopping = distributed.StopTogether(mesh)
         self.steady = False  # whether this session's first step, which compiles, is over
         self.trace = Trace(workdir / "profile")
+        self.pending: collections.deque[tuple[int, Metrics, Any]] = collections.deque()  # steps in flight
 
     def __enter__(self) -> _Session:
         run = self.config.run
@@ -153,13 +165,17 @@ class _Session:
         """Trains until the end, a signal or `run.stop_after`; after a rewind, from the restored step."""
         last = min(self.total, self.step + (self.config.run.stop_after or self.total))
         train_step = jit_train_step(self.recipe, self.mesh)
-        pending: collections.deque[tuple[int, Metrics, Any]] = collections.deque()  # steps in flight
+        self.stop, pending = stop, self.pending
+        if self.step:
+            self.evaluate(self.recorded())  # if a signal came during the evaluation of this step
         batches = self.batches()
         self.throughput.reset()
         try:
             while self.step < last and not self.stopping.reason:
                 self.profile()
                 crops = self.next_crops(batches)
+                if crops is None:
+                    break
                 self.state, metrics = train_step(self.state, crops)
                 self.step += 1
                 pending.append((self.step, metrics, self.stopping.vote(stop.number)))
@@ -171,12 +187,13 @@ class _Session:
                     batches = self.batches()
                 elif due:
                     self.milestone()
-            for step in pending:
-                self.see(*step)
+            self.save_for_good()
+        except InputError as error:
+            self.save_for_good()
+            saved = f"; saved at step {self.step}" if self.step else ""
+            raise type(error.cause)(f"{error.cause}{saved}") from error.cause
         finally:
             batches.close()
-        self.profile(over=True)
-        self.save()
         self.say(self.conclusion())
         return self.state
 
@@ -202,19 +219,47 @@ class _Session:
             self.workdir,
             active=self.lead,
             resume_step=resume_step,
+            every=self.config.run.log_every,
             tensorboard=self.config.run.tensorboard,
             wandb_project=self.config.run.wandb,
             config_json=config_io.to_json(self.config),
         )
 
+    def recorded(self) -> Collection[str]:
+        """The names of the figures in metrics.jsonl for this step, the same on all processes."""
+        names = self.evaluations.names
+        known = np.array([name in self.writer.recorded for name in names])
+        if jax.process_count() > 1:
+            known = multihost_utils.broadcast_one_to_all(known)
+        return [name for name, there in zip(names, known, strict=True) if there]
+
     def batches(self) -> Generator[Ready, None, None]:
         position, salt = self.step * self.config.batch_size, int(self.state.salt)
-        return device_batches(self.config, self.source, self.mesh, position=position, salt=salt)
+        limit = 0 if distributed.several() else self.config.run.stall_timeout
+        return device_batches(self.config, self.source, self.mesh, position=position, salt=salt, limit=limit)
 
-    def next_crops(self, batches: Generator[Ready, None, None]) -> list[jax.Array]:
-        limit = self.config.run.stall_timeout
-        with self.throughput.waiting(), distributed.bounded(f"the input of step {self.step + 1}", limit):
-            batch = next(batches)
+    def next_crops(self, batches: Generator[Ready, None, None]) -> list[jax.Array] | None:
+        """The crops of the next step; None if a signal came first.
+
+        Several processes neither leave the step nor save before they agree on it: there, errors and `bounded` end all.
+        """
+        limit, what = self.config.run.stall_timeout, f"the input of step {self.step + 1}"
+        if distributed.several():
+            with self.throughput.waiting(), distributed.bounded(what, limit):
+                batch = next(batches)
+        else:
+            try:
+                with self.throughput.waiting(), self.stop.interrupting():
+                    batch = next(batches)
+            except Interrupted:
+                self.stopping.count(self.stop.number)
+                return None
+            except Stalled:
+                raise InputError(
+                    Failure(f"waited {limit:g} s for {what} (run.stall_timeout): can it be read?")
+                ) from None
+            except UserError as error:
+                raise InputError(error) from error
         self.bad_files.note(batch.bad)
         return batch.crops
 
@@ -261,18 +306,39 @@ class _Session:
 
     def milestone(self) -> None:
         """Runs the online evaluation and saves a checkpoint, if due."""
-        if self.evaluations.due(self.step):
-            figures = self.evaluations.run(self.step, self.state)
-            self.writer.write(self.step, figures)
-            self.say(f"step {self.step}: " + ", ".join(f"{name} {value:.2f}%" for name, value in figures.items()))
-        if self.step % self.save_every == 0:
+        if self.evaluate() and self.step % self.save_every == 0:
             self.save()
         self.throughput.reset()
 
-    def save(self) -> None:
+    def evaluate(self, recorded: Collection[str] = ()) -> bool:
+        """Runs the evaluations due whose figures are not yet recorded; False if a signal came first."""
+        if not self.evaluations.due(self.step, recorded):
+            return True
+        try:
+            with contextlib.nullcontext() if distributed.several() else self.stop.interrupting():
+                figures = self.evaluations.run(self.step, self.state, recorded)
+        except Interrupted:
+            self.stopping.count(self.stop.number)
+            return False
+        self.writer.write(self.step, figures)
+        self.say(f"step {self.step}: " + ", ".join(f"{name} {value:.2f}%" for name, value in figures.items()))
+        return True
+
+    def save_for_good(self) -> None:
+        """Ends the steps in flight and saves a checkpoint, whatever signal comes; none if nothing was trained."""
+        while self.pending:
+            self.see(*self.pending.popleft())
+        self.profile(over=True)
+        if self.step:
+            self.save(wait=True)
+
+    def save(self, wait: bool = False) -> None:
         """Saves a checkpoint of this step unless there is one, after flushing the metrics."""
-        self.writer.flush()
-        self.checkpoints.save(self.step, to_items(self.state), config_io.to_json(self.config))
+        with self.stop.protecting():
+            self.writer.flush()
+            self.checkpoints.save(self.step, to_items(self.state), config_io.to_json(self.config))
+            if wait:
+                self.checkpoints.wait()
 
     def profile(self, over: bool = False) -> None:
         """Starts or ends the trace of `run.profile_steps`; `over`: there are no more steps."""
@@ -311,4 +377,6 @@ class _Session:
         if self.step == self.total:
             return f"done: {self.total} steps; checkpoint in {self.checkpoints.directory}"
         reason = self.stopping.reason or "run.stop_after"
+        if not self.step:
+            return f"stopped by {reason} before the first step"
         return f"stopped by {reason} at step {self.step} of {self.total}; saved: the same command resumes"

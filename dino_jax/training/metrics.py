@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
+import logging
 import math
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -21,8 +24,10 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
-from dino_jax.data.storage import absolute, cause, is_remote, write_atomically, writing
+from dino_jax.data.storage import absolute, cause, is_remote, read_text, write_atomically, writing
 from dino_jax.errors import UserError
+
+log = logging.getLogger(__name__)
 
 JSONL = "metrics.jsonl"
 FLUSH_SECONDS = 30.0
@@ -41,9 +46,12 @@ class MetricWriter:
         active: if False, every method does nothing.
         resume_step: the restored step: later lines are cut from `metrics.jsonl` (atomically) and hidden from
             TensorBoard. None: a new run, whose file starts empty.
+        every: steps between lines, to warn at a resume if earlier lines were lost; 0: no warning.
         tensorboard: also write `workdir/tensorboard/`.
         wandb_project: also report to this Weights & Biases project; "": none.
         config_json: the configuration, for Weights & Biases.
+
+    `recorded` has the names in the lines of `resume_step`.
 
     Raises `UserError` if the workdir cannot be written (`write` and `flush` too; nothing is written after that), or if
     wandb is not installed or does not start.
@@ -55,6 +63,7 @@ class MetricWriter:
         *,
         active: bool = True,
         resume_step: int | None = None,
+        every: int = 0,
         tensorboard: bool = True,
         wandb_project: str = "",
         config_json: str = "{}",
@@ -64,10 +73,13 @@ class MetricWriter:
         self._board: _Board | None = None
         self._wandb: Any = None
         self._due = 0.0  # when to flush again
+        self.recorded: set[str] = set()
         if active:
             with self._writing():
                 self._workdir.mkdir(parents=True, exist_ok=True)
-                self._lines = _lines(self._workdir / JSONL, resume_step)
+                kept = _kept(self._workdir / JSONL, resume_step, every)
+                self.recorded = {name for _, record in kept if record["step"] == resume_step for name in record}
+                self._lines = _lines(self._workdir / JSONL, [line for line, _ in kept])
                 self._board = _Board(self._workdir / "tensorboard", resume_step) if tensorboard else None
             if wandb_project:
                 self._wandb = _start_wandb(self._workdir, wandb_project, config_json, resume_step is not None)
@@ -154,16 +166,24 @@ def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
 
 def _records(path: epath.Path) -> list[tuple[str, dict[str, Any]]]:
     """The lines of the file, each with its parsed record."""
-    lines = path.read_text().splitlines()
+    lines = read_text(path).rstrip("\n").split("\n")
     records = []
     for number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line)
-            records.append((line, record | {"step": int(record["step"])}))
-        except (ValueError, KeyError, TypeError) as error:
+            records.append((line, _record(line)))
+        except (ValueError, RecursionError) as error:
             if number < len(lines):
                 raise UserError(f"{path}: line {number} is not a JSON object with a step; remove it") from error
     return records
+
+
+def _record(line: str) -> dict[str, Any]:
+    record = json.loads(line)
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
+        raise ValueError("no step")
+    if not all(isinstance(value, str | int | float) for value in record.values()):
+        raise ValueError("not numbers")
+    return record
 
 
 class _Lines:
@@ -178,6 +198,7 @@ class _Lines:
 
     def flush(self) -> None:
         self._file.flush()
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
@@ -200,12 +221,25 @@ class _ObjectLines(_Lines):
         pass
 
 
-def _lines(path: epath.Path, resume_step: int | None) -> _Lines:
-    """Opens `path` for appending, keeping its lines up to `resume_step`; None: none."""
-    kept = []
-    if resume_step is not None and path.exists():
-        kept = [line + "\n" for line, record in _records(path) if record["step"] <= resume_step]
-    write_atomically(path, "".join(kept))
+def _kept(path: epath.Path, resume_step: int | None, every: int) -> list[tuple[str, dict[str, Any]]]:
+    """The lines that a run resumed at `resume_step` keeps, with their records; warns if earlier ones are missing."""
+    if resume_step is None:
+        return []
+    kept = [pair for pair in (_records(path) if path.exists() else []) if pair[1]["step"] <= resume_step]
+    logged = sorted({0, *(record["step"] for _, record in kept)})
+    usual = max(every, *(after - before for before, after in itertools.pairwise(logged[1:])), 0)
+    ends = [*logged, resume_step + 1]
+    for before, after in ((ends[0], ends[1]), (ends[-2], ends[-1])):
+        if every and after - before > usual:
+            lost = f"no lines of steps {before + 1} to {after - 1}"
+            log.warning("%s: %s: they were removed after the run had written them; it goes on", path, lost)
+            break
+    return kept
+
+
+def _lines(path: epath.Path, kept: list[str]) -> _Lines:
+    """Opens `path` for appending, with these lines."""
+    write_atomically(path, "".join(line + "\n" for line in kept))
     return _ObjectLines(path) if is_remote(path) else _Lines(path)
 
 
@@ -242,7 +276,7 @@ def _start_wandb(workdir: epath.Path, project: str, config_json: str, resume: bo
     except ImportError as error:
         raise UserError(f"run.wandb={project}: wandb is not installed; `pip install wandb`, or set it to ''") from error
     remembered = workdir / "wandb_id"
-    name = remembered.read_text() if resume and remembered.exists() else None
+    name = read_text(remembered).strip() if resume and remembered.exists() else None
     try:
         run = wandb.init(project=project, config=json.loads(config_json), id=name, resume="allow" if name else None)
     except Exception as error:  # no account, no network: wandb's own error types

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -32,7 +32,8 @@ class Evaluations:
 
     def __init__(self, config: ConfigDict, recipe: Recipe, epoch_steps: int):
         self.config, self.recipe = config, recipe
-        self.jobs: list[tuple[int, Callable[[Model], Figures]]] = []  # interval in steps, evaluation
+        # Interval in steps, the name of one of its figures, evaluation.
+        self.jobs: list[tuple[int, str, Callable[[Model], Figures]]] = []
         self.sources: dict[str, Source] = {}  # by configuration key
         options = config.eval
         if options.knn_every:
@@ -40,24 +41,29 @@ class Evaluations:
             train, test = open_source(options.knn_train), open_source(options.knn_test)
             test = in_classes_of(train, test, f"eval.knn_test={options.knn_test}")
             self.sources = {"eval.knn_train": train, "eval.knn_test": test}
-            self.jobs.append((options.knn_every * epoch_steps, self.knn))
+            self.jobs.append((options.knn_every * epoch_steps, "knn_top1", self.knn))
         if options.voc_every:
             _require(options, "voc_every", "voc_data")
             if recipe.network.backbone.patch_size is None:
                 raise UserError("eval.voc_every: this backbone has no attention to evaluate: set it to 0")
             open_masks(options.voc_data, "val", config.model.in_chans)
-            self.jobs.append((options.voc_every * epoch_steps, self.voc))
+            self.jobs.append((options.voc_every * epoch_steps, "voc_jaccard_60", self.voc))
 
-    def due(self, step: int) -> bool:
-        """Whether anything is evaluated after this step."""
-        return any(step % steps == 0 for steps, _ in self.jobs)
+    @property
+    def names(self) -> list[str]:
+        """The name of one figure of each evaluation."""
+        return [name for _, name, _ in self.jobs]
 
-    def run(self, step: int, state: TrainState) -> Figures:
-        """The results of all evaluations due, in percent."""
+    def due(self, step: int, recorded: Collection[str] = ()) -> bool:
+        """Whether anything is evaluated after this step, besides evaluations whose figure is `recorded`."""
+        return any(step % steps == 0 and name not in recorded for steps, name, _ in self.jobs)
+
+    def run(self, step: int, state: TrainState, recorded: Collection[str] = ()) -> Figures:
+        """The results of all evaluations due, in percent, besides those `recorded`."""
         model = frozen_teacher(self.config, self.recipe, state)
         figures: Figures = {}
-        for steps, job in self.jobs:
-            if step % steps == 0:
+        for steps, name, job in self.jobs:
+            if step % steps == 0 and name not in recorded:
                 figures |= job(model)
         return figures
 

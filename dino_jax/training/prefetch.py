@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from collections.abc import Callable, Generator
@@ -12,7 +13,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dino_jax.data.pipeline import make_dataset
+from dino_jax.data.pipeline import Batches, make_dataset
 from dino_jax.data.sources import Source
 from dino_jax.data.storage import read_file, write_atomically, writing
 from dino_jax.errors import printable
@@ -20,6 +21,7 @@ from dino_jax.parallel import sharding
 from dino_jax.render.renderer import make_renderer
 
 HOST_ONLY = ("index", "label")  # fields that are not rendered
+CLOSING = 5.0  # seconds to wait for the thread to end
 
 
 class Ready(NamedTuple):
@@ -56,8 +58,12 @@ class BadFiles:
                 write_atomically(self._path, before + gap + lines.encode())
 
 
+class Stalled(Exception):
+    """No batch came in time."""
+
+
 def device_batches(
-    config: ConfigDict, source: Source, mesh: Mesh, *, position: int, salt: int
+    config: ConfigDict, source: Source, mesh: Mesh, *, position: int, salt: int, limit: float = 0
 ) -> Generator[Ready, None, None]:
     """Endless training batches from `position` (examples already consumed by the run).
 
@@ -66,27 +72,42 @@ def device_batches(
 
     The thread runs no multi-process programs: those must start in the same order everywhere, and would race with the
     steps.
+
+    Raises:
+      Stalled: a batch takes more than `limit` seconds; 0: no limit.
     """
     here, rows = sharding.local_rows(config.batch_size, mesh)
     render = make_renderer(config, here)
+    opened: list[Batches] = []
 
     def produce() -> Generator[Ready, None, None]:
-        batches = make_dataset(source, config, position=position, salt=salt, batch_slice=rows)
-        try:
-            for batch in batches:
-                bad = batch.pop("bad")
-                crops = render(jax.device_put({key: x for key, x in batch.items() if key not in HOST_ONLY}, here))
-                yield Ready([sharding.of_all(x, mesh, config.batch_size) for x in crops], bad)
-        finally:
-            batches.close()
+        opened.append(make_dataset(source, config, position=position, salt=salt, batch_slice=rows))
+        for batch in opened[0]:
+            bad = batch.pop("bad")
+            crops = render(jax.device_put({key: x for key, x in batch.items() if key not in HOST_ONLY}, here))
+            yield Ready([sharding.of_all(x, mesh, config.batch_size) for x in crops], bad)
 
-    return in_thread(produce, config.run.prefetch)
+    def end() -> None:
+        for batches in opened:
+            with contextlib.suppress(ValueError):  # a generator that runs in the thread
+                batches.close()
+
+    return in_thread(produce, config.run.prefetch, limit, end)
 
 
-def in_thread(produce: Callable[[], Generator[Any, None, None]], ahead: int) -> Generator[Any, None, None]:
+def in_thread(
+    produce: Callable[[], Generator[Any, None, None]],
+    ahead: int,
+    limit: float = 0,
+    end: Callable[[], object] = lambda: None,
+) -> Generator[Any, None, None]:
     """Yields the items of `produce()`, run in another thread at most `ahead` items ahead; its errors are raised here.
 
-    Closing the generator ends the thread.
+    Closing the generator ends the thread: it calls `end()`, which must end a wait in `produce`, and leaves a thread
+    that is still stuck in a read.
+
+    Raises:
+      Stalled: an item takes more than `limit` seconds; 0: no limit.
     """
     ready: queue.Queue = queue.Queue(maxsize=max(ahead, 1))
     closed = threading.Event()
@@ -111,12 +132,16 @@ def in_thread(produce: Callable[[], Generator[Any, None, None]], ahead: int) -> 
             put((None, error))
         finally:
             items.close()
+            end()
 
     thread = threading.Thread(target=work, name="input", daemon=True)
     thread.start()
     try:
         while True:
-            item, error = ready.get()
+            try:
+                item, error = ready.get(timeout=limit or None)
+            except queue.Empty:
+                raise Stalled from None
             if isinstance(error, StopIteration):
                 return
             if error is not None:
@@ -124,4 +149,5 @@ def in_thread(produce: Callable[[], Generator[Any, None, None]], ahead: int) -> 
             yield item
     finally:
         closed.set()
-        thread.join(timeout=60)
+        end()
+        thread.join(timeout=CLOSING)

@@ -101,6 +101,8 @@ def read(
         path = epath.Path(file_or_name)
         if not path.exists():
             raise UserError(f"{path}: no such file or released model; {names.known(str(file_or_name))}")
+    if heads is not None and heads < 1:
+        raise UserError(f"--heads={heads}: a model has at least one attention head")
     content = read_weights(path)
     given = architecture.Hints(heads, grid=grid)
     if key is None and prefix is None and isinstance(content, Mapping) and "teacher" in content:
@@ -191,11 +193,9 @@ def _weights(
     try:
         return _converted(config, network, hints, source, student, train_gain)
     except UserError as error:
-        name = foreign.name_of(network)
-        if not name:
-            raise
-        reason = str(error).removeprefix(f"{source}: ")
-        raise UserError(f"{source}: these look like {name}; {foreign.READ} ({reason})") from None
+        name, reason = foreign.name_of(network), str(error).removeprefix(f"{source}: ")
+        what = f"these look like {name}; {foreign.READ} ({reason})" if name else reason
+        raise UserError(f"{source}: {what}") from None
 
 
 def _converted(

@@ -79,8 +79,8 @@ def find(content: Any, key: str | None, prefix: str | None, source: object) -> N
       UserError: there is none, or several alike.
     """
     inside = content if key is None else _at(content, key)
-    if inside is None:
-        raise UserError(f"{source}: no {printable(str(key))!r} in it; {_offer(found_in(content, source))}")
+    if inside is None and key is not None:
+        raise UserError(f"{source}: no {printable(key)!r} in it; {_offer(found_in(content, source))}")
     found = found_in(inside, source, key or "")
     if not found:
         raise UserError(f"{source}: {_nothing(inside)}")

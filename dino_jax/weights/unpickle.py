@@ -280,7 +280,7 @@ def _size(value: Any) -> int:
     return len(value) if hasattr(value, "__len__") and not isinstance(value, np.ndarray) else 1
 
 
-def _attribute(owner: Any, name: Any) -> StandIn:
+def _attribute(owner: Any, name: Any = None, *_: Any) -> StandIn:
     if not (isinstance(owner, StandIn) and isinstance(name, str)):
         raise RefusedError("builtins.getattr")
     return StandIn(f"{owner.name}.{name[:MAX_NAME]}"[:MAX_NAME])

@@ -136,6 +136,15 @@ def test_what_cannot_be_written_is_named_before_the_long_part(loaded, monkeypatc
         verb.evaluate("knn", "c", "d", workdir=str(tmp_path / "file" / "x"))
 
 
+def test_an_output_that_is_a_folder_is_named_before_anything_is_loaded(monkeypatch, tmp_path):
+    monkeypatch.setattr(verb, "load", lambda *_, **__: pytest.fail("loaded"))
+    for out in (tmp_path, f"{tmp_path}/new/"):
+        with pytest.raises(UserError, match=f"^--out={out}: this is a folder: name a file in it"):
+            verb.evaluate("knn", "c", "d", out=str(out))
+    with pytest.raises(UserError, match=r"^--out=/dev/null: .*not a regular file"):
+        verb.evaluate("knn", "c", "d", out="/dev/null")
+
+
 def test_data_sets_are_found_in_and_below_a_folder(tmp_path):
     for folder in (
         "imagenet/train",

@@ -117,6 +117,56 @@ def test_a_broken_file_is_named(tmp_path):
         read_metrics(tmp_path / "none")
 
 
+def test_damaged_files_are_one_line(tmp_path):
+    rng, path = np.random.default_rng(0), tmp_path / "metrics.jsonl"
+    good = b"".join(b'{"step": %d, "loss": 0.5, "note": "NaN"}\n' % step for step in range(1, 6))
+    odd = [
+        b'{"step": 1e999}',
+        b'{"step": "1"}',
+        b'{"step": 1, "a": [1]}',
+        b"[1]",
+        b"3",
+        b"\0" * 9,
+        b"\xff\xfe",
+        b"[" * 9999,
+    ]
+    files = [good[:50] + b"\n" + line + b"\n" + good for line in [*odd, b"[" * 9999, b'{"step": ' + b"9" * 5000 + b"}"]]
+    for _ in range(200):
+        data = bytearray(good)
+        for place in rng.integers(0, len(data), 3):
+            data[place] = rng.integers(256)
+        files.append(bytes(data[: rng.integers(1, len(data) + 1)]))
+    for data in files:
+        for use in (read_metrics, lambda workdir: MetricWriter(workdir, resume_step=3, tensorboard=False).close()):
+            path.write_bytes(data)
+            said = str(path)
+            try:
+                use(tmp_path)
+            except UserError as error:
+                said = str(error)
+            assert said.startswith(str(path)) and "\n" not in said
+            assert said == str(path) or path.read_bytes() == data
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(UserError, match=r"metrics\.jsonl: cannot be read: "):
+        read_metrics(tmp_path)
+
+
+@pytest.mark.parametrize("lost", ["all", "first", "last"])
+def test_lines_lost_before_a_resume_are_a_warning(tmp_path, caplog, lost):
+    with MetricWriter(tmp_path, tensorboard=False) as writer:
+        for step in range(10, 60, 10):
+            writer.write(step, {"loss": 0.0})
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    MetricWriter(tmp_path, resume_step=55, every=10, tensorboard=False).close()
+    assert not caplog.records
+    path.write_text("".join({"all": [], "first": lines[3:], "last": lines[:2]}[lost]))
+    MetricWriter(tmp_path, resume_step=55, every=10, tensorboard=False).close()
+    missing = {"all": "1 to 55", "first": "1 to 39", "last": "21 to 55"}[lost]
+    assert f"no lines of steps {missing}: " in caplog.text
+
+
 def test_only_the_active_process_writes(tmp_path):
     with MetricWriter(tmp_path / "run", active=False, wandb_project="p") as writer:
         writer.write(1, {"loss": 1.0})

@@ -275,6 +275,7 @@ def test_no_weights_at_all(tmp_path):
         ({"a": np.ones(3, np.float32)}, "not the weights of"),
         ({"teacher": 3}, "not a dict of tensors"),
         ([1, 2], "no weights"),
+        (None, "no weights"),
     ):
         write_pth(tmp_path / "file.pth", content)
         with pytest.raises(UserError, match=words):

@@ -3,6 +3,10 @@
 As in the official `eval_video_segmentation.py`, the first frame's annotation is propagated through the video by patch
 similarity (`propagation`) and scored by J and F (`davis`). Layout: `DATA/JPEGImages/480p/VIDEO/*.jpg`,
 `DATA/Annotations/480p/VIDEO/*.png` and `DATA/ImageSets/2017/val.txt`. `scenes:` specs use rendered clips instead.
+
+Own clips: frames are ordered by the numbers in their names and have the size of the annotations. A mask is an indexed,
+gray or color image (VOC's palette); 255 is void, unless a clip's masks hold just 0 and 255. A clip with an annotation
+of its first frame only is segmented into `--workdir`, not scored.
 """
 
 from __future__ import annotations

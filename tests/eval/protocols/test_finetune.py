@@ -178,6 +178,24 @@ def test_one_device_equals_eight(vit, class_folders, monkeypatch):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *trained)
 
 
+@pytest.mark.parametrize("on", ["mixup", "cutmix", "magnitude"])
+def test_each_augmentation_has_its_own_switch(vit, tmp_path, monkeypatch, on):
+    """Images of one color stay what they are unless RandAugment is on; mixup has no box, and CutMix no blend."""
+    colors = np.random.default_rng(0).integers(256, size=(24, 1, 1, 3), dtype=np.uint8)
+    np.savez(tmp_path / "a.npz", images=np.broadcast_to(colors, (24, 16, 16, 3)), labels=np.arange(24) % 3)
+    config, seen = small(), []
+    config.update({"mixup": 0.0, "cutmix": 0.0, "magnitude": 0.0, "ema": 0.0} | {on: 0.8 if on != "magnitude" else 9.0})
+    record = lambda state, batch, mix: seen.append((np.asarray(batch["image"]), mix)) or state  # noqa: E731
+    monkeypatch.setattr(finetune, "make_step", lambda *_: record)
+    monkeypatch.setattr(finetune, "_test", lambda *_: {"top1": 0.0})
+    finetune.evaluate(vit, f"arrays:{tmp_path / 'a.npz'},arrays:{tmp_path / 'a.npz'}", config)
+    assert len(seen) == 6
+    known = {tuple(color) for color in colors.reshape(-1, 3)}
+    assert ({tuple(i[0, 0]) for images, _ in seen for i in images} <= known) == (on != "magnitude")
+    assert any(mix.blend < 1 for _, mix in seen) == (on == "mixup")
+    assert any(mix.box.any() for _, mix in seen) == (on == "cutmix")
+
+
 def test_drop_path_is_unbiased_and_rises(vit):
     config = small()
     config.drop_path = 0.4

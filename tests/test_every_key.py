@@ -58,8 +58,8 @@ def program(config: ConfigDict, tmp_path: Any, patch: Any) -> Any:
     """The train step, with its shapes and constants."""
     recipe = train_step.make_recipe(config, 2)
     state = jax.eval_shape(lambda: train_step.init_state(recipe, jax.random.key(0)))
-    crops = [jax.ShapeDtypeStruct(x.shape, config.model.dtype) for x in random_crops(config)]
-    closed = jax.make_jaxpr(lambda state, crops: train_step.train_step(recipe, state, crops))(state, crops)
+    inputs = train_step.abstract_inputs(recipe)
+    closed = jax.make_jaxpr(lambda state, inputs: train_step.train_step(recipe, state, inputs))(state, inputs)
     return str(closed.jaxpr), digest(closed.consts)
 
 
@@ -130,7 +130,7 @@ def bad_images(config: ConfigDict, tmp_path: Any, patch: Any) -> Any:
 def reading(config: ConfigDict, tmp_path: Any, patch: Any) -> Any:
     """How the host reads, and how far ahead."""
     seen = []
-    patch.setattr(pipeline, "_iterate", lambda chunks, *how: iter([seen.append(how)]))
+    patch.setattr(pipeline, "Batches", lambda chunks, *how: iter([seen.append(how)]))
     patch.setattr(prefetch, "in_thread", lambda produce, *ahead: seen.append(ahead))
     pipeline.make_dataset(open_source(config.data.train), config)
     mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "model": 1}, jax.devices()[:1])
@@ -237,6 +237,8 @@ RESNET = {"model.name": "resnet18", "model.embed_dim": None, "model.depth": None
 KNN = {"eval.knn_every": 2, "eval.knn_train": SCENES, "eval.knn_test": SCENES, "eval.knn_k": 9}
 VOC = {"eval.voc_every": 2, "eval.voc_data": SCENES, "eval.voc_size": 32}
 LOSING = {"seed": 13}
+IBOT = {"model.masking": True, "objective.ibot.weight": 1.0, "objective.ibot.group": 2}
+OWN_HEAD = IBOT | {"objective.ibot.shared_head": False}
 
 SWEEP = {
     "seed": Entry(draws, 1),
@@ -251,6 +253,10 @@ SWEEP = {
     "model.heads": Entry(forward, 4),
     "model.init_std": Entry(init, 0.05),
     "model.registers": Entry(forward, 2),
+    **{f"model.{key}": Entry(forward, value) for key, value in {
+        "ffn": "swiglu", "ffn_dim": 48, "layer_scale": 0.1, "positions": "rope", "qkv_bias": "qv", "norm_eps": 1e-5,
+    }.items()},
+    "model.masking": Entry(init, True),
     "model.small_stem": Entry(forward, True, RESNET),
     "model.drop_path": Entry(program, 0.3, {"model.depth": 2}),
     "model.dtype": Entry(forward, "bfloat16"),
@@ -273,16 +279,30 @@ SWEEP = {
     "optim.name": Entry(update, "lars"),
     **{f"optim.{key}": Entry(update, value) for key, value in {
         "lr": 0.1, "min_lr": 1e-4, "warmup_epochs": 2, "weight_decay": 0.1, "weight_decay_end": 0.1, "clip_grad": 1.0,
-        "freeze_last_layer": 2, "b1": 0.8, "b2": 0.9, "eps": 1e-6,
+        "freeze_last_layer": 2, "b1": 0.8, "b2": 0.9, "eps": 1e-6, "lr_scaling": "sqrt", "layer_decay": 0.5,
+        "patch_embed_lr": 0.5, "clip_by": "module", "freeze_by": "lr",
     }.items()},
     "optim.momentum": Entry(update, 0.8, {"optim.name": "sgd"}),
     **{f"teacher.{key}": Entry(update, value) for key, value in {
         "momentum": 0.9, "momentum_end": 0.999, "temp": 0.07, "warmup_temp": 0.02, "warmup_temp_epochs": 3,
+        "warmup_temp_by": "step",
     }.items()},
     "objective.dino.weight": Entry(update, 0.5),
     "objective.dino.student_temp": Entry(update, 0.2),
+    "objective.dino.centering": Entry(update, "sinkhorn"),
     "objective.dino.center_momentum": Entry(update, 0.8),
     "objective.koleo.weight": Entry(update, 0.2),
+    **{f"objective.ibot.{key}": Entry(program, value, IBOT) for key, value in {
+        "weight": 0.5, "student_temp": 0.2, "temp": 0.07, "warmup_temp": 0.02, "centering": "sinkhorn",
+        "center_momentum": 0.8, "center_over": "all", "shared_head": False,
+    }.items()},
+    **{f"objective.ibot.{key}": Entry(program, value, OWN_HEAD) for key, value in {
+        "out_dim": 32, "hidden_dim": 24, "bottleneck_dim": 8, "layers": 2,
+    }.items()},
+    **{f"objective.ibot.{key}": Entry(draws, value, IBOT) for key, value in {
+        "mask_prob": 0.25, "mask_ratio": (0.4, 0.5), "mask_shape": "random", "mask_spread": False, "group": 1,
+        "start_epoch": 2,
+    }.items()},
     "eval.knn_every": Entry(evaluations, 1, KNN),
     "eval.knn_train": Entry(evaluations, "scenes:val?size=12&image_size=40", KNN),
     "eval.knn_test": Entry(evaluations, "scenes:val?size=12&image_size=40", KNN),
@@ -379,7 +399,7 @@ def test_two_seeds_differ_in_all_that_a_seed_decides_and_one_agrees():
             **{f"weight {i}": np.asarray(x) for i, x in enumerate(drawn)},
             **{f"crops {name}": values for name, values in crops.items()},
             "order": batch["index"],
-            "drop path": np.asarray(train_step.draw_masks(recipe, key, 8)),
+            "drop path": np.asarray(train_step.draw_drop_path(recipe, key, 8)),
         }
 
     one, again, other, salted = decided(1), decided(1), decided(2), decided(1, salt=1)

@@ -133,7 +133,8 @@ def blocks(
     while count < asked:
         most = min(asked - count, largest)
         for _ in range(TRIES):
-            area, aspect = rng.uniform(*sorted((smallest, most))), math.exp(rng.uniform(-slack, slack))
+            area = rng.uniform(min(smallest, most), max(smallest, most))
+            aspect = math.exp(rng.uniform(-slack, slack))
             high, wide = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
             if high >= rows or wide >= columns:
                 continue

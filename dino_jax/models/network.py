@@ -23,7 +23,7 @@ class Views(NamedTuple):
 class Chosen(NamedTuple):
     """The patches of the global crops that a head reads, flattened over [B, 2, N] and padded to a fixed number M."""
 
-    index: Array  # int32 [M]
+    place: Array  # int32 [M]
     masked: Array  # bool [M]: whether the patch is masked; False for padding too
     weight: Array  # [M]: 1 / number of masked patches in its crop; 0 where not masked
 
@@ -94,10 +94,10 @@ class Network(nn.Module):
         stacked = jnp.concatenate(features, axis=1)  # [B, C, D]
         logits = self.head(stacked.reshape(-1, stacked.shape[-1]), train)  # [B*C, K]
         outputs = Outputs(stacked, logits.reshape(*stacked.shape[:2], -1))
-        if patches is None:
+        if patches is None or chosen is None:
             return outputs
         read = self.head if self.patch_head is None else self.patch_head
-        patch_logits = read(patches.reshape(-1, patches.shape[-1])[chosen.index], train)
+        patch_logits = read(patches.reshape(-1, patches.shape[-1])[chosen.place], train)
         return outputs._replace(
             patches=patches.reshape(len(stacked), 2, *patches.shape[1:]), patch_logits=patch_logits, chosen=chosen
         )

@@ -84,7 +84,7 @@ def make(config: ConfigDict, schedules: Any) -> Objective:
         center = state["center"]
         return centered(logits, center, temp), logits.astype(center.dtype).mean((0, 1))  # [K]
 
-    def update(state: Mapping[str, Array], mean: Any) -> dict[str, Array]:
+    def update(state: Mapping[str, Array], mean: Any) -> dict[str, Any]:
         return {"center": moved(state["center"], mean, settings.center_momentum)} if moving else {}
 
     def metrics(state: Mapping[str, Array], loss: Array, terms: LossTerms) -> dict[str, Array]:

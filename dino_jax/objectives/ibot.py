@@ -80,7 +80,7 @@ def make(config: ConfigDict, schedules: Any) -> Objective:
         rows = student.cls.shape[0]
         return ibot_loss(student.patch_logits, log_targets, student.chosen.weight, 2 * rows, settings.student_temp)
 
-    def update(state: Mapping[str, Array], mean: Any) -> dict[str, Array]:
+    def update(state: Mapping[str, Array], mean: Any) -> dict[str, Any]:
         return {"center": moved(state["center"], mean, settings.center_momentum)} if moving else {}
 
     def flops(student: Outputs) -> float:

@@ -183,10 +183,10 @@ def bench_loss(config: ConfigDict, steps: int = 10) -> Results:
         )
         if recipe.masking is None:
             return outputs
-        chosen = recipe.chosen(example_masks(recipe.masking, config.batch_size))
+        chosen = recipe.chosen(jnp.asarray(example_masks(recipe.masking, config.batch_size)))
         width = (recipe.network.patch_head or recipe.network.head).out_dim
         return outputs._replace(
-            patch_logits=jax.random.normal(logits, (len(chosen.index), width), dtype), chosen=chosen
+            patch_logits=jax.random.normal(logits, (len(chosen.place), width), dtype), chosen=chosen
         )
 
     def loss(student: Outputs, teacher: Outputs, states: dict[str, Any], step: jax.Array) -> jax.Array:
@@ -307,6 +307,6 @@ def _timed(train_step: Callable[..., Any], state: Any, batches: Iterator[Ready],
     jax.block_until_ready(state)
     begin = time.perf_counter()
     for _ in range(steps):
-        state, _ = train_step(state, next(batches).crops)
+        state, _ = train_step(state, next(batches).inputs)
     jax.block_until_ready(state)
     return state, time.perf_counter() - begin

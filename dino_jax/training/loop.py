@@ -21,6 +21,7 @@ from dino_jax.data.pipeline import steps_per_epoch
 from dino_jax.data.sources import Source, open_source
 from dino_jax.data.storage import absolute, write_atomically, writing
 from dino_jax.errors import Failure, UserError
+from dino_jax.models.network import Views
 from dino_jax.parallel import distributed, sharding
 from dino_jax.progress import Progress
 from dino_jax.training import online
@@ -238,7 +239,7 @@ class _Session:
         limit = 0 if distributed.several() else self.config.run.stall_timeout
         return device_batches(self.config, self.source, self.mesh, position=position, salt=salt, limit=limit)
 
-    def next_crops(self, batches: Generator[Ready, None, None]) -> list[jax.Array] | None:
+    def next_crops(self, batches: Generator[Ready, None, None]) -> Views | None:
         """The crops of the next step; None if a signal came first.
 
         Several processes neither leave the step nor save before they agree on it: there, errors and `bounded` end all.
@@ -261,7 +262,7 @@ class _Session:
             except UserError as error:
                 raise InputError(error) from error
         self.bad_files.note(batch.bad)
-        return batch.crops
+        return batch.inputs
 
     def due(self) -> bool:
         """Whether an evaluation or a checkpoint follows this step."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +54,7 @@ def clip_gradient(max_norm: float, by: str) -> optax.GradientTransformation:
     return optax.stateless(lambda updates, params: jax.tree.map(clip, updates))
 
 
-def lr_factors(params, layer_decay: float, patch_embed_lr: float):
+def lr_factors(params: Any, layer_decay: float, patch_embed_lr: float) -> Any:
     """Each parameter's factor on the learning rate.
 
     In a backbone of L blocks layer_decay^(L + 1 - layer), where 0 is the embeddings' layer, and for the patch embedding

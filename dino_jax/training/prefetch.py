@@ -17,6 +17,7 @@ from dino_jax.data.pipeline import Batches, make_dataset
 from dino_jax.data.sources import Source
 from dino_jax.data.storage import read_file, write_atomically, writing
 from dino_jax.errors import printable
+from dino_jax.models.network import Views
 from dino_jax.parallel import sharding
 from dino_jax.render.renderer import make_renderer
 
@@ -27,7 +28,7 @@ CLOSING = 5.0  # seconds to wait for the thread to end
 class Ready(NamedTuple):
     """One batch on the devices."""
 
-    crops: list[jax.Array]  # [globals [B, 2, H, W, c], locals [B, n, h, w, c]]: normalized, in the compute type
+    inputs: Views  # crops normalized, in the compute type: [globals [B, 2, H, W, c], locals [B, n, h, w, c]]
     bad: list[tuple[int, str, str]]  # index, name and reason of the images that this process could not read
 
 
@@ -84,8 +85,10 @@ def device_batches(
         opened.append(make_dataset(source, config, position=position, salt=salt, batch_slice=rows))
         for batch in opened[0]:
             bad = batch.pop("bad")
-            crops = render(jax.device_put({key: x for key, x in batch.items() if key not in HOST_ONLY}, here))
-            yield Ready([sharding.of_all(x, mesh, config.batch_size) for x in crops], bad)
+            placed = jax.device_put({key: x for key, x in batch.items() if key not in HOST_ONLY}, here)
+            masked = placed.pop("masked", None)
+            inputs = Views(render(placed), masked)
+            yield Ready(jax.tree.map(lambda x: sharding.of_all(x, mesh, config.batch_size), inputs), bad)
 
     def end() -> None:
         for batches in opened:

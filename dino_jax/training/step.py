@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from dino_jax.data.masking import Masking, make_masking
 from dino_jax.errors import UserError
 from dino_jax.models import build_network
-from dino_jax.models.network import Chosen, Views, choose
+from dino_jax.models.network import Chosen, Outputs, Views, choose
 from dino_jax.objectives.objective import Objective, make_objectives, total_loss
 from dino_jax.parallel import sharding
 from dino_jax.training import optim
@@ -177,7 +177,9 @@ class Measured(NamedTuple):
     statistics: dict[str, Any]  # of the targets
 
 
-def _forward(network, variables, views: Views, chosen: Chosen | None, keep=None):
+def _forward(
+    network: Any, variables: Variables, views: Views, chosen: Chosen | None, keep: jax.Array | None = None
+) -> tuple[Outputs, Any]:
     """Training-mode outputs and the new batch statistics."""
     outputs, new = network.apply(
         variables,

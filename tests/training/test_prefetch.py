@@ -75,7 +75,7 @@ def test_crops_on_the_devices_are_those_of_the_pipeline():
     for render in ("host", "device"):
         config.data.render, config.data.canvas = render, 64
         batches = device_batches(config, source, mesh, position=8, salt=1)
-        found[render] = [next(batches).crops for _ in range(4)]  # more than are prefetched: memory is reused
+        found[render] = [next(batches).inputs.crops for _ in range(4)]  # more than are prefetched: memory is reused
         batches.close()
     config.data.render = "device"
     rows = make_dataset(source, config, position=8, salt=1)

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
+from dino_jax.data.decode import MANY_BYTES
+
 NEUTRAL = (1.0, 1.0, 1.0, 0.0)  # factors of brightness, contrast, saturation, hue that change nothing
 TRIES = 10  # boxes drawn before falling back to the center of the image
 
@@ -126,9 +128,9 @@ def render_crops(image: np.ndarray, params: CropParams, crops: Any) -> tuple[np.
     """
     large = np.empty((2, *crops.global_size, image.shape[-1]), np.uint8)
     small = np.empty((crops.local_count, *crops.local_size, image.shape[-1]), np.uint8)
-    planes = to_pil(image)
+    whole = to_pil(image) if image.nbytes < MANY_BYTES else None
     for i, out in enumerate([*large, *small]):
-        rendered = [crop_resize(plane, params.box[i], out.shape[:2]) for plane in planes]
+        rendered = cut_resize(image, whole, params.box[i], out.shape[:2])
         if params.flip[i]:
             rendered = [flip(plane) for plane in rendered]
         if image.shape[-1] == 3:
@@ -159,6 +161,19 @@ def to_pil(image: np.ndarray) -> list[Image.Image]:
     if image.shape[-1] == 3:
         return [Image.fromarray(image)]
     return [Image.fromarray(np.ascontiguousarray(plane)) for plane in np.moveaxis(image, -1, 0)]
+
+
+def cut_resize(
+    image: np.ndarray, whole: Sequence[Image.Image] | None, box: np.ndarray, size: tuple[int, int]
+) -> list[Image.Image]:
+    """`crop_resize` of every image in `whole` (`to_pil`); without it channel by channel, in less memory."""
+    if whole is not None:
+        return [crop_resize(plane, box, size) for plane in whole]
+    top, left, height, width = (int(value) for value in box)
+    cut = image[top : top + height, left : left + width]
+    channels = [Image.fromarray(np.ascontiguousarray(cut[..., c])) for c in range(image.shape[-1])]
+    resized = [crop_resize(channel, (0, 0, height, width), size) for channel in channels]
+    return [Image.merge("RGB", resized)] if len(resized) == 3 else resized
 
 
 def crop_resize(image: Image.Image, box: Sequence[int] | np.ndarray, size: tuple[int, int]) -> Image.Image:

@@ -36,6 +36,7 @@ DECODE_BYTES = 700_000_000  # at the peak of decoding one image
 PIXEL_BYTES = {"WEBP": 17, "AVIF": 16, "JPEG2000": 20}  # at that peak, per pixel; measured for RGB
 OTHER_BYTES = 7  # 4 in PIL, 3 as an array
 LARGE = 1 << 28  # bytes at the peak; above it images are decoded one at a time
+MANY_BYTES = 1 << 26  # of pixels; above it they are resized channel by channel, for less memory
 STRIP = 1 << 22  # pixels that are converted at a time
 ORIENTATION = 0x0112  # the EXIF tag
 UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
@@ -60,7 +61,33 @@ class BadImage(Exception):
         return printable(super().__str__())
 
 
-_one_large = threading.Lock()
+class _Turn(threading.local):
+    """What a thread holds until it is done with an image."""
+
+    held: contextlib.ExitStack | None = None
+
+
+_one_large, _turn = threading.RLock(), _Turn()
+
+
+@contextlib.contextmanager
+def one_image() -> Iterator[None]:
+    """For what a thread does with one image, from decoding on: no other thread holds a large image at the same time."""
+    with contextlib.ExitStack() as held:
+        _turn.held, before = held, _turn.held
+        try:
+            yield
+        finally:
+            _turn.held = before
+
+
+@contextlib.contextmanager
+def _alone(large: bool) -> Iterator[None]:
+    """Holds the lock during the block if `large`; in `one_image` until that ends."""
+    if large and _turn.held is not None:
+        _turn.held.enter_context(_one_large)
+    with _one_large if large else contextlib.nullcontext():
+        yield
 
 
 def read_bytes(path: epath.PathLike) -> bytes:
@@ -82,6 +109,13 @@ def decode(image: bytes | np.ndarray | Image.Image, channels: int = 3, limit: in
     decoder to the nearest half, quarter or eighth that is not smaller). Raises `BadImage` for whatever cannot be
     decoded or has another number of channels; gray and color convert into each other.
     """
+    with one_image() if _turn.held is None else contextlib.nullcontext():
+        pixels = _decoded(image, channels, limit)
+        return shrink(pixels, limit) if limit and max(pixels.shape[:2]) > limit else pixels
+
+
+def _decoded(image: bytes | np.ndarray | Image.Image, channels: int, limit: int | None) -> np.ndarray:
+    """`decode` without the last resize."""
     try:
         if isinstance(image, Image.Image):
             pixels = _from_image(image, channels)
@@ -101,7 +135,7 @@ def decode(image: bytes | np.ndarray | Image.Image, channels: int = 3, limit: in
         raise BadImage("damaged: " + (" ".join(str(error).split()) or type(error).__name__)) from error
     if 0 in pixels.shape:
         raise BadImage("has no pixels")
-    return shrink(pixels, limit) if limit and max(pixels.shape[:2]) > limit else pixels
+    return pixels
 
 
 def shrink(pixels: np.ndarray, limit: int) -> np.ndarray:
@@ -113,7 +147,7 @@ def shrink(pixels: np.ndarray, limit: int) -> np.ndarray:
 
 def resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     """uint8 [H, W, C] to another height and width, bicubic and antialiased."""
-    if pixels.shape[-1] == 3:
+    if pixels.shape[-1] == 3 and pixels.nbytes < MANY_BYTES:
         return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC))
     planes = [Image.fromarray(np.ascontiguousarray(plane)) for plane in np.moveaxis(pixels, -1, 0)]
     return np.stack([np.asarray(plane.resize((width, height), Image.Resampling.BICUBIC)) for plane in planes], axis=-1)
@@ -157,7 +191,7 @@ def _from_bytes(data: bytes, channels: int, limit: int | None) -> np.ndarray:
 
 def _from_image(image: Image.Image, channels: int, jpeg: bytes | None = None) -> np.ndarray:
     """An opened image to uint8 [H, W, channels], upright; `jpeg`: its bytes, if the faster decoder may be tried."""
-    with _one_large if check_size(image) > LARGE else contextlib.nullcontext():
+    with _alone(check_size(image) > LARGE):
         if jpeg is not None and _upright(image) is None:
             with contextlib.suppress(ValueError):  # damaged: PIL may still read it, or says why not
                 return simplejpeg.decode_jpeg(jpeg)

@@ -51,8 +51,8 @@ import numpy as np
 from absl import flags
 
 from dino_jax.data import workers
-from dino_jax.data.crops import CropParams, crop_resize, draw_many, render_crops, to_pil
-from dino_jax.data.decode import BadImage
+from dino_jax.data.crops import CropParams, cut_resize, draw_many, render_crops, to_pil
+from dino_jax.data.decode import MANY_BYTES, BadImage, one_image
 from dino_jax.data.masking import Masking, draw, make_masking, slots
 from dino_jax.data.memory import BatchMemory, Pixels
 from dino_jax.data.reader import Reader, mixed_word, shuffled
@@ -231,15 +231,17 @@ class TrainChunks(Chunks):
         pixels = self.memory.chunk(batch, part)
         rows, waiting = [], []  # waiting: images whose crops are not rendered yet
         for row, index in enumerate(wanted):
-            image, *read = self.reader.read_or_replace(index)
-            rows.append((image.shape[:2], *read))
-            if "canvas" in pixels:
-                _place(pixels["canvas"][row], image)
-                continue
-            waiting.append(image)
-            if row + 1 == len(wanted) or sum(image.nbytes for image in waiting) > WAITING_BYTES:
-                self._render(pixels, waiting, epoch, wanted, row + 1)
-                waiting.clear()
+            with one_image():
+                image, *read = self.reader.read_or_replace(index)
+                rows.append((image.shape[:2], *read))
+                if "canvas" in pixels:
+                    _place(pixels["canvas"][row], image)
+                    continue
+                waiting.append(image)
+                del image
+                if row + 1 == len(wanted) or sum(image.nbytes for image in waiting) > WAITING_BYTES:
+                    self._render(pixels, waiting, epoch, wanted, row + 1)
+                    waiting.clear()
         sizes, labels, indices, met = zip(*rows, strict=True)
         size = np.array(sizes, np.int32)
         drawn: Batch = {"size": size, "params": self._draw(epoch, wanted, size)} if "canvas" in pixels else {}
@@ -304,8 +306,10 @@ class EvalChunks(Chunks):
             if not valid[row]:
                 continue
             try:
-                read, label[row] = self.reader.read(int(index[row]))
-                image[:] = center_crop(resize_shorter(read, self.resize), image.shape[:2])
+                with one_image():
+                    read, label[row] = self.reader.read(int(index[row]))
+                    image[:] = center_crop(resize_shorter(read, self.resize), image.shape[:2])
+                    del read
             except BadImage as error:
                 valid[row] = False
                 bad.append((int(index[row]), error.name, str(error)))
@@ -360,7 +364,8 @@ def resize_shorter(pixels: np.ndarray, shorter: int) -> np.ndarray:
     height, width = pixels.shape[:2]
     longer = int(shorter * max(height, width) / min(height, width))
     size = (shorter, longer) if height <= width else (longer, shorter)
-    planes = [np.asarray(crop_resize(plane, (0, 0, height, width), size)) for plane in to_pil(pixels)]
+    whole = to_pil(pixels) if pixels.nbytes < MANY_BYTES else None
+    planes = [np.asarray(plane) for plane in cut_resize(pixels, whole, np.array([0, 0, height, width]), size)]
     return planes[0] if pixels.shape[-1] == 3 else np.stack(planes, axis=-1)
 
 

@@ -252,3 +252,15 @@ def test_boxes_are_distributed_as_torchvisions(height, width):
     ours = boxes(4000, height, width, scale)
     for column in range(4):
         assert stats.ks_2samp(ours[:, column], theirs[:, column]).pvalue > 1e-3
+
+
+def test_large_images_are_cut_channel_by_channel_with_the_same_pixels(monkeypatch):
+    rng = np.random.default_rng(0)
+    for channels in (1, 3, 4):
+        image = rng.integers(0, 256, (61, 83, channels), dtype=np.uint8)
+        params = C.draw_crops(np.random.default_rng(1), 61, 83, default().crops, color=channels == 3)
+        monkeypatch.undo()
+        expected = C.render_crops(image, params, default().crops)
+        monkeypatch.setattr(C, "MANY_BYTES", 0)
+        for found, wanted in zip(C.render_crops(image, params, default().crops), expected, strict=True):
+            np.testing.assert_array_equal(found, wanted)

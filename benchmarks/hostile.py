@@ -90,7 +90,7 @@ def fill(folder: pathlib.Path) -> None:
     with socket.socket(socket.AF_UNIX) as one:
         one.bind(os.path.relpath(folder / "socket.png"))
     (folder / "palette.png").write_bytes(png(13000, 13000, 3, 256))
-    for i in range(6):
+    for i in range(2):
         (folder / f"color{i}.png").write_bytes(png(9900, 9900 + i, 2))
         (folder / f"palette{i}.png").write_bytes(png(9900, 9900 + i, 3, 256))
         (folder / f"medium{i}.png").write_bytes(png(6100, 6100 + i, 2))

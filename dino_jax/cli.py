@@ -49,12 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     away (`| head`).
     """
     prepare()
-    parser = _parser()
-    args, rest = parser.parse_known_args(argv)
-    overrides = [argument for argument in rest if argument.startswith("--config.")]
-    if unknown := [argument for argument in rest if argument not in overrides]:
-        parser.error(f"unknown argument {unknown[0]!r}; see `dino-jax {args.verb} --help`")
     try:
+        args, rest = _parser().parse_known_args(argv)
+        overrides = [argument for argument in rest if argument.startswith("--config.")]
+        if unknown := [argument for argument in rest if argument not in overrides]:
+            raise UserError(f"unknown argument {unknown[0]!r}; see `dino-jax {args.verb} --help`")
         if overrides and "config" not in args:
             raise UserError(f"{overrides[0]}: the verb {args.verb} takes no configuration")
         refuse_empty(args)
@@ -131,10 +130,10 @@ def verbs() -> Iterator[Verb]:
 
 
 class _ArgumentParser(argparse.ArgumentParser):
-    """Prints what was typed safely."""
+    """Raises mistakes as `UserError`, instead of printing the usage and exiting."""
 
     def error(self, message: str) -> NoReturn:
-        super().error(printable(message))
+        raise UserError(f"{message.removeprefix('argument ')}; see `{self.prog} --help`")
 
 
 def refuse_empty(args: argparse.Namespace) -> None:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 
 from dino_jax.config import KEYS, ConfigDict, flat_keys
@@ -27,6 +28,7 @@ from dino_jax.parallel import sharding
 from dino_jax.render.renderer import make_renderer
 from dino_jax.training import loop, online, prefetch
 from dino_jax.training import step as train_step
+from dino_jax.training.data_record import claim_data
 from dino_jax.training.metrics import read_metrics
 from dino_jax.weights.checkpoint import steps
 from tests.tiny import random_crops, tiny_config
@@ -127,11 +129,22 @@ def bad_images(config: ConfigDict, tmp_path: Any, patch: Any) -> Any:
         return "more than data.max_bad_share" in str(error)
 
 
+def grown(config: ConfigDict, tmp_path: Any, patch: Any) -> Any:
+    """A run whose data set has changed since it began."""
+    for size, step in ((8, 0), (9, 1)):
+        source = open_source(f"scenes:train?size={size}&image_size=40")
+        try:
+            claim_data(epath.Path(tmp_path), config, {"data.train": source}, step)
+        except UserError:
+            return "refused"
+    return "accepted"
+
+
 def reading(config: ConfigDict, tmp_path: Any, patch: Any) -> Any:
     """How the host reads, and how far ahead."""
     seen = []
     patch.setattr(pipeline, "Batches", lambda chunks, *how: iter([seen.append(how)]))
-    patch.setattr(prefetch, "in_thread", lambda produce, *ahead: seen.append(ahead))
+    patch.setattr(prefetch, "in_thread", lambda produce, ahead, limit, end: seen.append((ahead, limit)))
     pipeline.make_dataset(open_source(config.data.train), config)
     mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "model": 1}, jax.devices()[:1])
     prefetch.device_batches(config, open_source(config.data.train), mesh, position=0, salt=0)
@@ -320,6 +333,7 @@ SWEEP = {
     "run.accum_steps": Entry(program, 2, {"model.depth": 2}),
     "run.remat": Entry(forward, "blocks"),
     "run.attention": Entry(attention, "fused"),
+    "run.accept_new_data": Entry(grown, True),
     "run.workers": Entry(reading, 2),
     "run.threads": Entry(reading, 3),
     "run.prefetch": Entry(reading, 3),

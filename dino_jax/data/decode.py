@@ -18,6 +18,7 @@ import contextlib
 import io
 import math
 import threading
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from typing import IO, Any
@@ -30,12 +31,13 @@ from PIL import Image, UnidentifiedImageError
 from dino_jax.data.storage import cause, read_file
 from dino_jax.errors import printable
 
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # sizes are checked here
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "JPEG2000", "GIF", "BMP", "TIFF", "PPM")  # PIL's names; no others are opened
 FILE_BYTES = 512 << 20  # of the file of one image
 DECODE_BYTES = 700_000_000  # at the peak of decoding one image
 PIXEL_BYTES = {"WEBP": 17, "AVIF": 16, "JPEG2000": 20}  # at that peak, per pixel; measured for RGB
 OTHER_BYTES = 7  # 4 in PIL, 3 as an array
-LARGE = 1 << 28  # bytes at the peak; above it images are decoded one at a time
+LARGE = 1 << 27  # bytes at the peak; above it images are decoded one at a time
 MANY_BYTES = 1 << 26  # of pixels; above it they are resized channel by channel, for less memory
 STRIP = 1 << 22  # pixels that are converted at a time
 ORIENTATION = 0x0112  # the EXIF tag

@@ -21,6 +21,8 @@ from dino_jax.weights import architecture, checkpoint, importer
 from dino_jax.weights.importer import Moments, Restored
 from dino_jax.weights.load import open_weights
 
+HEADS = ("head", "patch_head")
+MASK = "/mask_token"  # a backbone can begin and stop to have it
 STEMS = ("patch_embed/kernel", "patch_embed/proj_0_0/kernel", "conv1/kernel")  # layers that see the image's channels
 
 
@@ -63,14 +65,16 @@ def start_from(state: TrainState, config: ConfigDict) -> tuple[TrainState, list[
 
 def _same_head(weights: Restored, state: TrainState) -> tuple[bool, str]:
     """Whether the CKPT's head fits, and if not why."""
-    theirs = weights.teacher["params"].get("head")
-    if theirs is None:
+    theirs, mine = (
+        _flat({name: tree for name, tree in params.items() if name in HEADS})
+        for params in (weights.teacher["params"], state.teacher["params"])
+    )
+    if not theirs:
         return False, "this file has none"
-    mine = _flat(state.teacher["params"]["head"])
     differ = [
-        f"{key} is {_shape(_flat(theirs).get(key))}, not {_shape(mine.get(key))}"
-        for key in sorted(_flat(theirs).keys() | mine.keys())
-        if _shape(_flat(theirs).get(key)) != _shape(mine.get(key))
+        f"{key.removeprefix('head/')} is {_shape(theirs.get(key))}, not {_shape(mine.get(key))}"
+        for key in sorted(theirs.keys() | mine.keys())
+        if _shape(theirs.get(key)) != _shape(mine.get(key))
     ]
     return not differ, f"config.head asks for another ({'; '.join(differ[:3])})"[: None if differ else 0]
 
@@ -82,18 +86,18 @@ def _fitted(
     have, want = _flat(source), _flat(target)
     fitted, misfits = {}, []
     for key, like in want.items():
-        in_head = key.split("/")[1] == "head"
-        if in_head and not head:
+        in_head = key.split("/")[1] in HEADS
+        value = have.get(key)
+        if (in_head and not head) or (value is None and key.endswith(MASK)):
             fitted[key] = like
             continue
-        value = have.get(key)
         if value is not None and value.shape != like.shape:
             value = _adapted(key, value, like.shape, weights.config, config, notes)
         if value is None or value.shape != like.shape:
             misfits.append(f"{key} is {_shape(have.get(key))}, not {_shape(like)}")
         else:
             fitted[key] = _placed(value, like)
-    misfits += [f"{key} is unknown here" for key in have if key not in want and key.split("/")[1] != "head"]
+    misfits += [f"{key} is unknown here" for key in have if key not in want and not _optional(key)]
     if misfits:
         more, model = f" and {len(misfits) - 5} more" if len(misfits) > 5 else "", weights.config.model
         raise UserError(
@@ -103,15 +107,21 @@ def _fitted(
     return {"params": {}, "batch_stats": {}} | traverse_util.unflatten_dict(fitted, sep="/")
 
 
+def _optional(key: str) -> bool:
+    """Whether weights may lack what this path leads to."""
+    return key.split("/")[1] in HEADS or key.endswith(MASK)
+
+
 def _adapted(
     key: str, value: np.ndarray, shape: tuple[int, ...], theirs: ConfigDict, mine: ConfigDict, notes: list[str]
 ) -> np.ndarray:
     """Adapts the position table to another grid and the first convolution to other channels, if that is enough."""
     if key.endswith("/pos_embed"):
         grids = [[size // c.model.patch_size for size in c.crops.global_size] for c in (theirs, mine)]
+        how = mine.model.positions or "offset"
         if value.shape[-1] == shape[-1] and math.prod(grids[1]) + 1 == shape[1]:
             notes.append(f"the position table of {grids[0]} patches is resized to {grids[1]}")
-            return np.asarray(resize_pos_embed(jnp.asarray(value), tuple(grids[1]), tuple(grids[0])))
+            return np.asarray(resize_pos_embed(jnp.asarray(value), tuple(grids[1]), tuple(grids[0]), how))
     if key.endswith(STEMS) and value.shape[:2] == shape[:2] and value.shape[3] == shape[3]:
         before, after = value.shape[2], shape[2]
         notes.append(f"the first convolution's {before} channels become {after}: their mean, scaled")

@@ -24,6 +24,7 @@ Tensors = Mapping[str, np.ndarray]
 
 
 MAX_DEPTH = 128  # blocks; building a deeper model takes minutes
+LAYER_SCALE = 1e-5  # the initial gain in every release: files do not say it
 MEMBERS: dict[str, dict[str, Any]] = {name: getattr(make, "keywords", {}) for name, make in BACKBONES.items()}
 
 
@@ -59,6 +60,14 @@ def rules(config: ConfigDict, name: str) -> keys.Rules:
 
     With registers, `timm` also needs other tensors: see `networks.timm_prefix`.
     """
+    options = [
+        key for key in ("ffn", "layer_scale", "positions", "qkv_bias", "norm_eps", "masking") if config.model[key]
+    ]
+    beyond = [key for key in options if key in ("positions", "qkv_bias", "norm_eps")]
+    if (options and name != "official") or beyond:
+        key = (beyond or options)[0]
+        what = "no layout" if beyond else "only the layout `official`"
+        raise UserError(f"--format={name}: {what} is written for a model with model.{key}={config.model[key]!r} yet")
     family = config.model.name.partition("_")[0].rstrip("0123456789")
     known = {fmt.name: fmt.rules for fmt in reversed(FORMATS) if fmt.family == family}
     if name == "timm":
@@ -118,6 +127,12 @@ def _fill_vit(config: ConfigDict, fmt: Format, backbone: Tensors, hints: Hints, 
     depth = _count(backbone, lambda i: keys.renamed(f"blocks.{i}.norm1.weight", fmt.rules), source)
     if "register_tokens" in backbone:
         config.model.registers = backbone["register_tokens"].shape[1]
+    if "mask_token" in backbone:
+        config.model.masking = True
+    if "blocks.0.ls1.gamma" in backbone:
+        config.model.layer_scale = LAYER_SCALE
+    if "blocks.0.mlp.w3.weight" in backbone:
+        config.model.ffn, config.model.ffn_dim = "swiglu", backbone["blocks.0.mlp.w3.weight"].shape[1]
     _fill_shape(config, "vit_", {"embed_dim": embed_dim, "depth": depth}, hints.heads, source)
     _fill_input(config, chans, patch, (rows * patch, columns * patch))
 

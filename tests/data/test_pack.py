@@ -172,9 +172,9 @@ def test_a_folder_belongs_to_one_source_and_settings(folder, tmp_path):
         (["{}/good", "--out={}/good"], "not an empty folder; name another"),
         (["{}/good", "--out={}/file/x"], "cannot write there: Not a directory"),
         (["{}/good", "--out={}/file"], "not an empty folder"),
-        (["{}/good", "--out={}/out", "--shard-size=0"], "--shard-size=0: at least 1"),
-        (["{}/good", "--out={}/out", "--shorter-side=-3"], "--shorter-side=-3: at least 0"),
-        (["{}/good", "--out={}/out", "--workers=0"], "--workers=0: at least 1"),
+        (["{}/good", "--out={}/out", "--shard-size=0"], "--shard-size: must be a whole number from 1"),
+        (["{}/good", "--out={}/out", "--shorter-side=-3"], "--shorter-side: must be a whole number from 0"),
+        (["{}/good", "--out={}/out", "--workers=0"], "--workers: must be a whole number from 1"),
         (["{}/good", "--out={}/out", "--channels=7"], "has 3 channels where 7 are expected"),
         (
             ["{}/bad", "--out={}/out", "--workers=1"],

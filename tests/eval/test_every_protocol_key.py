@@ -45,6 +45,9 @@ class Mean(Backbone):
         patches = jnp.repeat(self.patch_embed(means)[None], n, 0)
         return Tokens(patches.mean((2, 3)), patches[:, :, 0, :0], patches)
 
+    def cls_attention(self, images, block=-1):
+        return jnp.moveaxis(self.tokens(images).patches[0], -1, 1)
+
     def __call__(self, images, drop_path=None, train=False):
         cls = self.tokens(images).cls[0]
         return cls if drop_path is None else cls * drop_path.sum((0, 1))[:, None]

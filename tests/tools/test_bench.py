@@ -67,7 +67,7 @@ def test_the_step_and_the_loss_alone(what, rate, capsys):
     ("arguments", "message"),
     [
         (["input", "--source=nowhere"], "nowhere: no such file or folder"),
-        (["input", "--seconds=0"], "--seconds=0"),
+        (["input", "--seconds=0"], "--seconds: must be a number from"),
         (["step", "--steps=0"], "--steps=0"),
         (["loss", "--source=x"], "bench loss reads no images"),
         (["input", "--config=nowhere.py"], "there is no such file"),

@@ -81,7 +81,17 @@ def test_the_verb_eval(run, data, tmp_path):
     workdir, config, state = run
     out = tmp_path / "o.json"
     arguments = [f"--checkpoint={workdir}", f"--data={data[0][0]},{data[1][0]}", f"--out={out}"]
-    main(["eval", "knn", *arguments, "--config.k=(7,)", "--config.temperature=0.3", "--config.crop=32"])
+    main(
+        [
+            "eval",
+            "knn",
+            *arguments,
+            "--config.k=(7,)",
+            "--config.temperature=0.3",
+            "--config.crop=32",
+            "--config.resize=0",
+        ]
+    )
     top1, top5 = accuracy(config, state.ema.teacher, data, 7, 0.3)
     assert json.loads(out.read_text()) == pytest.approx({"top1_k7": top1, "top5_k7": top5})
     assert accuracy(config, state.student["params"], data, 7, 0.3) != (top1, top5)

@@ -12,6 +12,8 @@ import pytest
 from flax import traverse_util
 
 from dino_jax.config import default
+from dino_jax.errors import UserError
+from dino_jax.inference.model import load
 from dino_jax.models import Head, ViT, resize_pos_embed
 from dino_jax.models.network import Views, choose
 from dino_jax.models.positions import rope_table
@@ -22,7 +24,10 @@ from dino_jax.objectives.ibot import ibot_loss
 from dino_jax.training.optim import decayed, lr_factors
 from dino_jax.training.schedules import cosine, make_schedules
 from dino_jax.training.step import make_recipe, state_from_student, train_step
+from dino_jax.weights.containers import read_weights
+from dino_jax.weights.exporter import export_weights
 from dino_jax.weights.keys import torch_name
+from dino_jax.weights.pth import write_pth
 from tests.models.torch_names import section, sequence, to_variables
 
 BOTH = pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-8)])
@@ -109,6 +114,32 @@ def check_dinov2(data, model, variables, positions, size, dtype, tolerance):
     masked = model.apply(variables, images, masked=data[f"mask/{size}"], method="tokens")
     close(masked.cls[0], "masked/x_norm_clstoken")
     close(masked.flat_patches[0], "masked/x_norm_patchtokens")
+
+
+@pytest.mark.parametrize(
+    ("file", "positions"),
+    [("family/dinov2_vit.npz", "offset"), ("family/dinov2_vit_reg_swiglu.npz", "antialias")],
+)
+def test_dinov2_files_are_read(load_reference, tmp_path, file, positions):
+    """The official layout: features of images of any size are those of the official code, and the file comes back."""
+    data = load_reference(file)
+    said = json.loads(str(data["config"]))
+    state = section(data, "param/", np.float32)
+    write_pth(tmp_path / "dinov2.pth", state)
+    model = load(tmp_path / "dinov2.pth", heads=said["heads"])
+    for size in sizes(data):
+        expected = section(data, f"{positions if f'{positions}/{size}/x_norm_clstoken' in data else 'offset'}/{size}/")
+        cls, patches = model.features(nhwc(data, size, "float32"), patches=True)
+        np.testing.assert_allclose(cls, expected["x_norm_clstoken"], rtol=0, atol=1e-5, err_msg=size)
+        found = np.stack(patches).reshape(expected["x_norm_patchtokens"].shape)
+        np.testing.assert_allclose(found, expected["x_norm_patchtokens"], rtol=0, atol=1e-5, err_msg=size)
+    export_weights(tmp_path / "dinov2.pth", tmp_path / "again.pth", format="official", heads=said["heads"])
+    again = read_weights(tmp_path / "again.pth")
+    assert again.keys() == state.keys()
+    for key, value in state.items():
+        np.testing.assert_array_equal(again[key], value, err_msg=key)
+    with pytest.raises(UserError, match="is written by --format=official only"):
+        export_weights(tmp_path / "dinov2.pth", tmp_path / "t.safetensors", format="timm", heads=said["heads"])
 
 
 def dinov3_params(state: dict[str, np.ndarray]) -> dict:

@@ -60,14 +60,7 @@ def rules(config: ConfigDict, name: str) -> keys.Rules:
 
     With registers, `timm` also needs other tensors: see `networks.timm_prefix`.
     """
-    options = [
-        key for key in ("ffn", "layer_scale", "positions", "qkv_bias", "norm_eps", "masking") if config.model[key]
-    ]
-    beyond = [key for key in options if key in ("positions", "qkv_bias", "norm_eps")]
-    if (options and name != "official") or beyond:
-        key = (beyond or options)[0]
-        what = "no layout" if beyond else "only the layout `official`"
-        raise UserError(f"--format={name}: {what} is written for a model with model.{key}={config.model[key]!r} yet")
+    _check_layout(config.model, name)
     family = config.model.name.partition("_")[0].rstrip("0123456789")
     known = {fmt.name: fmt.rules for fmt in reversed(FORMATS) if fmt.family == family}
     if name == "timm":
@@ -77,6 +70,19 @@ def rules(config: ConfigDict, name: str) -> keys.Rules:
     if name == "hf" and config.model.registers:
         raise UserError("--format=hf: transformers' ViT has no registers (model.registers); choose official or timm")
     return known[name]
+
+
+def _check_layout(model: ConfigDict, name: str) -> None:
+    """Raises `UserError` for a ViT of the DINOv2 family that the layout cannot hold, or would read back as another."""
+    options = [key for key in ("layer_scale", "ffn", "masking", "positions", "qkv_bias", "norm_eps") if model[key]]
+    if options and name != "official":
+        raise UserError(f"--format={name}: a model with model.{options[0]} is written by --format=official only")
+    released = "antialias" if model.registers and model.layer_scale else "offset"  # what the layout implies
+    if options and (model.qkv_bias or model.norm_eps or (model.positions or "offset") != released):
+        raise UserError(
+            f"--format={name}: DINOv2's layout implies model.positions={released}, and qkv_bias and norm_eps unset: "
+            "there is none for this model"
+        )
 
 
 def recognize(backbone: Tensors, source: object) -> Format:
@@ -131,6 +137,8 @@ def _fill_vit(config: ConfigDict, fmt: Format, backbone: Tensors, hints: Hints, 
         config.model.masking = True
     if "blocks.0.ls1.gamma" in backbone:
         config.model.layer_scale = LAYER_SCALE
+        if config.model.registers:
+            config.model.positions = "antialias"  # as released
     if "blocks.0.mlp.w3.weight" in backbone:
         config.model.ffn, config.model.ffn_dim = "swiglu", backbone["blocks.0.mlp.w3.weight"].shape[1]
     _fill_shape(config, "vit_", {"embed_dim": embed_dim, "depth": depth}, hints.heads, source)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-READ = "this package reads DINO's ViT, ResNet and XCiT, plain ones of timm and transformers, and torchvision's ResNet"
+READ = (
+    "this package reads DINO's and DINOv2's official files, plain ViT and XCiT of timm and transformers, and "
+    "torchvision's ResNet"
+)
 
 # What it is, and patterns of which each must match a name; the first that fits counts. (?m) lines are names.
 KNOWN = (

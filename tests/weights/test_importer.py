@@ -252,12 +252,12 @@ def test_misfits_are_listed(official, tmp_path):
 
     def everything_wrong(state):
         del state["backbone.blocks.1.mlp.fc1.bias"]
-        state["backbone.blocks.0.ls1.gamma"] = np.ones(24, np.float32)
+        state["backbone.blocks.0.surprise"] = np.ones(24, np.float32)
         state["backbone.norm.weight"] = np.ones(25, np.float32)
 
     message = error(everything_wrong)
     assert "missing: backbone.blocks.1.mlp.fc1.bias" in message
-    assert "unexpected: backbone.blocks.0.ls1.gamma" in message
+    assert "unexpected: backbone.blocks.0.surprise" in message
     assert "backbone.norm.weight is [25], not [24]" in message
     nan = np.full(24, np.nan, np.float32)
     assert "backbone.norm.bias" in error(lambda s: s.update({"backbone.norm.bias": nan}))

@@ -19,14 +19,15 @@ from dino_jax import config_io
 from dino_jax.data.identity import data_fingerprint
 from dino_jax.data.pipeline import steps_per_epoch
 from dino_jax.data.sources import Source, open_source
-from dino_jax.data.storage import absolute, write_atomically, writing
+from dino_jax.data.storage import absolute, ensure_writable, write_atomically, writing
+from dino_jax.data.workers import WorkerDied
 from dino_jax.errors import Failure, UserError
 from dino_jax.parallel import distributed, sharding
 from dino_jax.progress import Progress
 from dino_jax.training import online
 from dino_jax.training.data_record import claim_data
 from dino_jax.training.metrics import MetricWriter, Throughput
-from dino_jax.training.owner import owning
+from dino_jax.training.owner import Owner, owning
 from dino_jax.training.prefetch import BadFiles, Ready, Stalled, device_batches
 from dino_jax.training.start import start_from
 from dino_jax.training.step import (
@@ -79,12 +80,12 @@ def train(config: ConfigDict, workdir: str | epath.Path, *, source: Source | Non
     recipe = make_recipe(config, steps_per_epoch(len(source), config.batch_size))
     check_batch(recipe, mesh)
     evaluations = online.Evaluations(config, recipe, steps_per_epoch(len(source), config.batch_size))
-    with owning(workdir) if distributed.lead() else contextlib.nullcontext():
+    with owning(workdir) if distributed.lead() else contextlib.nullcontext() as owner:
         claim(workdir, config)
         done = max(steps(workdir / "checkpoints"), default=0)
         claim_data(workdir, config, {"data.train": source} | evaluations.sources, done)
         distributed.check_shared(workdir)
-        with StopSignal() as stop, _Session(config, workdir, source, recipe, mesh, evaluations) as session:
+        with StopSignal() as stop, _Session(config, workdir, source, recipe, mesh, evaluations, owner) as session:
             return session.loop(stop)
 
 
@@ -102,6 +103,7 @@ def claim(workdir: epath.Path, config: ConfigDict) -> None:
             )
         if jax.process_index() == 0:
             write_atomically(path, config_io.to_json(config))
+            ensure_writable(workdir / "checkpoints", f"{workdir / 'checkpoints'}")
 
 
 def facts(config: ConfigDict, workdir: epath.Path, source: Source) -> dict[str, str]:
@@ -122,8 +124,10 @@ class _Session:
         recipe: Recipe,
         mesh: Mesh,
         evaluations: online.Evaluations,
+        owner: Owner | None,
     ):
         self.config, self.workdir, self.source, self.recipe, self.mesh = config, workdir, source, recipe, mesh
+        self.owner = owner  # process 0's
         self.lead = jax.process_index() == 0
         self.epoch_steps = steps_per_epoch(len(source), config.batch_size)
         self.total = config.epochs * self.epoch_steps
@@ -173,6 +177,7 @@ class _Session:
         try:
             while self.step < last and not self.stopping.reason:
                 self.profile()
+                self.check_owner(look=False)
                 crops = self.next_crops(batches)
                 if crops is None:
                     break
@@ -258,6 +263,11 @@ class _Session:
                 raise InputError(
                     Failure(f"waited {limit:g} s for {what} (run.stall_timeout): can it be read?")
                 ) from None
+            except WorkerDied as error:
+                if not self.stop.soon():
+                    raise InputError(error) from error
+                self.stopping.count(self.stop.number)
+                return None
             except UserError as error:
                 raise InputError(error) from error
         self.bad_files.note(batch.bad)
@@ -335,10 +345,20 @@ class _Session:
     def save(self, wait: bool = False) -> None:
         """Saves a checkpoint of this step unless there is one, after flushing the metrics."""
         with self.stop.protecting():
+            self.check_owner()
             self.writer.flush()
             self.checkpoints.save(self.step, to_items(self.state), config_io.to_json(self.config))
             if wait:
                 self.checkpoints.wait()
+
+    def check_owner(self, look: bool = True) -> None:
+        """Raises `Failure`, and writes nothing more, if another run has taken the workdir over."""
+        try:
+            if self.owner:
+                self.owner.check(look)
+        except Failure:
+            self.writer.abandon()
+            raise
 
     def profile(self, over: bool = False) -> None:
         """Starts or ends the trace of `run.profile_steps`; `over`: there are no more steps."""

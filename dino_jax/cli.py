@@ -18,6 +18,8 @@ import pathlib
 import re
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn
 
@@ -25,6 +27,7 @@ from dino_jax import __version__
 from dino_jax.errors import UserError, printable
 
 CONFIG = "a file with get_config(), or the name of one in configs/, such as vit_s16"
+LEAVING = 3.0  # seconds that the process may take to end after its work
 
 _log = logging.getLogger(__name__)
 
@@ -47,7 +50,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0 only on success, 2 for bad input, 1 for another failure, 130 after Ctrl-C, 141 if the reader of the output went
     away (`| head`).
+
+    The process's own command line (`argv` None) ends the process soon after, even if a thread is stuck in a read.
     """
+    status = _run(argv)
+    if argv is None:
+        threading.Thread(target=_leave, args=(status,), name="leave", daemon=True).start()
+    return status
+
+
+def _leave(status: int) -> None:
+    """Ends the process if it has not ended by itself: the interpreter would wait for all threads, however long."""
+    time.sleep(LEAVING)
+    os._exit(status)
+
+
+def _run(argv: Sequence[str] | None) -> int:
     prepare()
     try:
         args, rest = _parser().parse_known_args(argv)

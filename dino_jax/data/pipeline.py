@@ -146,7 +146,7 @@ class Batches(Iterator[Batch]):
             _require_shared_memory(processes * (share + 2) * CHUNK * chunks.memory.row_bytes)
             if not flags.FLAGS.is_parsed():  # grain reads absl flags, which nothing else parses here
                 flags.FLAGS.mark_as_parsed()
-            dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(processes, share), workers.begin)
+            dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(processes, share), workers.begin_reading)
         merged = dataset.batch(parts, batch_fn=functools.partial(_merge, chunks.memory))
         self._batches = iter(merged)
         self._starting = processes > 0

@@ -32,6 +32,12 @@ def begin(*_: object) -> None:
     threading.Thread(target=_end_with_parent, name="watch", daemon=True).start()
 
 
+def begin_reading(*_: object) -> None:
+    """`begin` for processes that only read: SIGTERM, which schedulers send to every process, is the parent's too."""
+    begin()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import logging
-from collections.abc import Collection, Generator
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -16,19 +16,18 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dino_jax import config_io
-from dino_jax.data.identity import data_fingerprint
 from dino_jax.data.pipeline import steps_per_epoch
 from dino_jax.data.sources import Source, open_source
-from dino_jax.data.storage import absolute, write_atomically, writing
+from dino_jax.data.storage import absolute
 from dino_jax.errors import Failure, UserError
-from dino_jax.models.network import Views
 from dino_jax.parallel import distributed, sharding
 from dino_jax.progress import Progress
 from dino_jax.training import online
+from dino_jax.training.claims import claim, facts
 from dino_jax.training.data_record import claim_data
+from dino_jax.training.feed import Feed, InputError
 from dino_jax.training.metrics import MetricWriter, Throughput
-from dino_jax.training.owner import owning
-from dino_jax.training.prefetch import BadFiles, Ready, Stalled, device_batches
+from dino_jax.training.owner import Owner, owning
 from dino_jax.training.start import start_from
 from dino_jax.training.step import (
     Metrics,
@@ -45,19 +44,11 @@ from dino_jax.training.step import (
 from dino_jax.training.stop import Interrupted, StopSignal
 from dino_jax.training.trace import Trace
 from dino_jax.training.watch import Watch
-from dino_jax.weights.checkpoint import Checkpointer, restore_config, steps
+from dino_jax.weights.checkpoint import Checkpointer, steps
 
 log = logging.getLogger(__name__)
 
 IN_FLIGHT = 2  # maximum steps in flight
-
-
-class InputError(Exception):
-    """The input failed with `cause`; the state can be saved."""
-
-    def __init__(self, cause: UserError):
-        super().__init__(str(cause))
-        self.cause = cause
 
 
 def train(config: ConfigDict, workdir: str | epath.Path, *, source: Source | None = None) -> TrainState:
@@ -80,36 +71,13 @@ def train(config: ConfigDict, workdir: str | epath.Path, *, source: Source | Non
     recipe = make_recipe(config, steps_per_epoch(len(source), config.batch_size))
     check_batch(recipe, mesh)
     evaluations = online.Evaluations(config, recipe, steps_per_epoch(len(source), config.batch_size))
-    with owning(workdir) if distributed.lead() else contextlib.nullcontext():
+    with owning(workdir) if distributed.lead() else contextlib.nullcontext() as owner:
         claim(workdir, config)
         done = max(steps(workdir / "checkpoints"), default=0)
         claim_data(workdir, config, {"data.train": source} | evaluations.sources, done)
         distributed.check_shared(workdir)
-        with StopSignal() as stop, _Session(config, workdir, source, recipe, mesh, evaluations) as session:
+        with StopSignal() as stop, _Session(config, workdir, source, recipe, mesh, evaluations, owner) as session:
             return session.loop(stop)
-
-
-def claim(workdir: epath.Path, config: ConfigDict) -> None:
-    """Writes `workdir/config.json`, or checks `config` against it: only `run.*` may differ."""
-    path = workdir / "config.json"
-    with writing(f"--workdir={workdir}: cannot write there"):
-        saved = path.read_text() if path.exists() else None
-        if saved is None and (found := steps(workdir / "checkpoints")):  # config.json was deleted
-            saved = restore_config(workdir / "checkpoints", found[-1])
-        if saved is not None and (differences := config_io.differences(config_io.from_json(saved, str(path)), config)):
-            raise UserError(
-                f"{path}: this workdir belongs to a run of another configuration ({'; '.join(differences)}): "
-                "choose another --workdir, or use the same values to resume"
-            )
-        if jax.process_index() == 0:
-            write_atomically(path, config_io.to_json(config))
-
-
-def facts(config: ConfigDict, workdir: epath.Path, source: Source) -> dict[str, str]:
-    """What all processes of a run must agree on, besides the code."""
-    settings = {f"config.{key}": repr(value) for key, value in config_io.flatten(config).items()}
-    data = {"images in data.train": str(len(source)), "contents of data.train": data_fingerprint(source)}
-    return settings | data | {"workdir": str(workdir)}
 
 
 class _Session:
@@ -123,8 +91,10 @@ class _Session:
         recipe: Recipe,
         mesh: Mesh,
         evaluations: online.Evaluations,
+        owner: Owner | None,
     ):
         self.config, self.workdir, self.source, self.recipe, self.mesh = config, workdir, source, recipe, mesh
+        self.owner = owner  # process 0's
         self.lead = jax.process_index() == 0
         self.epoch_steps = steps_per_epoch(len(source), config.batch_size)
         self.total = config.epochs * self.epoch_steps
@@ -132,7 +102,7 @@ class _Session:
         self.evaluations = evaluations
         self.watch = Watch(config, self.epoch_steps, self.total)
         self.throughput = Throughput()
-        self.bad_files = BadFiles(workdir)
+        self.feed = Feed(config, workdir, source, mesh, self.throughput)
         self.stopping = distributed.StopTogether(mesh)
         self.steady = False  # whether this session's first step, which compiles, is over
         self.trace = Trace(workdir / "profile")
@@ -169,23 +139,26 @@ class _Session:
         self.stop, pending = stop, self.pending
         if self.step:
             self.evaluate(self.recorded())  # if a signal came during the evaluation of this step
-        batches = self.batches()
+        self.feed.start(self.step, int(self.state.salt))
         self.throughput.reset()
         try:
             while self.step < last and not self.stopping.reason:
                 self.profile()
-                crops = self.next_crops(batches)
-                if crops is None:
+                self.check_owner(look=False)
+                try:
+                    inputs = self.feed.inputs(self.step + 1, stop)
+                except Interrupted:
+                    self.stopping.count(stop.number)
                     break
-                self.state, metrics = train_step(self.state, crops)
+                self.state, metrics = train_step(self.state, inputs)
                 self.step += 1
                 pending.append((self.step, metrics, self.stopping.vote(stop.number)))
                 due = self.due() or self.step == last
                 if not all(self.see(*pending.popleft()) for _ in range(len(pending) - (0 if due else IN_FLIGHT))):
-                    batches.close()
+                    self.feed.close()
                     pending.clear()
                     self.rewind()
-                    batches = self.batches()
+                    self.feed.start(self.step, int(self.state.salt))
                 elif due:
                     self.milestone()
             self.save_for_good()
@@ -194,7 +167,7 @@ class _Session:
             saved = f"; saved at step {self.step}" if self.step else ""
             raise type(error.cause)(f"{error.cause}{saved}") from error.cause
         finally:
-            batches.close()
+            self.feed.close()
         self.say(self.conclusion())
         return self.state
 
@@ -233,36 +206,6 @@ class _Session:
         if jax.process_count() > 1:
             known = multihost_utils.broadcast_one_to_all(known)
         return [name for name, there in zip(names, known, strict=True) if there]
-
-    def batches(self) -> Generator[Ready, None, None]:
-        position, salt = self.step * self.config.batch_size, int(self.state.salt)
-        limit = 0 if distributed.several() else self.config.run.stall_timeout
-        return device_batches(self.config, self.source, self.mesh, position=position, salt=salt, limit=limit)
-
-    def next_crops(self, batches: Generator[Ready, None, None]) -> Views | None:
-        """The crops of the next step; None if a signal came first.
-
-        Several processes neither leave the step nor save before they agree on it: there, errors and `bounded` end all.
-        """
-        limit, what = self.config.run.stall_timeout, f"the input of step {self.step + 1}"
-        if distributed.several():
-            with self.throughput.waiting(), distributed.bounded(what, limit):
-                batch = next(batches)
-        else:
-            try:
-                with self.throughput.waiting(), self.stop.interrupting():
-                    batch = next(batches)
-            except Interrupted:
-                self.stopping.count(self.stop.number)
-                return None
-            except Stalled:
-                raise InputError(
-                    Failure(f"waited {limit:g} s for {what} (run.stall_timeout): can it be read?")
-                ) from None
-            except UserError as error:
-                raise InputError(error) from error
-        self.bad_files.note(batch.bad)
-        return batch.inputs
 
     def due(self) -> bool:
         """Whether an evaluation or a checkpoint follows this step."""
@@ -336,10 +279,20 @@ class _Session:
     def save(self, wait: bool = False) -> None:
         """Saves a checkpoint of this step unless there is one, after flushing the metrics."""
         with self.stop.protecting():
+            self.check_owner()
             self.writer.flush()
             self.checkpoints.save(self.step, to_items(self.state), config_io.to_json(self.config))
             if wait:
                 self.checkpoints.wait()
+
+    def check_owner(self, look: bool = True) -> None:
+        """Raises `Failure`, and writes nothing more, if another run has taken the workdir over."""
+        try:
+            if self.owner:
+                self.owner.check(look)
+        except Failure:
+            self.writer.abandon()
+            raise
 
     def profile(self, over: bool = False) -> None:
         """Starts or ends the trace of `run.profile_steps`; `over`: there are no more steps."""

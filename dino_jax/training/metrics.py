@@ -140,11 +140,11 @@ class MetricWriter:
             with writing(f"{self._workdir}: cannot write"):
                 yield
         except UserError:
-            self._abandon()
+            self.abandon()
             raise
 
-    def _abandon(self) -> None:
-        """Closes the files and drops what they could not write."""
+    def abandon(self) -> None:
+        """Closes the files and drops what is not yet written; writes nothing more."""
         for file in (self._lines, self._board):
             with contextlib.suppress(Exception):
                 if file:

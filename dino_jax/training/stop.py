@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
+
+SAME = 0.5  # seconds within which a group's processes get one signal
 
 
 class Interrupted(BaseException):
@@ -35,6 +38,13 @@ class StopSignal:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+    def soon(self) -> bool:
+        """Whether a signal came, or comes within `SAME` seconds: one for the whole group may reach workers first."""
+        deadline = time.monotonic() + SAME
+        while not self.number and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return self.number > 0
 
     @contextlib.contextmanager
     def interrupting(self) -> Iterator[None]:

@@ -331,6 +331,10 @@ def test_workdirs_that_cannot_serve_get_one_clear_line(bad_input, uninterrupted,
     lost = shutil.copytree(uninterrupted[1], tmp_path / "lost")
     (lost / "config.json").unlink()  # the checkpoints have it too
     assert bad_input(["optim.lr=0.1"], workdir=lost) == other.replace(str(uninterrupted[1]), str(lost))
+    blocked = tmp_path / "blocked"
+    blocked.mkdir()
+    (blocked / "checkpoints").touch()
+    assert bad_input(workdir=blocked).startswith(f"{blocked}/checkpoints: cannot be written: ")
     garbled = tmp_path / "garbled"
     garbled.mkdir()
     (garbled / "config.json").write_text('{"seed":')

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from dino_jax import config_io
 from dino_jax.data.identity import data_fingerprint
 from dino_jax.data.sources import Source
-from dino_jax.data.storage import ensure_writable, write_atomically, writing
+from dino_jax.data.storage import ensure_writable, read_text, write_atomically, writing
 from dino_jax.errors import UserError
 from dino_jax.weights.checkpoint import restore_config, steps
 
@@ -18,7 +18,7 @@ def claim(workdir: epath.Path, config: ConfigDict) -> None:
     """Writes `workdir/config.json`, or checks `config` against it: only `run.*` may differ."""
     path = workdir / "config.json"
     with writing(f"--workdir={workdir}: cannot write there"):
-        saved = path.read_text() if path.exists() else None
+        saved = read_text(path) if path.exists() else None
         if saved is None and (found := steps(workdir / "checkpoints")):  # config.json was deleted
             saved = restore_config(workdir / "checkpoints", found[-1])
         if saved is not None and (differences := config_io.differences(config_io.from_json(saved, str(path)), config)):

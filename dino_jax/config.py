@@ -207,7 +207,7 @@ KEYS: Keys = {
     },
     "optim": {
         "name": Key("adamw", "optimizer", choices=("adamw", "sgd", "lars")),
-        "lr": Key(5e-4, "learning rate before the scaling with the batch", "[0, inf)"),
+        "lr": Key(5e-4, "learning rate for 256 images; with lr_scaling=sqrt for 1024", "[0, inf)"),
         "lr_scaling": Key(
             "linear",
             "lr grows with batch_size / 256 (DINO, iBOT), or with the square root of batch_size / 1024 (DINOv2)",

@@ -122,7 +122,7 @@ def test_help_names_every_verb(capsys):
 def test_help_has_the_keys_where_asked(verb, capsys):
     assert "--config.optim.lr" not in printed([*verb, "--help"], capsys)
     said = " ".join(printed([*verb, "--help-config"], capsys).split())
-    assert "--config.optim.lr=0.0005 learning rate for 256 images; scaled by batch_size / 256 (at least 0)" in said
+    assert "--config.optim.lr=0.0005 learning rate for 256 images; with lr_scaling=sqrt for 1024 (at least 0)" in said
     assert "--config.model.depth (unset: int) number of blocks;" in said
     assert "(one of adamw, sgd, lars)" in said
 

@@ -172,7 +172,10 @@ def test_no_key_takes_another_type_or_a_number_beyond_int32():
     ("overrides", "message"),
     [
         ("epochs=5", "optim.warmup_epochs=10 epochs=5: the warm-up is longer than the run"),
-        ("optim.min_lr=0.1", "optim.min_lr=0.1 optim.lr=0.0005 batch_size=1024: the rate would rise"),
+        (
+            "optim.min_lr=0.1",
+            "optim.min_lr=0.1 optim.lr=0.0005 batch_size=1024 optim.lr_scaling='linear': the rate",
+        ),
         ("optim.lr=1e-6 batch_size=128", "optim.min_lr=1e-06 optim.lr=1e-06 batch_size=128"),
         ("teacher.temp=0.07 teacher.warmup_temp_epochs=101", "teacher.warmup_temp_epochs=101 epochs=100"),
         ("data.render=device data.canvas=200", "data.canvas=200 crops.global_size=(224, 224)"),

@@ -26,7 +26,7 @@ from dino_jax.errors import UserError
 from dino_jax.models.network import Outputs
 from dino_jax.parallel import sharding
 from dino_jax.render.renderer import make_renderer
-from dino_jax.training import loop, online, prefetch
+from dino_jax.training import feed, loop, online, prefetch
 from dino_jax.training import step as train_step
 from dino_jax.training.data_record import claim_data
 from dino_jax.training.metrics import read_metrics
@@ -215,9 +215,9 @@ def run(config: ConfigDict, tmp_path: Any, patch: Any) -> Any:
     patch.setattr(loop, "jit_init_state", lambda *_: start)
     patch.setattr(loop, "abstract_state", lambda *_: shapes)
     patch.setattr(loop, "jit_train_step", lambda *_: step)
-    patch.setattr(loop, "device_batches", lambda *_, **__: (prefetch.Ready([], []) for _ in itertools.count()))
+    patch.setattr(feed, "device_batches", lambda *_, **__: (prefetch.Ready([], []) for _ in itertools.count()))
     patch.setattr(loop, "start_from", lambda state, config: seen.append(config.init_from) or (state, []))
-    patch.setattr(loop.distributed, "bounded", recorded("bounded", contextlib.nullcontext()))
+    patch.setattr(feed.distributed, "bounded", recorded("bounded", contextlib.nullcontext()))
     patch.setattr(loop, "Trace", Trace)
     patch.setattr(loop, "Checkpointer", lambda *a, **o: seen.append(o["asynchronous"]) or checkpointer(*a, **o))
     patch.setattr(loop, "Progress", lambda *_, active, **__: seen.append(active) or _Silent())

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from dino_jax.errors import UserError
 from dino_jax.models import BACKBONES, build_backbone, build_head
+from dino_jax.models.vit import ffn_width
 from dino_jax.weights import keys
 
 Tensors = Mapping[str, np.ndarray]
@@ -139,10 +140,33 @@ def _fill_vit(config: ConfigDict, fmt: Format, backbone: Tensors, hints: Hints, 
         config.model.layer_scale = LAYER_SCALE
         if config.model.registers:
             config.model.positions = "antialias"  # as released
-    if "blocks.0.mlp.w3.weight" in backbone:
-        config.model.ffn, config.model.ffn_dim = "swiglu", backbone["blocks.0.mlp.w3.weight"].shape[1]
     _fill_shape(config, "vit_", {"embed_dim": embed_dim, "depth": depth}, hints.heads, source)
+    _fill_ffn(config, fmt, backbone, embed_dim)
     _fill_input(config, chans, patch, (rows * patch, columns * patch))
+
+
+def _fill_ffn(config: ConfigDict, fmt: Format, backbone: Tensors, embed_dim: int) -> None:
+    """Sets the blocks' MLP, by another named model of the same shape if there is one."""
+    kind = "swiglu" if "blocks.0.mlp.w3.weight" in backbone else "mlp"
+    second = backbone[keys.renamed(f"blocks.0.mlp.{'w3' if kind == 'swiglu' else 'fc2'}.weight", fmt.rules)]
+
+    def ffn(member: dict[str, Any]) -> tuple[str, int]:
+        its = member.get("ffn", "mlp")
+        return its, member.get("ffn_dim") or ffn_width(its, embed_dim)
+
+    own, named = (kind, second.shape[1]), MEMBERS[config.model.name]
+    if ffn(named) == own:
+        return
+    shape = [named[key] for key in ("embed_dim", "depth", "heads")]
+    for name, member in MEMBERS.items():
+        if (
+            name.startswith("vit_")
+            and [member[k] for k in ("embed_dim", "depth", "heads")] == shape
+            and ffn(member) == own
+        ):
+            config.model.name = name
+            return
+    config.model.ffn, config.model.ffn_dim = own
 
 
 def _fill_xcit(config: ConfigDict, fmt: Format, backbone: Tensors, hints: Hints, source: object) -> None:

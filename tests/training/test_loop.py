@@ -147,10 +147,10 @@ def test_several_non_finite_steps_rewind_then_stop_with_a_reason(images, tmp_pat
     config.run.progress, config.run.max_bad_steps, config.run.max_rewinds = True, 2, 1
     real, salts = train_step.train_step, []
 
-    def poisoned(recipe, state, crops):
+    def poisoned(recipe, state, inputs):
         salts.append(state.salt)
-        crops = [c * jax.numpy.where(state.step >= 5, np.nan, 1.0) for c in crops]
-        return real(recipe, state, crops)
+        crops = [c * jax.numpy.where(state.step >= 5, np.nan, 1.0) for c in inputs.crops]
+        return real(recipe, state, inputs._replace(crops=crops))
 
     monkeypatch.setattr(train_step, "train_step", poisoned)
     with pytest.raises(UserError, match=r"2 non-finite steps in a row, after 1 rewind"):

@@ -21,7 +21,7 @@ def table(values):
     return lambda step: jnp.asarray(values)[step]
 
 
-SCHEDULES = Schedules(table(LR), table(DECAY), table(LR), table(LR))
+SCHEDULES = Schedules(table(LR), table(DECAY), table(LR), table(LR), table(LR))
 
 
 def parameters(rng):

@@ -82,7 +82,10 @@ def override(config: ConfigDict, overrides: Iterable[str]) -> ConfigDict:
         if not argument.startswith("--config.") or not equals:
             raise UserError(f"{argument}: overrides have the form --config.KEY=VALUE")
         if key not in known:
-            raise UserError(f"{argument}: there is no key {key!r}{did_you_mean(key, known)}")
+            [now] = migrate({f"config.{key}": value}, 1, argument)  # the name of an older version
+            renamed = now.removeprefix("config.")
+            hint = f"; did you mean {renamed!r}?" if renamed in known else did_you_mean(key, known)
+            raise UserError(f"{argument}: there is no key {key!r}{hint}")
         given[key] = _as_pair(value, known[key])  # the last one wins
     argv = ["dino-jax", *(f"--config.{key}={value}" for key, value in given.items())]
     values = flags.FlagValues()

@@ -12,13 +12,10 @@ class UserError(ValueError):
     The CLI prints just that.
     """
 
-    def __init__(self, message: str):
-        super().__init__(printable(message))
+    status = 2  # of the process that ends with it
 
     def __str__(self) -> str:
         return printable(super().__str__())  # names in it may hold anything
-
-    status = 2  # of the process that ends with it
 
 
 class Failure(UserError):

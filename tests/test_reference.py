@@ -25,7 +25,7 @@ from dino_jax.training.schedules import cosine
 from dino_jax.training.step import make_recipe, state_from_student, train_step
 from dino_jax.weights import importer
 from tests import reference_files
-from tests.models.torch_names import head_of, section, sequence, to_variables, vit_of
+from tests.models.torch_names import crops_of, head_of, section, sequence, to_variables, vit_of
 
 TRAJECTORIES = ("trajectory_adamw.npz", "trajectory_sgd.npz", "trajectory_lars.npz")
 
@@ -136,8 +136,7 @@ def check_trajectory(data: dict[str, np.ndarray], dtype: str, tolerance: float) 
     state = state_from_student(recipe, {"params": params("init/")})
     step = jax.jit(lambda state, crops: train_step(recipe, state, crops))
     for i in range(said["epochs"] * said["steps_per_epoch"]):
-        crops = [data[f"crops/{i}/{c}"].transpose(0, 2, 3, 1).astype(dtype) for c in range(said["crops"])]
-        state, metrics = step(state, [np.stack(crops[:2], axis=1), np.stack(crops[2:], axis=1)])
+        state, metrics = step(state, crops_of(data, i, said["crops"], dtype))
         assert metrics["loss"].dtype == dtype
         np.testing.assert_allclose(metrics["loss"], data[f"loss/{i}"], rtol=0, atol=tolerance)
     for found, prefix in ((state.student["params"], "student/"), (state.ema.teacher, "teacher/")):

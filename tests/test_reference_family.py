@@ -28,7 +28,7 @@ from dino_jax.weights.containers import read_weights
 from dino_jax.weights.exporter import export_weights
 from dino_jax.weights.keys import torch_name
 from dino_jax.weights.pth import write_pth
-from tests.models.torch_names import section, sequence, to_variables
+from tests.models.torch_names import crops_of, section, sequence, to_variables
 
 BOTH = pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-8)])
 
@@ -479,9 +479,8 @@ def check_family_trajectory(data: dict[str, np.ndarray], dtype: str, tolerance: 
     state = state_from_student(recipe, {"params": jax.tree.map(jnp.asarray, params("init/"))})
     step = jax.jit(lambda state, views: train_step(recipe, state, views))
     for i in range(said["epochs"] * said["steps_per_epoch"]):
-        crops = [data[f"crops/{i}/{c}"].transpose(0, 2, 3, 1).astype(dtype) for c in range(said["crops"])]
         mask = data[f"masks/{i}"].reshape(2, said["batch"], -1).swapaxes(0, 1)
-        state, metrics = step(state, Views([np.stack(crops[:2], axis=1), np.stack(crops[2:], axis=1)], mask))
+        state, metrics = step(state, Views(crops_of(data, i, said["crops"], dtype), mask))
         np.testing.assert_allclose(metrics["loss"], data[f"loss/{i}"], rtol=0, atol=tolerance, err_msg=f"step {i}")
         if f"term/{i}/ibot_loss" in data:  # logged at half of what is added
             np.testing.assert_allclose(metrics["loss_ibot"], 2 * data[f"term/{i}/ibot_loss"], rtol=0, atol=tolerance)

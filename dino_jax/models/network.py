@@ -40,8 +40,9 @@ class Outputs(NamedTuple):
 
 def choose(masked: Bool[Array | np.ndarray, "B 2 N"], capacity: int | None) -> Chosen:
     """The masked patches, at most `capacity` (`data.masking.Masking.capacity`) of them; None: all patches."""
-    flat = jnp.asarray(masked).ravel()
-    weight = flat / jnp.maximum(masked.sum(-1, keepdims=True), 1).repeat(masked.shape[-1], -1).ravel()
+    masked = jnp.asarray(masked)
+    flat = masked.ravel()
+    weight = (masked / jnp.maximum(masked.sum(-1, keepdims=True), 1)).ravel()
     if capacity is None:
         return Chosen(jnp.arange(flat.size), flat, weight)
     (index,) = jnp.nonzero(flat, size=capacity, fill_value=flat.size)

@@ -5,12 +5,15 @@ Legend: M samples (on this device), K prototypes.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
+from ml_collections import ConfigDict
 
 from dino_jax.parallel import sharding
 
@@ -61,3 +64,39 @@ def _log_total(scores: Float[Array, "M K"]) -> Float[Array, "1 K"]:
     largest = jax.lax.pmax(largest, axes) if axes else largest
     total = jnp.exp(scores - largest).sum(axis=0, keepdims=True)
     return jnp.log(jax.lax.psum(total, axes) if axes else total) + largest
+
+
+@dataclasses.dataclass(frozen=True)
+class Centering:
+    """The part of a term that keeps its teacher's K outputs from collapsing, as its `centering` key says.
+
+    With `ema` its state is a center [K]; with `sinkhorn` it has none. `dtype`: the compute type.
+    """
+
+    settings: ConfigDict  # the term's group, with `centering` and `center_momentum`
+    K: int
+    dtype: Any
+
+    @property
+    def moving(self) -> bool:
+        """Whether there is a center."""
+        return self.settings.centering == "ema"
+
+    @property
+    def logical_axes(self) -> dict[str, tuple[str | None, ...]]:
+        """See `Objective`."""
+        return {"center": ("prototypes",)} if self.moving else {}
+
+    def init(self) -> dict[str, Array]:
+        """The state at step 0."""
+        return {"center": jnp.zeros(self.K, jnp.promote_types(self.dtype, jnp.float32))} if self.moving else {}
+
+    def log_targets(self, state: Mapping[str, Array], logits: Array, temp: Any, valid: Array | None = None) -> Array:
+        """Log probabilities of logits [..., K], without a gradient; `valid`: see `sinkhorn_knopp`."""
+        if self.moving:
+            return centered(logits, state["center"], temp)
+        return sinkhorn_knopp(logits.reshape(-1, self.K), temp, valid).reshape(logits.shape)
+
+    def update(self, state: Mapping[str, Array], mean: Any) -> dict[str, Any]:
+        """The state after a step whose logits had this mean [K]."""
+        return {"center": moved(state["center"], mean, self.settings.center_momentum)} if self.moving else {}

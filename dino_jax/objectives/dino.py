@@ -23,7 +23,7 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from dino_jax.models.network import Outputs
-from dino_jax.objectives.centering import centered, moved, sinkhorn_knopp
+from dino_jax.objectives.centering import Centering
 from dino_jax.objectives.objective import Finding, Objective, Place
 from dino_jax.objectives.remedies import Remedy, advice, common
 
@@ -72,20 +72,12 @@ def make(config: ConfigDict, schedules: Any) -> Objective:
     With `centering=ema` its state is the center [K]; with `sinkhorn` it has none.
     """
     K, settings = config.head.out_dim, config.objective.dino
-    moving = settings.centering == "ema"
-
-    def init() -> dict[str, Array]:
-        return {"center": jnp.zeros(K, jnp.promote_types(config.model.dtype, jnp.float32))} if moving else {}
+    centering = Centering(settings, K, config.model.dtype)
 
     def targets(state: Mapping[str, Array], teacher: Outputs, step: Array) -> tuple[Array, Any]:
-        logits, temp = teacher.logits, schedules.teacher_temp(step)
-        if not moving:
-            return sinkhorn_knopp(logits.reshape(-1, K), temp).reshape(logits.shape), {}
-        center = state["center"]
-        return centered(logits, center, temp), logits.astype(center.dtype).mean((0, 1))  # [K]
-
-    def update(state: Mapping[str, Array], mean: Any) -> dict[str, Any]:
-        return {"center": moved(state["center"], mean, settings.center_momentum)} if moving else {}
+        logits = teacher.logits
+        log_targets = centering.log_targets(state, logits, schedules.teacher_temp(step))
+        return log_targets, logits.astype(state["center"].dtype).mean((0, 1)) if centering.moving else {}  # [K]
 
     def metrics(state: Mapping[str, Array], loss: Array, terms: LossTerms) -> dict[str, Array]:
         return {
@@ -93,22 +85,22 @@ def make(config: ConfigDict, schedules: Any) -> Objective:
             "kl": terms.kl,
             "marginal_entropy": jnp.sum(jax.scipy.special.entr(terms.marginal)),
             "ln_k_gap": math.log(K) - loss,
-            **({"center_norm": jnp.linalg.norm(state["center"])} if moving else {}),
+            **({"center_norm": jnp.linalg.norm(state["center"])} if centering.moving else {}),
         }
 
     def flops(student: Outputs) -> float:
         return 2 * 2 * 2.0 * math.prod(student.logits.shape)  # against both targets, forward and backward
 
     return Objective(
-        init=init,
+        init=centering.init,
         targets=targets,
         loss=lambda student, log_targets, step: dino_loss(student.logits, log_targets, settings.student_temp),
-        update=update,
+        update=centering.update,
         metrics=metrics,
         diagnose=lambda metrics: diagnose(metrics, config),
         flops=flops,
-        logical_axes={"center": ("prototypes",)} if moving else {},
-        official={"center": Place("dino_loss.center", (1, K))} if moving else {},
+        logical_axes=centering.logical_axes,
+        official={"center": Place("dino_loss.center", (1, K))} if centering.moving else {},
     )
 
 

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from dino_jax.models.network import Outputs
-from dino_jax.objectives.centering import centered, moved, sinkhorn_knopp
+from dino_jax.objectives.centering import Centering
 from dino_jax.objectives.objective import Objective
 
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -62,37 +62,31 @@ def make(config: ConfigDict, schedules: Any) -> Objective:
     """
     settings = config.objective.ibot
     K = settings.out_dim or config.head.out_dim
-    moving = settings.centering == "ema"
-
-    def init() -> dict[str, Array]:
-        return {"center": jnp.zeros(K, jnp.promote_types(config.model.dtype, jnp.float32))} if moving else {}
+    centering = Centering(settings, K, config.model.dtype)
 
     def targets(state: Mapping[str, Array], teacher: Outputs, step: Array) -> tuple[Array, Any]:
-        logits, chosen, temp = teacher.patch_logits, teacher.chosen, schedules.patch_temp(step)
-        if not moving:
-            return sinkhorn_knopp(logits, temp, chosen.masked), {}
-        center = state["center"]
-        counted = chosen.masked if settings.center_over == "masked" else jnp.ones_like(chosen.masked)
-        total = jnp.where(counted[:, None], logits.astype(center.dtype), 0.0).sum(0)
-        return centered(logits, center, temp), total / jnp.maximum(counted.sum(), 1)
+        logits, masked = teacher.patch_logits, teacher.chosen.masked
+        log_targets = centering.log_targets(state, logits, schedules.patch_temp(step), masked)
+        if not centering.moving:
+            return log_targets, {}
+        counted = masked if settings.center_over == "masked" else jnp.ones_like(masked)
+        total = jnp.where(counted[:, None], logits.astype(state["center"].dtype), 0.0).sum(0)
+        return log_targets, total / jnp.maximum(counted.sum(), 1)
 
     def loss(student: Outputs, log_targets: Array, step: Array) -> tuple[Array, PatchTerms]:
         rows = student.cls.shape[0]
         return ibot_loss(student.patch_logits, log_targets, student.chosen.weight, 2 * rows, settings.student_temp)
 
-    def update(state: Mapping[str, Array], mean: Any) -> dict[str, Any]:
-        return {"center": moved(state["center"], mean, settings.center_momentum)} if moving else {}
-
     def flops(student: Outputs) -> float:
         return 2 * 2.0 * math.prod(student.patch_logits.shape)  # forward and backward
 
     return Objective(
-        init=init,
+        init=centering.init,
         targets=targets,
         loss=loss,
-        update=update,
+        update=centering.update,
         metrics=lambda state, loss, terms: {"patch_entropy": terms.entropy, "patch_kl": terms.kl},
         flops=flops,
-        logical_axes={"center": ("prototypes",)} if moving else {},
-        patches="all" if moving and settings.center_over == "all" else "masked",
+        logical_axes=centering.logical_axes,
+        patches="all" if centering.moving and settings.center_over == "all" else "masked",
     )

@@ -146,7 +146,7 @@ def _objectives(config: ConfigDict, content: Mapping[str, Any], source: epath.Pa
     states = {}
     for term in make_objectives(config):
         shapes = jax.eval_shape(term.init)
-        found = {name: _at(content, place.path) for name, place in term.official.items()}
+        found = {name: networks.at(content, place.path) for name, place in term.official.items()}
         if not found or any(value is None for value in found.values()):
             continue
         for name, value in found.items():
@@ -165,13 +165,6 @@ def _numbers(value: Any) -> np.ndarray:
     """An array or number as float32; empty for anything else, such as nested lists, which could be endless."""
     known = isinstance(value, (np.ndarray, np.number, float)) or (type(value) is int and abs(value) < 1 << 60)
     return np.asarray(value if known else [], np.float32)
-
-
-def _at(content: Any, path: str) -> Any:
-    """The value at a dotted path in nested mappings, or None."""
-    for part in path.split("."):
-        content = content.get(part) if isinstance(content, Mapping) else None
-    return content
 
 
 def _regular(tensors: keys.Tensors) -> dict[str, np.ndarray]:

@@ -78,7 +78,7 @@ def find(content: Any, key: str | None, prefix: str | None, source: object) -> N
     Raises:
       UserError: there is none, or several alike.
     """
-    inside = content if key is None else _at(content, key)
+    inside = content if key is None else at(content, key)
     if inside is None and key is not None:
         raise UserError(f"{source}: no {printable(key)!r} in it; {_offer(found_in(content, source))}")
     found = found_in(inside, source, key or "")
@@ -149,12 +149,12 @@ def _dicts(content: Any, key: str) -> Iterator[tuple[str, Mapping]]:
             waiting += [(f"{place}.{name}" if place else name, value[name], depth + 1) for name in names]
 
 
-def _at(content: Any, key: str) -> Any:
+def at(content: Any, key: str) -> Any:
     """The value at a dotted path in nested dicts, whose names may have dots; or None."""
     if not isinstance(content, Mapping) or key in content:
         return content.get(key) if isinstance(content, Mapping) else None
     starts = (name for name in content if isinstance(name, str) and key.startswith(f"{name}."))
-    found = (_at(content[name], key[len(name) + 1 :]) for name in starts)
+    found = (at(content[name], key[len(name) + 1 :]) for name in starts)
     return next((value for value in found if value is not None), None)
 
 

@@ -30,7 +30,8 @@ def test_every_crop_is_its_own_forward_pass():
     variables = jax.jit(network.init)(jax.random.key(0), crops)
     assert sorted(variables["params"]) == ["backbone", "head"] == sorted([*variables["batch_stats"], "backbone"])
     keep = jax.random.bernoulli(jax.random.key(2), 0.5, (1, 2, 4, 5)) * 2.0
-    cls, logits = jax.jit(network.apply)(variables, crops, keep)
+    outputs = jax.jit(network.apply)(variables, crops, keep)
+    cls, logits = outputs.cls, outputs.logits
     assert cls.shape == (4, 5, 24) and logits.shape == (4, 5, 10)
 
     backbone, head = jax.jit(network.backbone.apply), jax.jit(network.head.apply)

@@ -60,7 +60,8 @@ def test_four_devices_equal_one_statistics_included():
     def run(params, stats, crops):
         def loss(params):
             state = {"params": params, "batch_stats": stats}
-            (_, logits), moved = network.apply(state, crops, train=True, mutable=["batch_stats"])
+            outputs, moved = network.apply(state, crops, train=True, mutable=["batch_stats"])
+            logits = outputs.logits
             return jnp.mean(logits[:, 0] ** 2), (logits, moved["batch_stats"])
 
         return jax.grad(loss, has_aux=True)(params)

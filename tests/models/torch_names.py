@@ -44,6 +44,12 @@ def section(data: dict[str, np.ndarray], prefix: str, dtype=None) -> dict[str, n
     return found if dtype is None else {key: value.astype(dtype) for key, value in found.items()}
 
 
+def crops_of(data: dict[str, np.ndarray], step: int, count: int, dtype) -> list[np.ndarray]:
+    """The crops of a trajectory's step, as the train step takes them: [B, 2, H, W, c] and [B, n, h, w, c]."""
+    crops = [data[f"crops/{step}/{c}"].transpose(0, 2, 3, 1).astype(dtype) for c in range(count)]
+    return [np.stack(crops[:2], axis=1), np.stack(crops[2:], axis=1)]
+
+
 def sequence(tokens: Tokens) -> jnp.ndarray:
     """All tokens in the network's order, [..., N, D]: CLS, registers, patches row by row."""
     return jnp.concatenate([tokens.cls[..., None, :], tokens.registers, tokens.flat_patches], axis=-2)
